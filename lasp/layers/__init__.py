@@ -1,0 +1,1 @@
+"""Token mixers as nn.Modules, one file each, thin over `lasp.functional`."""
