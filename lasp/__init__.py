@@ -1,1 +1,21 @@
 """lasp: train linear-attention, state-space, softmax and hybrid models with the sequence cut over ranks."""
+
+from lasp.functional import linear_attention
+from lasp.parallel.collectives import traffic
+from lasp.parallel.gradients import data_parallel, sync_gradients
+from lasp.parallel.group import SequenceGroup, init_mesh
+from lasp.parallel.loss import cross_entropy
+from lasp.parallel.sharding import shard, shard_batch, unshard
+
+__all__ = [
+    "SequenceGroup",
+    "cross_entropy",
+    "data_parallel",
+    "init_mesh",
+    "linear_attention",
+    "shard",
+    "shard_batch",
+    "sync_gradients",
+    "traffic",
+    "unshard",
+]

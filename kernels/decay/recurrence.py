@@ -1,0 +1,116 @@
+"""The decay family set up for one call: what `parallel/linear.py` joins to a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.decay.chunked import ChunkStates, Geometry, Gradients
+from lasp.kernels.decay.scores import decay_factor
+from lasp.kernels.documents import chunk_table
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
+
+CHUNK_SIZE = 64
+# Rows (tokens x states) to a block: with 128 channels a tile takes 2 MB, so that the tiles of a block share a cache.
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class DecayRecurrence:
+    """`S_t = diag(exp(log_decay_t))·S_{t-1} + k_t v_t^T`, `o_t = scale·S_t^T q_t`, over runs of local tokens.
+
+    stages: the module of the staged functions; runs: (offset, length) each; heads: the number of states.
+    """
+
+    stages: ModuleType
+    runs: tuple[tuple[int, int], ...]
+    heads: int
+    scale: float
+    chunk_size: int = CHUNK_SIZE
+
+    def states(self, inputs: Inputs) -> ChunkStates:
+        """States between chunks, each run from an empty memory."""
+        _, k, v, log_decay = inputs
+        chain: ChunkStates = self.stages.chunk_states(k, v, log_decay, self._geometry(inputs))
+        return chain
+
+    def inside(self, inputs: Inputs) -> Tensor:
+        """The output of attention within chunks."""
+        output: Tensor = self.stages.inside(*inputs, self._geometry(inputs))
+        return output
+
+    def read_out(self, inputs: Inputs, entered: ChunkStates, output: Tensor) -> Tensor:
+        """The whole output, in v's dtype. `output` is overwritten."""
+        q, _, v, log_decay = inputs
+        self.stages.read_out(q, log_decay, entered, output, self._geometry(inputs))
+        return output.to(v.dtype)
+
+    def adjoint(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> ChunkStates:
+        """Gradients of the states between chunks, each run with nothing after it."""
+        q, _, _, log_decay = inputs
+        geometry = self._geometry(inputs)
+        chain: ChunkStates = self.stages.adjoint_states(q, grad, log_decay, entered.transfers, geometry)
+        return chain
+
+    def grad_inside(self, inputs: Inputs, grad: Tensor) -> Gradients:
+        """Gradients of `inside`."""
+        total: Gradients = self.stages.grad_inside(*inputs, grad, self._geometry(inputs))
+        return total
+
+    def grad_read_out(
+        self, inputs: Inputs, grad: Tensor, entered: ChunkStates, adjoint: ChunkStates, total: Gradients
+    ) -> tuple[Tensor | None, ...]:
+        """All gradients, each in its input's shape and dtype. `total` is overwritten."""
+        q, k, v, log_decay = inputs
+        self.stages.grad_read_out(inputs, grad, entered, adjoint, total, self._geometry(inputs))
+        dgates = None
+        if log_decay is not None and total.log_decay is not None:
+            dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
+            dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
+        return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates
+
+    def blank_output(self, inputs: Inputs) -> Tensor:
+        """Zeros where `inside` would have written: attention without a mask has no inside."""
+        q, _, v, _ = inputs
+        shape = (*v.shape[:2], max(self.heads, q.shape[2]), v.shape[3])
+        return torch.zeros(shape, dtype=compute_dtype(q), device=q.device)
+
+    def blank_gradients(self, inputs: Inputs) -> Gradients:
+        """Zeros where `grad_inside` would have written."""
+        q, k, v = (torch.zeros_like(x, dtype=compute_dtype(x)) for x in inputs[:3])
+        return Gradients(q, k, v, None)
+
+    def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
+        """A link's transfer from its number of tokens: none where gates differ from token to token."""
+        q, _, _, log_decay = inputs
+        dtype = compute_dtype(q)
+        if log_decay is None:
+            one = torch.ones(1, 1, 1, 1, dtype=dtype, device=q.device)
+            return lambda length: one
+        if log_decay.dim() > 1:
+            return None
+        per_head = log_decay.to(dtype).repeat_interleave(self.heads // log_decay.shape[0]).view(1, -1, 1, 1)
+        return lambda length: decay_factor(per_head * length)
+
+    def _geometry(self, inputs: Inputs) -> Geometry:
+        q, _, v, _ = inputs
+        block_chunks = max(1, BLOCK_ROWS // (self.chunk_size * q.shape[0] * self.heads))
+        return Geometry(
+            chunk_table(self.runs, self.chunk_size, block_chunks),
+            batch=q.shape[0],
+            heads=self.heads,
+            key_dim=q.shape[3],
+            value_dim=v.shape[3],
+            scale=self.scale,
+            dtype=compute_dtype(q),
+        )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64, else fp32: the dtype of states, decays, sums and accumulators."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,161 @@
+"""Scores: the decayed products of queries and keys inside one chunk, and their gradients.
+
+    P_ij = sum_c q_ic k_jc exp(sum_{j < m <= i} log_decay_mc)   for i >= j, else 0
+
+Shapes: N matrices (chunks, batches and heads together), C tokens, K channels, R = G·C rows, the G queries of a state
+one below the other. q [N, R, K], k [N, C, K], P [N, R, C]; log_decay None, or [n, B, H, C, 1 or K] with N = n·B·H,
+n = B = 1 where all chunks share their decay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Scores(Protocol):
+    """What both kinds of decay offer."""
+
+    values: Tensor  # P
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From dP [N, R, C], which is overwritten, to dq, dk and dlog_decay [N, C, 1 or K]."""
+        ...
+
+
+def scores(q: Tensor, k: Tensor, log_decay: Tensor | None) -> Scores:
+    """The scores of a block of chunks. One factor per token is a mask; one per channel needs the dyadic form."""
+    if log_decay is None or log_decay.shape[-1] == 1:
+        return MaskedScores(q, k, log_decay)
+    return DyadicScores(q, k, log_decay)
+
+
+class MaskedScores:
+    """No decay, or one factor per head and token: `(q k^T) * L` with `L_ij = exp(G_i - G_j)`."""
+
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None) -> None:
+        self.q, self.k, self.log_decay = q, k, log_decay
+        self.mask = decay_mask(log_decay, k)
+        self.values = torch.bmm(q, k.mT)
+        self._by_query(self.values).mul_(self.mask)
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        dlog = None
+        if self.log_decay is not None:
+            # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
+            # never as a difference of two sums that share the pairs on one side.
+            pairs = (grad * self.values).unflatten(1, (-1, self.k.shape[1])).sum(1)
+            dlog = (pairs @ _upper_ones(pairs).triu_(1)).tril_().sum(-2).unsqueeze(-1)
+        self._by_query(grad).mul_(self.mask)
+        return torch.bmm(grad, self.k), torch.bmm(grad.mT, self.q), dlog
+
+    def _by_query(self, x: Tensor) -> Tensor:
+        """[N, R, C] as [n·B, H, G, C, C], or with all heads in front where there is no decay."""
+        heads = 1 if self.log_decay is None else self.log_decay.shape[2]
+        return x.view(-1, heads, x.shape[1] // x.shape[2], x.shape[2], x.shape[2])
+
+
+class DyadicScores:
+    """One factor per channel: the lower triangle as squares of halving size.
+
+    In a stretch of 2b tokens the later half queries the earlier half through the border between them, so both factors,
+    from the border to the query and from the key to the border, are sums of non-positive numbers, and their
+    exponentials never exceed 1. The secondary chunks of GLA (arXiv:2312.06635, section 4.3) carried to the end: log2(C)
+    exponentials per channel instead of 16.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor) -> None:
+        self.length = k.shape[1]
+        self.padding = (1 << (self.length - 1).bit_length()) - self.length
+        self.q = self._pad(q.unflatten(1, (-1, self.length)))  # [N, G, C', K], C' the next power of two
+        self.k = self._pad(k.unsqueeze(1))  # [N, 1, C', K]
+        self.log_decay = self._pad(log_decay.flatten(0, 2).unsqueeze(1))
+        values = torch.diag_embed(torch.linalg.vecdot(self.q, self.k))
+        for half in self._halves():
+            q_later, k_earlier, _, _ = self._carry_to_border(half)
+            _squares(values, half).copy_(q_later @ k_earlier.mT)
+        self.values = values[..., : self.length, : self.length].flatten(1, 2)
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        grad = grad.unflatten(1, (-1, self.length))
+        grad = F.pad(grad, (0, self.padding, 0, self.padding)) if self.padding else grad
+        diagonal = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        dq, dk = diagonal * self.k, (diagonal * self.q).sum(1, keepdim=True)
+        dlog = torch.zeros_like(dk)
+        for half in self._halves():
+            q_later, k_earlier, to_query, to_border = self._carry_to_border(half)
+            squares = _squares(grad, half)
+            dq_later = (squares @ k_earlier).mul_(to_query)
+            dk_earlier = (squares.mT @ q_later).sum(1, keepdim=True).mul_(to_border)
+            _later(dq, half).add_(dq_later)
+            _earlier(dk, half).add_(dk_earlier)
+            # A gate of the later half is crossed by the queries at or after it, one of the earlier half by the keys
+            # before it.
+            ones = _upper_ones(dq_later)
+            _later(dlog, half).add_(ones @ dq_later.mul_(_later(self.q, half)).sum(1, keepdim=True))
+            _earlier(dlog, half).add_(ones.triu(1).mT @ dk_earlier.mul_(_earlier(self.k, half)))
+        cut = slice(self.length)
+        return dq[:, :, cut].flatten(1, 2), dk[:, 0, cut], dlog[:, 0, cut]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, self.padding)) if self.padding else x
+
+    def _halves(self) -> list[int]:
+        size = self.length + self.padding
+        return [1 << i for i in range(size.bit_length() - 1)]
+
+    def _carry_to_border(self, half: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys carried to the border, and the factors that carry them."""
+        ones = _upper_ones(self.q, half)
+        to_query = decay_factor(ones.mT @ _later(self.log_decay, half))
+        to_border = decay_factor(ones.triu(1) @ _earlier(self.log_decay, half))
+        return _later(self.q, half) * to_query, _earlier(self.k, half) * to_border, to_query, to_border
+
+
+def decay_mask(log_decay: Tensor | None, like: Tensor) -> Tensor:
+    """`L` [n·B, H, 1, C, C] or [C, C]: exp of the log-decay summed over j < m <= i, zero above the diagonal.
+
+    The running sums and their differences are fp64: a sum near -3000 in fp32 has steps of 2e-4.
+    """
+    if log_decay is None:
+        length = like.shape[-2]
+        return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
+    sums = log_decay.flatten(0, 1).squeeze(-1).double().cumsum(-1)
+    steps = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(like.dtype)
+    return decay_factor(steps.clamp_(max=0)).tril_().unsqueeze(2)
+
+
+def decay_factor(log_decay: Tensor) -> Tensor:
+    """`exp(log_decay)` for log_decay <= 0, in place, and exactly 0 where it would near the smallest normal number.
+
+    Denormal numbers slow a matrix product on CPU a hundredfold, and are far below the resolution of the sums they
+    would join.
+    """
+    lowest = math.log(torch.finfo(log_decay.dtype).tiny) + 8
+    factor = log_decay.clamp_(min=lowest).exp_()
+    return F.threshold(factor, math.exp(lowest + 1), 0.0, inplace=True)
+
+
+def _upper_ones(like: Tensor, size: int | None = None) -> Tensor:
+    size = like.shape[-2] if size is None else size
+    return torch.ones(size, size, dtype=like.dtype, device=like.device).triu_()
+
+
+def _later(x: Tensor, half: int) -> Tensor:
+    """The later halves of all stretches of 2·half tokens: [N, G, C, K] as a view [N, G, C / (2·half), half, K]."""
+    return x.unflatten(-2, (-1, 2, half))[..., 1, :, :]
+
+
+def _earlier(x: Tensor, half: int) -> Tensor:
+    """The earlier halves, likewise."""
+    return x.unflatten(-2, (-1, 2, half))[..., 0, :, :]
+
+
+def _squares(x: Tensor, half: int) -> Tensor:
+    """Where later halves meet earlier halves: [N, G, C, C] as a view [N, G, C / (2·half), half, half]."""
+    blocks = x.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

@@ -1,0 +1,72 @@
+"""Every recurrence token by token: the specification of lasp, and the oracle of its tests.
+
+Slow, differentiable by autograd, and short enough to be checked against the papers by eye. Nothing here is called by
+the fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = diag(exp(log_decay_t))·S_{t-1} + k_t v_t^T`, `o_t = scale·S_t^T q_t` (GLA, arXiv:2312.06635, eq. 3).
+
+    q, k [B, T, H, K], v [B, T, H, V], each with its own number of heads; log_decay None, [H], [B, T, H] or
+    [B, T, H, K]; initial_state [B or N, H, K, V]. Without `causal` every token reads the state at its document's end.
+    Returns the output [B, T, H, V] and the final states [B or N, H, K, V].
+    """
+    gates = expand_decay(log_decay, q)
+    heads = max(x.shape[2] for x in (q, k, v, gates))
+    states = max(x.shape[2] for x in (k, v, gates))
+    if initial_state is not None:
+        states = max(states, initial_state.shape[1])
+    q, k, v, gates = (repeat_heads(x, heads) for x in (q, k, v, gates))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds = [0, q.shape[1]] if cu_seqlens is None else list(cu_seqlens)
+
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise(bounds)):
+        state = q.new_zeros(q.shape[0], heads, q.shape[-1], v.shape[-1])
+        if initial_state is not None:
+            given = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+            state = state + repeat_heads(given, heads, dim=1)
+        reads = []
+        for t in range(start, stop):
+            state = gates[:, t].exp().unsqueeze(-1) * state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            reads.append(state)
+        outputs += [
+            scale * torch.einsum("bhk,bhkv->bhv", q[:, t], read if causal else state)
+            for t, read in zip(range(start, stop), reads, strict=True)
+        ]
+        finals.append(state[:, :: heads // states])
+    output = torch.stack(outputs, 1) if outputs else v[:, :0]
+    return output, torch.cat(finals)
+
+
+def expand_decay(log_decay: Tensor | None, like: Tensor) -> Tensor:
+    """Any kind of log-decay as [B, T, H, 1 or K]; `like` [B, T, ...] says how many tokens there are."""
+    if log_decay is None:
+        return like.new_zeros(like.shape[0], like.shape[1], 1, 1)
+    if log_decay.dim() == 1:
+        return log_decay.view(1, 1, -1, 1).expand(like.shape[0], like.shape[1], -1, 1)
+    return log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay
+
+
+def repeat_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
+    """Each head repeated until there are `heads` of them, neighbours alike."""
+    return x.repeat_interleave(heads // x.shape[dim], dim)

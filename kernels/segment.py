@@ -1,0 +1,52 @@
+"""Segment: what a stretch of tokens does to the memory state.
+
+Every recurrence of lasp acts on the state `S` [K, V] of a head as an affine map, `S -> A·S + U`. Maps compose
+associatively, which is all a scan over chunks or over ranks needs to know (ZeCO, arXiv:2507.01004, states the diagonal
+case; the dense case is the WY form of DeltaNet, arXiv:2406.06484).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The affine map `S -> A·S + U` of a stretch of tokens.
+
+    transfer (A): [..., 1, 1] one factor per head, [..., K, 1] one per channel, or [..., K, K] dense.
+    state (U):    [..., K, V], the state the stretch leaves behind when it starts from an empty memory.
+    """
+
+    transfer: Tensor
+    state: Tensor
+
+    def __call__(self, incoming: Tensor) -> Tensor:
+        """The state after the stretch, given the one before it."""
+        return apply(self.transfer, incoming) + self.state
+
+    def then(self, later: Segment) -> Segment:
+        """This stretch followed by `later`, as one stretch."""
+        return Segment(apply(later.transfer, self.transfer), later(self.state))
+
+    def adjoint(self, grad: Tensor) -> Segment:
+        """The map of gradients, `dS_end -> A^T·dS_end + grad`; it runs backwards in time."""
+        return Segment(transpose(self.transfer), grad)
+
+    @staticmethod
+    def identity(state: Tensor) -> Segment:
+        """The map of no tokens at all, for states shaped like `state`."""
+        return Segment(state.new_ones((1,) * state.dim()), torch.zeros_like(state))
+
+
+def apply(transfer: Tensor, state: Tensor) -> Tensor:
+    """`A·S`; a transfer whose last dim is 1 is diagonal."""
+    return transfer * state if transfer.shape[-1] == 1 else transfer @ state
+
+
+def transpose(transfer: Tensor) -> Tensor:
+    """`A^T`; a diagonal transfer is its own transpose."""
+    return transfer if transfer.shape[-1] == 1 else transfer.mT

@@ -1,0 +1,139 @@
+"""Every torch.distributed call that moves data, and the ledger that counts them.
+
+Free functions with an explicit process group. The asynchronous ones return a `Pending`, which owns the buffers until
+`wait()`. In a group of one rank nothing is called and nothing is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; GPU machines still have 2.11.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Record(NamedTuple):
+    """One exchange as this rank saw it."""
+
+    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "ring" | "barrier"
+    phase: str  # "forward" | "backward" | "gradients" | "control"
+    bytes: int  # received by this rank, as a bandwidth-optimal algorithm would
+    steps: int  # messages that wait for one another, over all ranks
+
+
+@dataclass
+class Ledger:
+    """What crossed between ranks inside a `traffic()` block."""
+
+    records: list[Record] = field(default_factory=list)
+
+    def of(self, phase: str) -> list[Record]:
+        """The records of one phase."""
+        return [record for record in self.records if record.phase == phase]
+
+
+# Open ledgers. A module-level list, not a ContextVar: backward runs on threads that inherit no context.
+_open_ledgers: list[Ledger] = []
+
+
+@contextmanager
+def traffic() -> Iterator[Ledger]:
+    """Count every exchange of this process while the block runs: `with lasp.traffic() as ledger: ...`."""
+    ledger = Ledger()
+    _open_ledgers.append(ledger)
+    try:
+        yield ledger
+    finally:
+        _open_ledgers.remove(ledger)
+
+
+def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
+    """Write one exchange into every open ledger."""
+    for ledger in _open_ledgers:
+        ledger.records.append(Record(op, phase, num_bytes, steps))
+
+
+@dataclass
+class Pending:
+    """An exchange in flight. `wait()` returns its result and may be called again."""
+
+    works: list[Any]
+    result: Tensor
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        self.works = []
+        if self.finish is not None:
+            self.result, self.finish = self.finish(self.result), None
+        return self.result
+
+
+def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
+    """Start gathering equal tensors [...] into [W, ...], in order of rank."""
+    size = dist.get_world_size(group)
+    tensor = tensor.contiguous()
+    if size == 1:
+        return Pending([], tensor.unsqueeze(0))
+    result = tensor.new_empty(size, *tensor.shape)
+    record("all_gather", phase, (size - 1) * tensor.nbytes, 1)
+    # Flat on both sides: gloo wants the input's dims to match the output's.
+    return Pending([_all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
+    """Start summing a contiguous tensor over the ranks, in place."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return Pending([], tensor)
+    record("all_reduce", phase, 2 * (size - 1) * tensor.nbytes // size, 1)
+    return Pending([dist.all_reduce(tensor, group=group, async_op=True)], tensor)
+
+
+def all_reduce_future(
+    tensor: Tensor, group: dist.ProcessGroup, phase: str, divisor: int
+) -> torch.futures.Future[Tensor]:
+    """Start summing a tensor over the ranks in place and dividing the sum: what a DDP communication hook returns."""
+    size = dist.get_world_size(group)
+    record("all_reduce", phase, 2 * (size - 1) * tensor.nbytes // size, 1)
+    future = dist.all_reduce(tensor, group=group, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0].div_(divisor))
+
+
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
+    """Start summing [W, ...] over the ranks, rank r keeping part r [...]."""
+    size = dist.get_world_size(group)
+    tensor = tensor.contiguous()
+    if size == 1:
+        return Pending([], tensor[0])
+    result = tensor.new_empty(tensor.shape[1:])
+    record("reduce_scatter", phase, (size - 1) * result.nbytes, 1)
+    return Pending([_reduce_scatter(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
+
+
+def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending:
+    """Start sending to a rank of the group. The caller counts: a ring is one exchange of many messages."""
+    tensor = tensor.contiguous()
+    return Pending([dist.isend(tensor, group=group, group_dst=to, tag=tag)], tensor)
+
+
+def receive(like: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending:
+    """Start receiving a tensor shaped like `like` from a rank of the group."""
+    buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return Pending([dist.irecv(buffer, group=group, group_src=source, tag=tag)], buffer)
+
+
+def barrier(group: dist.ProcessGroup | None) -> None:
+    """Wait until every rank of the group, or of the world, is here."""
+    if dist.get_world_size(group) > 1:
+        record("barrier", "control", 0, 1)
+        dist.barrier(group=group)

@@ -1,0 +1,66 @@
+"""Parameter gradients: summed over the ranks of a sequence, averaged over data-parallel replicas."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lasp.parallel import collectives
+from lasp.parallel.group import SequenceGroup
+
+
+def sync_gradients(model: nn.Module, group: SequenceGroup) -> None:
+    """After `loss.backward()` of a plain loop: sum every gradient over sp and average it over dp, in place.
+
+    A gradient that is None on some ranks counts as zero there (a rank whose tokens reached no expert); one that is
+    None on all of them stays None. One all-reduce per dtype, over the mesh's dp x sp ranks.
+    """
+    process_group, replicas = _gradient_group(group)
+    if dist.get_world_size(process_group) == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    present = collectives.all_reduce(present, process_group, "control").wait()
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for parameter, ranks in zip(parameters, present.tolist(), strict=True):
+        if ranks:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype[parameter.grad.dtype].append(parameter.grad)
+    for grads in by_dtype.values():
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = collectives.all_reduce(flat, process_group, "gradients").wait() / replicas
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> nn.Module:
+    """Wrap a model so that backward itself sums gradients over sp and averages them over dp.
+
+    kind: "ddp" (DistributedDataParallel over the mesh's dp x sp ranks). Raises ValueError for a kind not built yet.
+    """
+    if kind != "ddp":
+        raise ValueError(f"kind must be 'ddp', got {kind!r}")
+    process_group, replicas = _gradient_group(group)
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, broadcast_buffers=False)
+
+    def sum_then_average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        # DDP's own reduction divides by dp x sp: the sum over sp would be off by a factor that is not always exact.
+        return collectives.all_reduce_future(bucket.buffer(), process_group, "gradients", replicas)
+
+    wrapped.register_comm_hook(None, sum_then_average)
+    return wrapped
+
+
+def _gradient_group(group: SequenceGroup) -> tuple[dist.ProcessGroup, int]:
+    """The ranks that hold replicas or shares of one gradient, and how many of them are data-parallel replicas."""
+    mesh, axis = group.mesh, group.axis
+    if mesh is None or axis is None or "dp" not in (mesh.mesh_dim_names or ()) or mesh["dp"].size() == 1:
+        return group.process_group, 1
+    return mesh["dp", axis]._flatten(f"dp_{axis}").get_group(), mesh["dp"].size()

@@ -1,0 +1,130 @@
+"""SequenceGroup: the ranks that share one sequence, as a frozen value; and the mesh it is cut from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lasp.parallel import collectives
+from lasp.parallel.agreement import Agreement
+from lasp.parallel.layout import LAYOUTS, house_pieces
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceGroup:
+    """The ranks that hold one sequence together, and this rank's place among them.
+
+    Made by `from_mesh` or `from_group`; never changed, never looked up, passed as an argument.
+    """
+
+    process_group: dist.ProcessGroup
+    control: dist.ProcessGroup  # carries headers on the CPU; the same group where that one can
+    rank: int
+    size: int
+    layout: str
+    checks: bool
+    mesh: DeviceMesh | None = None
+    axis: str | None = None  # of the mesh, where there is one
+
+    @classmethod
+    def from_mesh(
+        cls, mesh: DeviceMesh, axis: str = "sp", layout: str = "contiguous", heads: int = 1, checks: bool = True
+    ) -> SequenceGroup:
+        """The ranks along one axis of a mesh (`lasp.init_mesh`).
+
+        layout: "contiguous" or "zigzag". checks: begin every call with a header that all ranks compare; an unchecked
+        group trusts that the ranks hold the house's cut of the sequence. heads: the ranks of the group that exchange
+        heads (ulysses x ring); only 1 is built.
+        """
+        if axis not in (mesh.mesh_dim_names or ()):
+            raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {axis!r}")
+        if heads != 1:
+            raise ValueError(f"heads must be 1: splitting a group for ulysses x ring is not built yet, got {heads}")
+        return cls._make(mesh.get_group(axis), layout, checks, mesh, axis)
+
+    @classmethod
+    def from_group(
+        cls, process_group: dist.ProcessGroup | None = None, layout: str = "contiguous", checks: bool = True
+    ) -> SequenceGroup:
+        """The ranks of an existing process group, by default the world. Every rank of it calls this."""
+        return cls._make(process_group, layout, checks)
+
+    @classmethod
+    def _make(
+        cls,
+        process_group: dist.ProcessGroup | None,
+        layout: str,
+        checks: bool,
+        mesh: DeviceMesh | None = None,
+        axis: str | None = None,
+    ) -> SequenceGroup:
+        process_group = process_group or dist.group.WORLD
+        assert process_group is not None, "a world without a process group"
+        rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        if rank < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
+        control = _cpu_group(process_group)
+        error = None if layout in LAYOUTS else f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}"
+        Agreement(control, {"layout": layout, "checks": checks}, error).wait()
+        return cls(process_group, control, rank, size, layout, checks, mesh, axis)
+
+    def slices(self, length: int) -> list[slice]:
+        """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
+        pieces = house_pieces(length, self.size, self.layout)
+        return [slice(piece.start, piece.stop) for piece in pieces if piece.rank == self.rank]
+
+    def agree(self, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
+        """Start the header exchange of a call: `fields` must be equal on all ranks, `error` is this rank's own."""
+        return Agreement(self.control, fields, error, tokens)
+
+
+def init_mesh(
+    *, sp: int = 1, dp: int | None = None, tp: int = 1, device: str | torch.device | None = None
+) -> DeviceMesh:
+    """A DeviceMesh with axes ("dp", "sp", "tp"); sequence-parallel ranks are neighbours.
+
+    dp=None takes what sp and tp leave of the world. Creates the process group if there is none: from the launcher's
+    rendezvous, or of this process alone where no launcher set one up. device: "cuda" when there is one, else "cpu".
+    Raises ValueError when the sizes do not multiply to the world size.
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if not dist.is_initialized():
+        _init_process_group()
+    world = dist.get_world_size()
+    sizes = {"dp": dp, "sp": sp, "tp": tp}
+    if any(size is not None and size < 1 for size in sizes.values()):
+        raise ValueError(f"the axes of a mesh must be at least 1, got {sizes}")
+    dp = max(1, world // (sp * tp)) if dp is None else dp
+    if dp * sp * tp != world:
+        raise ValueError(f"dp x sp x tp = {dp} x {sp} x {tp} = {dp * sp * tp} ranks, but the world has {world}")
+    return init_device_mesh(kind, (dp, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
+
+
+def shutdown() -> None:
+    """Leave the process group together: destroying it while a peer still sends aborts that peer."""
+    if dist.is_initialized():
+        collectives.barrier(None)
+        dist.destroy_process_group()
+
+
+def _init_process_group() -> None:
+    """Join the launcher's rendezvous; a process that no launcher started is a world of its own."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend)
+    except ValueError as error:
+        if "environment variable" not in str(error):
+            raise
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _cpu_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that can carry CPU tensors: NCCL alone cannot."""
+    if dist.get_world_size(process_group) == 1 or "cpu" in dist.get_backend_config(process_group):
+        return process_group
+    ranks = dist.get_process_group_ranks(process_group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

@@ -1,0 +1,270 @@
+"""Where differentiation lives: a kernel family joined to a scan over ranks (LASP-2, arXiv:2502.07563).
+
+    forward                                        backward
+      states     kernel, from an empty memory        adjoint       kernel, from no later gradient
+      start      the scan of maps (A, U)             start         the reverse scan of (A^T, dU)
+      inside     kernel, while the scan travels      grad_inside   kernel, while the scan travels
+      wait       the state that enters each run      wait          the gradient that enters each run's end
+      read_out   kernel                              grad_read_out kernel
+
+One exchange forward, one backward. The true states are saved, never exchanged again. One rank is the same code with
+nothing in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels.segment import Segment
+from lasp.parallel import collectives
+from lasp.parallel.group import SequenceGroup
+from lasp.parallel.layout import Link, Plan
+from lasp.parallel.scan import BACKWARD, FORWARD, Direction, Transfers, start_scan
+
+Inputs = tuple[Tensor | None, ...]
+
+
+class Chain(Protocol):
+    """States between the chunks of each run, or their gradients where it runs backwards."""
+
+    def segment(self, run: int) -> Segment: ...
+    def adjoint(self, run: int) -> Segment: ...
+    def enter(self, incoming: list[Tensor | None]) -> None: ...
+    def enter_backwards(self, incoming: list[Tensor | None]) -> None: ...
+    def fill(self, runs: list[Tensor]) -> None: ...
+    def starts(self) -> list[Tensor]: ...
+    def ends(self) -> list[Tensor]: ...
+
+
+class Recurrence(Protocol):
+    """A kernel family, set up for one call (`lasp.kernels.decay.recurrence`).
+
+    inputs are the tensors q, k, v and gates; a chain and accumulated gradients are the family's own.
+    """
+
+    def states(self, inputs: Any) -> Chain: ...
+    def inside(self, inputs: Any) -> Tensor: ...
+    def read_out(self, inputs: Any, entered: Any, output: Tensor) -> Tensor: ...
+    def adjoint(self, inputs: Any, grad: Tensor, entered: Any) -> Chain: ...
+    def grad_inside(self, inputs: Any, grad: Tensor) -> Any: ...
+    def grad_read_out(self, inputs: Any, grad: Tensor, entered: Any, adjoint: Any, total: Any) -> Inputs: ...
+    def blank_output(self, inputs: Any) -> Tensor: ...
+    def blank_gradients(self, inputs: Any) -> Any: ...
+    def transfer_rule(self, inputs: Any) -> Callable[[int], Tensor] | None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about one call that is not a tensor.
+
+    plan: waits for the ranks' agreement and returns the plan; nothing is sent before. final: return final states.
+    """
+
+    recurrence: Recurrence
+    plan: Callable[[], Plan]
+    group: SequenceGroup | None
+    scan: str
+    final: bool
+
+
+def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Run a causal recurrence over the whole sequence.
+
+    initial_state [documents, B, H, K, V] or None. Returns the local output [B, T, Ho, V] and, when the call asks for
+    them, the final states [documents, B, H, K, V], the same on every rank.
+    """
+    output, final = _CausalRecurrence.apply(call, initial_state, *inputs)
+    return output, final if call.final else None
+
+
+class _CausalRecurrence(torch.autograd.Function):
+    """
+    inputs     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], gates; initial_state [documents, B, H, K, V]
+    outputs    output [B, T, Ho, V], final states [documents, B, H, K, V]
+    forward    one scan of [H, K, V] per link; one all-reduce of the final states if asked for
+    backward   one reverse scan of [H, K, V] per link; one all-reduce of the final states' gradient if they were given
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        recurrence = call.recurrence
+        chain = recurrence.states(inputs)
+        plan = call.plan()
+        transfers = Transfers(recurrence.transfer_rule(inputs))
+        initial = [None if initial_state is None else initial_state[run.document] for run in plan.runs]
+        maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
+        scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
+        output = recurrence.inside(inputs)
+        chain.enter(_enter_runs(plan, scan.wait(), initial))
+        output = recurrence.read_out(inputs, chain, output)
+        final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
+        ctx.call, ctx.plan, ctx.chain, ctx.transfers = call, plan, chain, transfers
+        ctx.has_initial = initial_state is not None
+        ctx.save_for_backward(*inputs)
+        return output, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, plan, inputs, recurrence = ctx.call, ctx.plan, ctx.saved_tensors, ctx.call.recurrence
+        adjoint = recurrence.adjoint(inputs, grad, ctx.chain)
+        ends = _ends_grad(call, plan, grad_final)
+        maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
+        scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
+        total = recurrence.grad_inside(inputs, grad)
+        adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
+        grads = recurrence.grad_read_out(inputs, grad, ctx.chain, adjoint, total)
+        initial = _initial_grad(plan, adjoint.starts()) if ctx.has_initial else None
+        return None, initial, *grads
+
+
+# Runs and links -----------------------------------------------------------------------------------------------------
+
+
+def _link_map(link: Link, plan: Plan, chain: Chain, initial: list[Tensor | None]) -> Segment:
+    """What a link does to the state that enters it: its last run decides, since all but the first begin anew."""
+    run = plan.runs_of(link)[-1]
+    segment, start = chain.segment(run), initial[run]
+    if plan.runs[run].reset:
+        state = segment.state if start is None else segment(start)
+        return Segment(torch.zeros_like(segment.transfer), state)
+    return segment
+
+
+def _link_adjoint(link: Link, plan: Plan, adjoint: Chain, ends: list[Tensor | None]) -> Segment:
+    """What a link does to the gradient of the state that leaves it: its first run decides."""
+    first = plan.runs_of(link)[0]
+    segment, end, run = adjoint.adjoint(first), ends[first], plan.runs[first]
+    state = segment.state if end is None else segment(end)
+    if run.reset:
+        state = torch.zeros_like(state)
+    return segment.adjoint(state) if not link.reset else Segment(torch.zeros_like(segment.transfer), state)
+
+
+def _enter_runs(plan: Plan, links: list[Tensor | None], initial: list[Tensor | None]) -> list[Tensor | None]:
+    """The state that enters each run: its document's initial state, or what enters its link."""
+    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
+    return [initial[i] if run.reset else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
+
+
+def _enter_ends(plan: Plan, links: list[Tensor | None], ends: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradient of the state that leaves each run: its document's final state's, or what enters its link's end."""
+    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
+    return [ends[i] if run.last else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
+
+
+def _share_ends(call: Call, plan: Plan, states: list[Tensor], phase: str) -> Tensor:
+    """The states at the ends of all documents [documents, B, H, K, V], on every rank."""
+    shared = states[0].new_zeros(plan.documents, *states[0].shape)
+    for run, state in zip(plan.runs, states, strict=True):
+        if run.last:
+            shared[run.document] = state
+    return shared if call.group is None else collectives.all_reduce(shared, call.group.process_group, phase).wait()
+
+
+def _ends_grad(call: Call, plan: Plan, grad_final: Tensor | None) -> list[Tensor | None]:
+    """The gradient of the final state where a document ends in one of this rank's runs, summed over the ranks."""
+    if not call.final:
+        return [None] * len(plan.runs)
+    assert grad_final is not None, "autograd materialises the gradient of a returned final state"
+    if call.group is not None:
+        grad_final = collectives.all_reduce(grad_final.clone(), call.group.process_group, "backward").wait()
+    return [grad_final[run.document] if run.last else None for run in plan.runs]
+
+
+def _initial_grad(plan: Plan, starts: list[Tensor]) -> Tensor:
+    """This rank's part of the gradient of the initial states: the documents that begin in one of its runs."""
+    grad = starts[0].new_zeros(plan.documents, *starts[0].shape)
+    for run, start in zip(plan.runs, starts, strict=True):
+        if run.reset:
+            grad[run.document] = start
+    return grad
+
+
+# Without mask -------------------------------------------------------------------------------------------------------
+
+
+def bidirectional_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Every token reads the state at its document's end (LASP-2, arXiv:2502.07563, algorithm 1). No decay.
+
+    Arguments and results as in `causal_recurrence`.
+    """
+    output, final = _BidirectionalRecurrence.apply(call, initial_state, *inputs)
+    return output, final if call.final else None
+
+
+class _BidirectionalRecurrence(torch.autograd.Function):
+    """
+    inputs     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V]; initial_state [documents, B, H, K, V]
+    outputs    output [B, T, Ho, V], final states [documents, B, H, K, V]
+    forward    one document: one all-reduce of [H, K, V]; more: a scan and a reverse scan. Final states: one all-reduce
+    backward   the same of the gradients
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        recurrence = call.recurrence
+        chain = recurrence.states(inputs)
+        plan = call.plan()
+        transfers = Transfers(recurrence.transfer_rule(inputs))
+        totals = _document_totals(call, plan, chain.ends(), transfers, "forward")
+        if initial_state is not None:
+            totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
+        chain.fill(totals)
+        output = recurrence.read_out(inputs, chain, recurrence.blank_output(inputs))
+        final = _share_ends(call, plan, totals, "forward") if call.final else None
+        ctx.call, ctx.plan, ctx.chain, ctx.transfers = call, plan, chain, transfers
+        ctx.has_initial = initial_state is not None
+        ctx.save_for_backward(*inputs)
+        return output, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, plan, inputs, recurrence = ctx.call, ctx.plan, ctx.saved_tensors, ctx.call.recurrence
+        adjoint = recurrence.adjoint(inputs, grad, ctx.chain)
+        ends = _ends_grad(call, plan, grad_final)
+        own = [start if end is None else start + end for start, end in zip(adjoint.starts(), ends, strict=True)]
+        initial = None
+        if ctx.has_initial:
+            initial = own[0].new_zeros(plan.documents, *own[0].shape)
+            for run, part in zip(plan.runs, own, strict=True):
+                initial[run.document] += part
+        adjoint.fill(_document_totals(call, plan, own, ctx.transfers, "backward"))
+        total = recurrence.blank_gradients(inputs)
+        return None, initial, *recurrence.grad_read_out(inputs, grad, ctx.chain, adjoint, total)
+
+
+def _document_totals(call: Call, plan: Plan, own: list[Tensor], transfers: Transfers, phase: str) -> list[Tensor]:
+    """For each run the sum of `own` [B, H, K, V] over all runs of its document, on all ranks."""
+    if plan.documents == 1:
+        total = torch.stack(own).sum(0)
+        if call.group is not None:
+            total = collectives.all_reduce(total, call.group.process_group, phase).wait()
+        return [total] * len(own)
+    totals = list(own)
+    one = torch.ones_like(own[0][..., :1, :1])
+    for reverse in (False, True):
+        states = []
+        for link in plan.own_links:
+            run = plan.runs_of(link)[0 if reverse else -1]
+            passes = not (plan.runs[run].reset and reverse)
+            states.append(Segment(one, own[run] if passes else torch.zeros_like(own[run])))
+        scan = start_scan(call.scan, states, plan, call.group, Direction(phase, reverse), transfers)
+        arrived = scan.wait()
+        for link in plan.own_links:
+            run, entering = plan.runs_of(link)[-1 if reverse else 0], arrived[link.place]
+            outside = plan.runs[run].last if reverse else plan.runs[run].reset
+            if entering is not None and not outside:
+                totals[run] = totals[run] + entering
+    return totals

@@ -1,0 +1,65 @@
+"""Losses that are means over the whole sequence, and whose gradients are this rank's part of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.parallel import collectives
+from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.group import SequenceGroup
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    group: SequenceGroup | None = None,
+    ignore_index: int = -100,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Mean cross-entropy over the whole sequence's valid tokens. It never shifts.
+
+    logits [..., vocabulary], labels [...], both local. num_items: the denominator, where it is not the number of valid
+    tokens of this batch (gradient accumulation). The value is the same on every rank; the gradient is that of this
+    rank's tokens, and the ranks' gradients sum to the whole. Computed in fp32 (fp64 for fp64 logits). Without a single
+    valid token in the whole sequence the result is nan, as torch's. Raises ValueError on every rank for bad shapes or
+    labels.
+    """
+    begin_call(group, lambda: _check(logits, labels, ignore_index, num_items))()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    local = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    valid = (labels != ignore_index).sum()
+    # One message for both sums: fp64 holds any count exactly.
+    sums = torch.stack([local.detach().double(), valid.double()])
+    if group is not None:
+        sums = collectives.all_reduce(sums, group.process_group, "forward").wait()
+    denominator = sums[1] if num_items is None else torch.as_tensor(num_items, device=logits.device)
+    own = local / denominator.to(local.dtype)
+    # Exactly the same value on every rank, with the gradient of this rank's part.
+    return (sums[0] / denominator).to(own.dtype) + (own - own.detach())
+
+
+def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Arguments:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {list(logits.shape)} need labels {list(logits.shape[:-1])}, got {list(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.device.type == "cpu" and labels.numel():
+        counted = labels[labels != ignore_index]
+        if counted.numel() and not 0 <= counted.min() <= counted.max() < logits.shape[-1]:
+            raise ValueError(
+                f"labels must lie in 0..{logits.shape[-1] - 1} or be {ignore_index}, "
+                f"got {counted.min().item()}..{counted.max().item()}"
+            )
+    fields: dict[str, Any] = {
+        "vocabulary": logits.shape[-1],
+        "logits dtype": str(logits.dtype),
+        "ignore_index": ignore_index,
+        "num_items": None if num_items is None else float(num_items),
+        "backward": logits.requires_grad and torch.is_grad_enabled(),
+    }
+    return Arguments(fields, labels.numel())

@@ -1,0 +1,59 @@
+"""One mpirun of four ranks runs all of these tests; smaller worlds are subgroups of it.
+
+MPI only tells each rank who it is and where to meet; the tests themselves talk through gloo.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+import lasp
+
+WORLD = 4
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[MPI.Comm]:
+    """All four ranks, in a gloo process group."""
+    comm = MPI.COMM_WORLD
+    assert comm.size == WORLD, f"run with: mpirun -n {WORLD} python -m pytest --with-mpi (got {comm.size} ranks)"
+    torch.set_num_threads(1)
+    folder = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=WORLD, timeout=timedelta(seconds=40)
+    )
+    yield comm
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def together(world: MPI.Comm) -> Iterator[None]:
+    """No rank begins a test before the others have left the last one."""
+    yield
+    world.barrier()
+
+
+@pytest.fixture(scope="session")
+def subgroups(world: MPI.Comm) -> dict[int, dist.ProcessGroup | None]:
+    """Process groups of the first 1, 2 and 4 ranks."""
+    return {size: dist.new_group(list(range(size))) for size in (1, 2, WORLD)}
+
+
+@pytest.fixture(scope="session")
+def group_of(world: MPI.Comm, subgroups: dict[int, dist.ProcessGroup]) -> Callable[..., lasp.SequenceGroup | None]:
+    """Make a SequenceGroup of the first `size` ranks; None on the ranks outside it."""
+
+    def make(size: int, layout: str = "contiguous", checks: bool = True) -> lasp.SequenceGroup | None:
+        if world.rank >= size:
+            return None
+        return lasp.SequenceGroup.from_group(subgroups[size], layout=layout, checks=checks)
+
+    return make

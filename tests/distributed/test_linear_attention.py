@@ -1,0 +1,240 @@
+"""Linear attention with the sequence cut over 1, 2 and 4 ranks, against the token-by-token reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lasp
+from lasp.kernels.documents import document_bounds
+from lasp.parallel.layout import make_plan, pieces_of
+from tests.oracle import DECAYS, Problem, assert_close, make_problem, solve
+
+pytestmark = pytest.mark.mpi
+
+LENGTH = 37
+CUTS = {1: [(37,)], 2: [(19, 18), (5, 32), (37, 0)], 4: [(10, 9, 9, 9), (1, 20, 0, 16)]}
+CASES = [(size, lengths) for size, cuts in CUTS.items() for lengths in cuts]
+# Documents of one token, none, ending at a border of 10 | 9 | 9 | 9 and of 1 | 20 | 0 | 16, and across several ranks.
+DOCUMENTS = (0, 1, 10, 10, 21, 22, 36, 37, 37)
+
+
+def cut_problem(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int, ...]) -> Problem:
+    """This rank's part of a problem; what speaks of the whole sequence stays whole."""
+    pieces = [p for p in pieces_of(lengths, group.layout) if p.rank == group.rank]
+
+    def part(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None or x.dim() == 1:
+            return x
+        return torch.cat([x[:, p.start : p.stop] for p in pieces], 1)
+
+    tokens = {name: part(getattr(problem, name)) for name in ("q", "k", "v", "log_decay", "grad_output")}
+    # A replicated output receives the sum over the ranks of their gradients.
+    return replace(problem, **tokens, grad_final=problem.grad_final / group.size)
+
+
+def solve_cut(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int, ...], scan: str) -> dict:
+    """The cut problem's results, put together again."""
+    attention = partial(lasp.linear_attention, output_final_state=True, chunk_size=8, group=group, scan=scan)
+    local = solve(cut_problem(problem, group, lengths), attention)
+    whole = {}
+    for name, value in local.items():
+        if name == "final_state":
+            whole[name] = value
+        elif name == "dinitial_state" or (name == "dlog_decay" and value.dim() == 1):
+            whole[name] = value.clone()
+            dist.all_reduce(whole[name], group=group.process_group)
+        else:
+            whole[name] = lasp.unshard(value, group)
+    return whole
+
+
+@pytest.mark.parametrize(("size", "lengths"), CASES)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan: str, cu_seqlens) -> None:
+    if (group := group_of(size)) is None:
+        return
+    problem = make_problem(decay, LENGTH, cu_seqlens=cu_seqlens)
+    assert_close(solve_cut(problem, group, lengths, scan), solve(problem), problem, 1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+def test_two_runs_per_rank(group_of, size: int, decay: str, scan: str, cu_seqlens) -> None:
+    """The zigzag layout: two links of the chain on every rank."""
+    if (group := group_of(size, layout="zigzag")) is None:
+        return
+    lengths = tuple(sum(s.stop - s.start for s in lasp_slices) for lasp_slices in all_slices(size))
+    problem = make_problem(decay, LENGTH, cu_seqlens=cu_seqlens)
+    assert_close(solve_cut(problem, group, lengths, scan), solve(problem), problem, 1e-10)
+
+
+def all_slices(size: int) -> list[list[slice]]:
+    """Every rank's slices of a zigzag sequence of LENGTH tokens."""
+    pieces = pieces_of_house(size)
+    return [[slice(p.start, p.stop) for p in pieces if p.rank == rank] for rank in range(size)]
+
+
+def pieces_of_house(size: int):
+    from lasp.parallel.layout import house_pieces
+
+    return house_pieces(LENGTH, size, "zigzag")
+
+
+@pytest.mark.parametrize(("size", "lengths"), CASES)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+@pytest.mark.parametrize("initial", [True, False])
+def test_without_mask(group_of, size: int, lengths: tuple[int, ...], scan: str, cu_seqlens, initial: bool) -> None:
+    if (group := group_of(size)) is None:
+        return
+    problem = make_problem("none", LENGTH, cu_seqlens=cu_seqlens, causal=False, initial=initial)
+    assert_close(solve_cut(problem, group, lengths, scan), solve(problem), problem, 1e-10)
+
+
+@pytest.mark.parametrize("decay", DECAYS[1:])
+@pytest.mark.parametrize("strength", [20.0, 50.0])
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+def test_strong_decays(group_of, decay: str, strength: float, cu_seqlens) -> None:
+    group = group_of(4)
+    problem = make_problem(decay, LENGTH, strength=strength, cu_seqlens=cu_seqlens)
+    assert_close(solve_cut(problem, group, (10, 9, 9, 9), "gather"), solve(problem), problem, 1e-10)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+def test_fp32(group_of, decay: str, scan: str) -> None:
+    group = group_of(4)
+    problem = make_problem(decay, 150, strength=0.2, dims=(32, 16), dtype=torch.float32)
+    assert_close(solve_cut(problem, group, (40, 37, 13, 60), scan), solve(problem), problem, 1e-5, gates=1e-4)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 2, 2), (1, 1, 4, 4), (2, 2, 2, 1)])
+def test_grouped_heads(group_of, heads: tuple[int, int, int, int]) -> None:
+    group = group_of(4)
+    problem = make_problem("token", LENGTH, heads=heads)
+    assert_close(solve_cut(problem, group, (10, 9, 9, 9), "gather"), solve(problem), problem, 1e-10)
+
+
+def test_unchecked_group_gives_the_same(group_of) -> None:
+    group = group_of(4, checks=False)
+    for cu_seqlens, length in ((None, 36), (DOCUMENTS, LENGTH)):
+        problem = make_problem("head", length, cu_seqlens=cu_seqlens)
+        lengths = (9, 9, 9, 9) if length == 36 else (10, 9, 9, 9)
+        attention = partial(lasp.linear_attention, output_final_state=True, chunk_size=8, group=group)
+        local = cut_problem(problem, group, lengths)
+        with lasp.traffic() as ledger:
+            found = solve(local, attention)
+        assert not ledger.of("control")
+        expected = solve(problem)
+        torch.testing.assert_close(found["final_state"], expected["final_state"], rtol=0, atol=1e-12)
+        part = slice(sum(lengths[: group.rank]), sum(lengths[: group.rank + 1]))
+        torch.testing.assert_close(found["dv"], expected["dv"][:, part], rtol=0, atol=1e-12)
+
+
+# The ledger ---------------------------------------------------------------------------------------------------------
+
+STATE = 2 * 2 * 6 * 5 * 8  # bytes: two batches, two heads, K = 6, V = 5, fp64
+TRANSFER = {"none": 0, "head": 0, "token": 2 * 2 * 8, "channel": 2 * 2 * 6 * 8}
+
+
+def run_once(group: lasp.SequenceGroup, decay: str, scan: str, causal: bool = True) -> lasp.parallel.collectives.Ledger:
+    problem = make_problem(decay, 36, initial=False, causal=causal)
+    lengths = tuple(36 // group.size for _ in range(group.size))
+    local = cut_problem(problem, group, lengths)
+    q = local.q.requires_grad_()
+    with lasp.traffic() as ledger:
+        output = lasp.linear_attention(q, local.k, local.v, local.log_decay, causal=causal, group=group, scan=scan)
+        output.backward(local.grad_output)
+    return ledger
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gather_is_one_all_gather_each_way(group_of, size: int, decay: str) -> None:
+    if (group := group_of(size)) is None:
+        return
+    ledger = run_once(group, decay, "gather")
+    assert ledger.of("forward") == [("all_gather", "forward", (size - 1) * (STATE + TRANSFER[decay]), 1)]
+    assert ledger.of("backward") == [("all_gather", "backward", (size - 1) * STATE, 1)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_ring_takes_one_hop_less_than_ranks(group_of, size: int, decay: str) -> None:
+    if (group := group_of(size)) is None:
+        return
+    ledger = run_once(group, decay, "ring")
+    first, last = group.rank == 0, group.rank == size - 1
+    assert ledger.of("forward") == [("ring", "forward", 0 if first else STATE, size - 1)]
+    assert ledger.of("backward") == [("ring", "backward", 0 if last else STATE, size - 1)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_zigzag_ring_takes_twice_the_hops(group_of, size: int) -> None:
+    if (group := group_of(size, layout="zigzag")) is None:
+        return
+    problem = make_problem("token", 40, initial=False)
+    local = cut_problem(problem, group, tuple(40 // size for _ in range(size)))
+    with lasp.traffic() as ledger:
+        lasp.linear_attention(local.q, local.k, local.v, local.log_decay, group=group, scan="ring")
+    # The middle two links are neighbours on the last rank, and nothing enters the very first.
+    received = {0: 1, size - 1: 1}.get(group.rank, 2)
+    assert ledger.of("forward") == [("ring", "forward", received * STATE, 2 * (size - 1))]
+
+
+def test_without_mask_is_one_all_reduce_each_way(group_of) -> None:
+    ledger = run_once(group_of(4), "none", "gather", causal=False)
+    assert ledger.of("forward") == [("all_reduce", "forward", 2 * 3 * STATE // 4, 1)]
+    assert ledger.of("backward") == [("all_reduce", "backward", 2 * 3 * STATE // 4, 1)]
+
+
+def test_one_rank_sends_nothing(group_of) -> None:
+    if (group := group_of(1)) is not None:
+        assert run_once(group, "channel", "gather").records == []
+
+
+def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order of events on one rank: the scan starts, the inside computes, the scan is awaited; the same backwards."""
+    from lasp.kernels.decay.recurrence import DecayRecurrence
+    from lasp.parallel import collectives, scan
+
+    events: list[str] = []
+    for name in ("inside", "grad_inside"):
+        kernel = getattr(DecayRecurrence, name)
+        monkeypatch.setattr(
+            DecayRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1]
+        )
+    start, wait = collectives.all_gather, scan._Gather.wait
+
+    def spy_start(tensor, group, phase):
+        if phase != "control":
+            events.append("start")
+        return start(tensor, group, phase)
+
+    monkeypatch.setattr(collectives, "all_gather", spy_start)
+    monkeypatch.setattr(scan._Gather, "wait", lambda self: (events.append("wait"), wait(self))[1])
+    run_once(group_of(4), "token", "gather")
+    assert events == ["start", "inside", "wait", "start", "grad_inside", "wait"]
+
+
+def test_plan_of_a_document_over_three_ranks() -> None:
+    """Integers only: a document that spans ranks is one run on each, and only its ends reset and finish."""
+    bounds = document_bounds((0, 3, 30, 37), 37)
+    plans = [make_plan((10, 9, 9, 9), rank, "contiguous", bounds) for rank in range(4)]
+    runs = [[(r.offset, r.length, r.document, r.reset, r.last) for r in plan.runs] for plan in plans]
+    assert runs == [
+        [(0, 3, 0, True, True), (3, 7, 1, True, False)],
+        [(0, 9, 1, False, False)],
+        [(0, 9, 1, False, False)],
+        [(0, 2, 1, False, True), (2, 7, 2, True, True)],
+    ]
+    assert [link.reset for link in plans[0].links] == [True, False, False, True]
