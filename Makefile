@@ -16,11 +16,11 @@ test-single: $(VENV)/.test
 	$(PYTHON) -m pytest tests --ignore tests/distributed -m "not slow"
 
 test-distributed: $(VENV)/.test
-	$(MPIRUN) $(PYTHON) -m pytest tests/distributed --with-mpi -m "not slow" -p no:cacheprovider
+	$(MPIRUN) $(PYTHON) -m pytest tests/distributed --with-mpi -m "not slow" -p no:cacheprovider --color=no
 
 test-slow: $(VENV)/.test
 	$(PYTHON) -m pytest tests --ignore tests/distributed -m slow
-	$(MPIRUN) $(PYTHON) -m pytest tests/distributed --with-mpi -m slow -p no:cacheprovider
+	$(MPIRUN) $(PYTHON) -m pytest tests/distributed --with-mpi -m slow -p no:cacheprovider --color=no
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff format --check .

@@ -1,7 +1,5 @@
 """Parameter gradients: summed over the ranks of a sequence, averaged over data-parallel replicas."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any
 

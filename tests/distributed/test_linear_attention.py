@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import lasp
 from lasp.kernels.documents import document_bounds
-from lasp.parallel.layout import make_plan, pieces_of
+from lasp.parallel.layout import house_pieces, make_plan, pieces_of
 from tests.oracle import DECAYS, Problem, assert_close, make_problem, solve
 
 pytestmark = pytest.mark.mpi
@@ -72,21 +72,11 @@ def test_two_runs_per_rank(group_of, size: int, decay: str, scan: str, cu_seqlen
     """The zigzag layout: two links of the chain on every rank."""
     if (group := group_of(size, layout="zigzag")) is None:
         return
-    lengths = tuple(sum(s.stop - s.start for s in lasp_slices) for lasp_slices in all_slices(size))
+    lengths = tuple(
+        sum(p.stop - p.start for p in house_pieces(LENGTH, size, "zigzag") if p.rank == rank) for rank in range(size)
+    )
     problem = make_problem(decay, LENGTH, cu_seqlens=cu_seqlens)
     assert_close(solve_cut(problem, group, lengths, scan), solve(problem), problem, 1e-10)
-
-
-def all_slices(size: int) -> list[list[slice]]:
-    """Every rank's slices of a zigzag sequence of LENGTH tokens."""
-    pieces = pieces_of_house(size)
-    return [[slice(p.start, p.stop) for p in pieces if p.rank == rank] for rank in range(size)]
-
-
-def pieces_of_house(size: int):
-    from lasp.parallel.layout import house_pieces
-
-    return house_pieces(LENGTH, size, "zigzag")
 
 
 @pytest.mark.parametrize(("size", "lengths"), CASES)
@@ -210,9 +200,7 @@ def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypat
     events: list[str] = []
     for name in ("inside", "grad_inside"):
         kernel = getattr(DecayRecurrence, name)
-        monkeypatch.setattr(
-            DecayRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1]
-        )
+        monkeypatch.setattr(DecayRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1])
     start, wait = collectives.all_gather, scan._Gather.wait
 
     def spy_start(tensor, group, phase):

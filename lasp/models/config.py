@@ -1,0 +1,127 @@
+"""The configuration of Linear-Llama3, and the sizes it is known in."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from lasp.layers import mixer_class
+
+# Shapes of "160m" and "410m" after Pythia (arXiv 2304.01373), of "1b" after LASP-2 (arXiv 2502.07563) with the
+# vocabulary of Llama 3; "tiny" is for tests and demonstrations, with a byte per token.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "160m": {
+        "vocab_size": 50304,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "410m": {
+        "vocab_size": 50304,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+class LinearLlamaConfig(PreTrainedConfig):
+    """Configuration of a Linear-Llama3: Llama 3 with linear mixers in the place of attention (LASP-2, section 4).
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in Llama.
+        num_attention_heads: heads of every mixer.
+        num_key_value_heads: heads of keys, values and states (default: num_attention_heads).
+        head_dim: width of a head (default: hidden_size / num_attention_heads).
+        mixer: the linear mixer, a name in `lasp.layers.MIXERS`.
+        pattern: which mixer each layer has, repeated until num_hidden_layers: a string of L (the linear mixer) and N
+            (softmax attention, not built yet) such as "LLLL", or a list of mixer names.
+        mixer_options: further keywords of a mixer by its name, such as `{"retention": {"rope_theta": 1e6}}`.
+        tie_word_embeddings: whether the head is the transposed embedding.
+        initializer_range: standard deviation of the initial weights.
+        rms_norm_eps: epsilon of all norms.
+        use_cache: whether a forward in evaluation mode returns the recurrent state.
+        **kwargs: as for `transformers.PreTrainedConfig`.
+
+    Raises:
+        ValueError: an unknown mixer or option, a pattern that does not fit, softmax layers.
+    """
+
+    model_type = "linear_llama"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    mixer: str = "lightning"
+    pattern: str | list[str] = "L"
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in self.layer_mixers:
+            mixer_class(name)
+        for name, options in (self.mixer_options or {}).items():
+            known = mixer_class(name).option_names()
+            if unknown := set(options) - known:
+                raise ValueError(f"unknown options {sorted(unknown)} of mixer {name!r}; known: {sorted(known)}")
+
+    # Not called layer_types: transformers checks a field of that name against its own list of attention kinds.
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The name of each layer's mixer, first layer first."""
+        names = [self._mixer_of(symbol) for symbol in self.pattern] if isinstance(self.pattern, str) else self.pattern
+        if not names or self.num_hidden_layers % len(names):
+            raise ValueError(
+                f"the length of pattern must divide num_hidden_layers, got {self.pattern!r} (length {len(names)})"
+                f" for {self.num_hidden_layers} layers"
+            )
+        return list(names) * (self.num_hidden_layers // len(names))
+
+    def _mixer_of(self, symbol: str) -> str:
+        if symbol == "N":
+            raise ValueError(f"softmax layers (N) are not built yet, got pattern {self.pattern!r}")
+        if symbol != "L":
+            raise ValueError(f"pattern consists of L (linear) and N (softmax), got {symbol!r} in {self.pattern!r}")
+        return self.mixer
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "LinearLlamaConfig":
+        """The configuration called `name` ("tiny", "160m", "410m" or "1b"), with some fields replaced.
+
+        Raises:
+            ValueError: an unknown name or field; and what the constructor raises.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        if unknown := set(overrides) - set(cls.__dataclass_fields__):
+            raise ValueError(f"unknown fields {sorted(unknown)} of {cls.__name__}")
+        return cls(**{**PRESETS[name], **overrides})

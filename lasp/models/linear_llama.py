@@ -1,0 +1,312 @@
+"""Linear-Llama3: Llama's blocks around linear mixers, as a Hugging Face model (LASP-2, arXiv 2502.07563, section 4).
+
+Parallelism enters through one argument, `group`, on its way down to the mixers; nothing else here knows of ranks.
+Generation carries a `RecurrentCache`: one state per layer, however long the text.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from lasp.layers import Mixer, mixer_class
+from lasp.models.cache import RecurrentCache
+from lasp.models.config import LinearLlamaConfig
+from lasp.parallel.group import SequenceGroup
+from lasp.parallel.loss import cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class SwiGLU(nn.Module):
+    """Llama's feed-forward: down(silu(gate(x)) * up(x)), [..., hidden] to [..., hidden]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LinearLlamaBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LinearLlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: Tensor | None,
+        output_final_state: bool,
+        group: SequenceGroup | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, final_state = self.mixer(
+            self.input_layernorm(x),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            output_final_state=output_final_state,
+            group=group,
+        )
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), final_state
+
+
+class LinearLlamaPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of the family."""
+
+    config_class = LinearLlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("LinearLlamaBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _is_stateful = True  # generate() then refuses what would have to take tokens back
+
+
+class LinearLlamaModel(LinearLlamaPreTrainedModel):
+    """The blocks without the head: tokens to hidden states."""
+
+    def __init__(self, config: LinearLlamaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LinearLlamaBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        group: SequenceGroup | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Arguments and errors as for `LinearLlamaForCausalLM.forward`; last_hidden_state is [B, T, hidden]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache, cu_seqlens, group)
+        past = past_key_values.seen_tokens if past_key_values is not None else 0
+        if position_ids is None and past:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
+        mask = token_mask(attention_mask, x, past, group)
+
+        states: list[Tensor | None] = []
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states: tuple[Tensor, ...] = ()
+        for index, block in enumerate(self.layers):
+            if wanted:
+                hidden_states += (x,)
+            x, state = block(
+                x,
+                position_ids=position_ids,
+                attention_mask=mask,
+                cu_seqlens=cu_seqlens,
+                state=None if past_key_values is None else past_key_values.states[index],
+                output_final_state=cache is not None,
+                group=group,
+            )
+            states.append(state)
+        if cache is not None:
+            cache.update(states, new_tokens=x.shape[1])
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x) if wanted else None,
+        )
+
+    def _cache(
+        self,
+        past: RecurrentCache | None,
+        use_cache: bool | None,
+        cu_seqlens: Tensor | None,
+        group: SequenceGroup | None,
+    ) -> RecurrentCache | None:
+        """The cache that takes this call's states, or None."""
+        plain = cu_seqlens is None and not is_parallel(group)
+        if (past is not None or use_cache) and not plain:
+            raise ValueError("a cache continues one text on one device: it takes neither cu_seqlens nor a group")
+        if past is not None and not isinstance(past, RecurrentCache):
+            raise ValueError(f"past_key_values must be a RecurrentCache, got {type(past).__name__}")
+        if past is not None and len(past.states) != len(self.layers):
+            raise ValueError(f"past_key_values has {len(past.states)} layers, the model {len(self.layers)}")
+        if use_cache is None:
+            use_cache = past is not None or (self.config.use_cache and not self.training and plain)
+        if not use_cache:
+            return None
+        return RecurrentCache(len(self.layers)) if past is None else past
+
+
+class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
+    """Linear-Llama3 with its language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read per class by transformers)
+    accepts_loss_kwargs = True  # asked by Trainer: the loss divides by num_items_in_batch
+
+    def __init__(self, config: LinearLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LinearLlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() then leaves the cache to forward()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        group: SequenceGroup | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits of the next tokens, and the loss when targets are given.
+
+        With a group, every [B, T] argument holds this rank's T tokens (`lasp.shard_batch` cuts them).
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds: [B, T, hidden].
+            attention_mask: [B, T], or [B, past + T] after `past` cached tokens; zeros are padding, which changes no
+                state wherever it stands. With a group, either every rank gives one or none does.
+            position_ids: [B or 1, T], positions in the document (default: counted from the cached tokens on; with a
+                group they must be given where a mixer needs them).
+            labels: [B, T], the tokens themselves, shifted here; only without a group. A document's last token has no
+                target.
+            shift_labels: [B, T], the target of each token, used as it is. -100 marks tokens without one.
+            cu_seqlens: [N + 1], ends of packed documents in the whole sequence (B = 1).
+            past_key_values: the states to continue from; advanced in place unless use_cache is False.
+            use_cache: whether to return the states (default: `config.use_cache`, in evaluation mode on one device and
+                without cu_seqlens).
+            logits_to_keep: how many logits to compute, from the end (0: all), or the indices of their tokens.
+            num_items_in_batch: what to divide the loss by (default: valid targets of the whole sequence).
+            output_hidden_states: whether to return the embeddings and the output of every block.
+            output_attentions: must not be True: there are no attention weights.
+            return_dict: False for a tuple.
+            group: ranks that hold the rest of the sequence.
+
+        Returns:
+            loss (scalar), logits [B, T or logits_to_keep, vocab], past_key_values, hidden_states. The loss is the mean
+            over the whole sequence, with the gradient of this rank's part of it (`lasp.cross_entropy`).
+
+        Raises:
+            ValueError: labels without shift_labels under a group, targets with logits_to_keep, not exactly one of
+                input_ids and inputs_embeds, a mask of another shape, a cache of another model or together with
+                cu_seqlens or a group, output_attentions; and what the mixers raise.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: linear mixers have no attention weights")
+        targets = next_tokens(labels, cu_seqlens, group) if shift_labels is None else shift_labels
+        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(f"a loss needs the logits of every token, got logits_to_keep={logits_to_keep}")
+        outputs = self.model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            group=group,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if targets is not None:
+            loss = cross_entropy(logits, targets, group=group, ignore_index=IGNORE_INDEX, num_items=num_items_in_batch)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+
+def build_mixer(config: LinearLlamaConfig, layer_idx: int) -> Mixer:
+    """The mixer of one layer.
+
+    Raises:
+        ValueError: one that sees later tokens; and what the mixer raises.
+    """
+    name = config.layer_mixers[layer_idx]
+    build: Callable[..., Mixer] = mixer_class(name)
+    mixer = build(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        norm_eps=config.rms_norm_eps,
+        layer_idx=layer_idx,
+        num_layers=config.num_hidden_layers,
+        **(config.mixer_options or {}).get(name, {}),
+    )
+    if not mixer.causal:
+        raise ValueError(f"a language model needs causal mixers, got {name!r} with {config.mixer_options}")
+    return mixer
+
+
+def is_parallel(group: SequenceGroup | None) -> bool:
+    """Whether other ranks hold a part of the sequence."""
+    return group is not None and group.size > 1
+
+
+def token_mask(attention_mask: Tensor | None, x: Tensor, past: int, group: SequenceGroup | None) -> Tensor | None:
+    """Which tokens of x [B, T, hidden] are not padding, bool [B, T]; None when all are."""
+    if attention_mask is None:
+        return None
+    batch, length = x.shape[:2]
+    if attention_mask.shape not in {(batch, length), (batch, past + length)}:
+        raise ValueError(
+            f"attention_mask must have shape {(batch, length)} or, with {past} cached tokens,"
+            f" {(batch, past + length)}, got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    # Padding turns a decay per head into one per token. All ranks must do so alike, so a rank may not look at its own.
+    return None if not is_parallel(group) and mask.all() else mask
+
+
+def next_tokens(labels: Tensor | None, cu_seqlens: Tensor | None, group: SequenceGroup | None) -> Tensor | None:
+    """Targets [B, T] of the tokens `labels` [B, T]: each one's successor in its document, -100 where there is none."""
+    if labels is None:
+        return None
+    if is_parallel(group):
+        raise ValueError("labels cannot be shifted across ranks: give shift_labels, as lasp.shard_batch does")
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if cu_seqlens is not None:
+        targets[:, cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+    return targets

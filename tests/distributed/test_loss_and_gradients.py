@@ -1,0 +1,98 @@
+"""The mean over a whole sequence, and parameter gradients over the axes dp and sp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lasp
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.mark.parametrize("cut", [(3, 3, 3, 4), (1, 10, 1, 1), (13, 0, 0, 0)])
+def test_cross_entropy_is_the_mean_over_the_whole_sequence(world, group_of, cut: tuple[int, ...]) -> None:
+    group = group_of(4)
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 13, 11, dtype=torch.float64, generator=rng, requires_grad=True)
+    labels = torch.randint(11, (2, 13), generator=rng)
+    labels[:, 3:6] = -100  # under the first cut, rank 1 has no label at all
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    (whole,) = torch.autograd.grad(expected, logits)
+    part = slice(sum(cut[: world.rank]), sum(cut[: world.rank + 1]))
+    local = logits.detach()[:, part].requires_grad_()
+    loss = lasp.cross_entropy(local, labels[:, part], group=group)
+    loss.backward()
+    assert len(set(world.allgather(loss.item()))) == 1
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(local.grad, whole[:, part], rtol=0, atol=1e-16)
+
+
+def test_num_items_is_the_denominator_of_accumulated_steps(group_of) -> None:
+    group = group_of(4)
+    rng = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 12, 7, generator=rng), torch.randint(7, (2, 12), generator=rng)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    halves = [
+        lasp.parallel.loss.cross_entropy(
+            lasp.shard(logits[i : i + 1], group), lasp.shard(labels[i : i + 1], group), group=group, num_items=24
+        )
+        for i in range(2)
+    ]
+    torch.testing.assert_close(sum(halves), expected)
+
+
+class Model(nn.Module):
+    """Two parameters every rank uses, one that only some do, one that none does, one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(3))
+        self.expert = nn.Parameter(torch.randn(2))
+        self.unused = nn.Parameter(torch.randn(2))
+        self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, expert: bool = True) -> torch.Tensor:
+        y = (x @ self.weight).sum() + self.bias.sum() * x.sum().float() + self.frozen.sum()
+        return y + self.expert.sum() * x.sum().float() if expert else y
+
+
+@pytest.mark.parametrize(("dp", "sp"), [(1, 4), (2, 2), (4, 1)])
+def test_sync_gradients_sums_over_sp_and_averages_over_dp(world, dp: int, sp: int) -> None:
+    mesh = lasp.init_mesh(sp=sp, dp=dp, device="cpu")
+    group = lasp.SequenceGroup.from_mesh(mesh)
+    inputs = torch.randn(4, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = Model()
+    model(inputs[world.rank], expert=world.rank == 3).backward()
+    with lasp.traffic() as ledger:
+        lasp.sync_gradients(model, group)
+    whole = Model()
+    loss = sum(whole(inputs[rank], expert=rank == 3) for rank in range(4)) / dp
+    loss.backward()
+    torch.testing.assert_close(model.weight.grad, whole.weight.grad, rtol=1e-14, atol=0)
+    torch.testing.assert_close(model.bias.grad, whole.bias.grad)
+    torch.testing.assert_close(model.expert.grad, whole.expert.grad)
+    assert model.unused.grad is None
+    assert model.frozen.grad is None
+    assert [r.op for r in ledger.of("gradients")] == ["all_reduce"] * 2  # one per dtype
+
+
+@pytest.mark.parametrize(("dp", "sp"), [(1, 4), (2, 2)])
+def test_data_parallel_gives_the_same_by_itself(world, dp: int, sp: int) -> None:
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=sp, dp=dp, device="cpu"))
+    inputs = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    plain, wrapped = nn.Linear(5, 3), nn.Linear(5, 3)
+    wrapped.load_state_dict(plain.state_dict())
+    plain(inputs[world.rank]).square().sum().backward()
+    lasp.sync_gradients(plain, group)
+    parallel = lasp.data_parallel(wrapped, group)
+    parallel(inputs[world.rank]).square().sum().backward()
+    assert torch.equal(wrapped.weight.grad, plain.weight.grad)
+    assert torch.equal(wrapped.bias.grad, plain.bias.grad)
+    with pytest.raises(ValueError, match="kind must be 'ddp', got 'magic'"):
+        lasp.data_parallel(nn.Linear(2, 2), group, kind="magic")

@@ -1,0 +1,80 @@
+"""Cutting and joining tensors and batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lasp
+
+pytestmark = pytest.mark.mpi
+LAYOUTS = ["contiguous", "zigzag"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [4, 9, 16, 37])
+@pytest.mark.parametrize("dim", [0, 1, -2])
+def test_unshard_undoes_shard(group_of, layout: str, length: int, dim: int) -> None:
+    group = group_of(4, layout=layout)
+    shape = [3, 3, 2]
+    shape[dim] = length
+    x = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+    part = lasp.shard(x, group, dim)
+    assert abs(part.shape[dim] - length / 4) < 2
+    assert torch.equal(lasp.unshard(part, group, dim), x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_follow_the_convention(world, group_of, layout: str) -> None:
+    """shard backward is this rank's part of a sum over ranks; unshard backward is the sum over the ranks."""
+    group = group_of(4, layout=layout)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 13, dtype=torch.float64, generator=rng, requires_grad=True)
+    weights = torch.randn(4, 2, 13, dtype=torch.float64, generator=rng)
+    part = lasp.shard(x, group)
+    part.retain_grad()
+    with lasp.traffic() as ledger:
+        (lasp.unshard(part, group) * weights[world.rank]).sum().backward()
+    torch.testing.assert_close(part.grad, lasp.shard(weights.sum(0), group), rtol=0, atol=1e-14)
+    assert torch.equal(lasp.shard(x.grad, group), part.grad)
+    assert x.grad.count_nonzero() == part.grad.count_nonzero()
+    assert [r.op for r in ledger.of("forward")] == ["all_gather"]
+    assert [r.op for r in ledger.of("backward")] == ["reduce_scatter"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_are_shifted_before_they_are_cut(group_of, layout: str) -> None:
+    group = group_of(4, layout=layout)
+    ids = torch.arange(100, 126).view(2, 13)
+    local = lasp.shard_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}, group)
+    whole = {name: lasp.unshard(x, group) for name, x in local.items()}
+    assert torch.equal(whole["input_ids"], ids)
+    assert torch.equal(whole["shift_labels"][:, :-1], ids[:, 1:])
+    assert (whole["shift_labels"][:, -1] == -100).all()
+    assert torch.equal(whole["labels"], whole["shift_labels"])
+    assert torch.equal(whole["position_ids"], torch.arange(13).unsqueeze(0))
+    assert torch.equal(
+        lasp.unshard(lasp.shard_batch({"input_ids": ids, "labels": ids}, group, shift=False)["labels"], group), ids
+    )
+
+
+def test_packed_batches_restart_positions_and_lose_no_target(group_of) -> None:
+    group, bounds = group_of(4), torch.tensor([0, 4, 4, 5, 13])
+    ids = torch.arange(100, 113).unsqueeze(0)
+    local = lasp.shard_batch({"input_ids": ids, "labels": ids, "cu_seqlens": bounds}, group)
+    assert torch.equal(local["cu_seqlens"], bounds)
+    assert lasp.unshard(local["position_ids"], group).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 6, 7]]
+    expected = [101, 102, 103, -100, -100, 106, 107, 108, 109, 110, 111, 112, -100]
+    assert lasp.unshard(local["shift_labels"], group).tolist() == [expected]
+
+
+def test_slices_name_the_tokens_of_a_rank(world, group_of) -> None:
+    contiguous = [[slice(0, 4)], [slice(4, 7)], [slice(7, 10)], [slice(10, 13)]]
+    zigzag = [
+        [slice(0, 2), slice(12, 13)],
+        [slice(2, 4), slice(11, 12)],
+        [slice(4, 6), slice(10, 11)],
+        [slice(6, 8), slice(8, 10)],
+    ]
+    assert group_of(4).slices(13) == contiguous[world.rank]
+    assert group_of(4, layout="zigzag").slices(13) == zigzag[world.rank]

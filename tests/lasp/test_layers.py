@@ -1,0 +1,216 @@
+"""Each mixer against the sum over pairs of tokens that defines it, and the promises all of them share."""
+
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lasp.layers import MIXERS, Lightning, LinearAttention, Mixer, Retention, mixer_class
+from lasp.layers.linear import elu_plus_one
+
+HIDDEN, HEADS, LENGTH = 24, 4, 13
+
+
+def make(name: str, **options: object) -> Mixer:
+    torch.manual_seed(0)
+    return mixer_class(name)(HIDDEN, HEADS, layer_idx=1, num_layers=4, **options).double()
+
+
+def tokens(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, length, HIDDEN, dtype=torch.float64)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def rotate_by_complex_numbers(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half], x[..., half:])
+    frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * frequencies
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def heads_of(mixer: Mixer, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, projection.weight).unflatten(-1, (-1, mixer.head_dim))
+
+
+def by_pairs(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
+    """y_t from sum_{s <= t} λ^(t-s) (q_t · k_s) v_s, written as one T x T matrix per head."""
+    q, k, v = (
+        F.linear(x, p.weight).unflatten(-1, (-1, mixer.head_dim)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    heads = torch.arange(mixer.num_kv_heads, dtype=torch.float64)
+    decay = torch.ones(mixer.num_kv_heads, dtype=torch.float64)
+    gate = None
+    if isinstance(mixer, LinearAttention):
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+    elif isinstance(mixer, Lightning):
+        q, k, v, gate = F.silu(q), F.silu(k), F.silu(v), torch.sigmoid
+        decay = torch.exp(-(2 ** (-8 * (heads + 1) / mixer.num_kv_heads)) * (1 - 1 / 4))
+    elif isinstance(mixer, Retention):
+        q, k, gate = rotate_by_complex_numbers(q), rotate_by_complex_numbers(k), F.silu
+        decay = 1 - 2 ** (-5 - heads)
+    share = mixer.num_heads // mixer.num_kv_heads
+    k, v, decay = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2), decay.repeat_interleave(share)
+    steps = torch.arange(x.shape[1])
+    distance = steps[:, None] - steps[None, :]
+    weights = torch.where(distance >= 0, decay[:, None, None] ** distance.clamp(min=0), 0.0)
+    if not mixer.causal:
+        weights = torch.ones_like(weights)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * mixer.head_dim**-0.5 * weights
+    o = torch.einsum("bhts,bshd->bthd", scores, v)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + mixer.norm.eps)
+    if gate is not None:
+        o = o * gate(heads_of(mixer, mixer.g_proj, x))
+    return F.linear(o.flatten(-2), mixer.out_proj.weight)
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_equals_its_definition(name: str, kv_heads: int) -> None:
+    mixer, x = make(name, num_kv_heads=kv_heads), tokens()
+    y, state = mixer(x, output_final_state=True)
+    close(y, by_pairs(mixer, x))
+    assert state is not None
+    assert state.shape == (2, kv_heads, HIDDEN // HEADS, HIDDEN // HEADS)
+    assert state.dtype == torch.float64
+
+
+def test_linear_attention_without_mask_sees_every_token() -> None:
+    mixer, x = make("linear", causal=False), tokens()
+    y, state = mixer(x)
+    close(y, by_pairs(mixer, x))
+    assert state is None
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_pieces_with_a_carried_state_equal_the_whole(name: str) -> None:
+    mixer, x = make(name), tokens()
+    whole, final = mixer(x, output_final_state=True)
+    positions = torch.arange(LENGTH)[None]
+    state, pieces = None, []
+    for begin, end in [(0, 5), (5, 6), (6, LENGTH)]:
+        y, state = mixer(x[:, begin:end], position_ids=positions[:, begin:end], state=state, output_final_state=True)
+        pieces.append(y)
+    close(torch.cat(pieces, 1), whole)
+    close(state, final)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_documents_equal_separate_ones(name: str) -> None:
+    mixer, x = make(name), tokens(batch=1)
+    ends = [0, 4, 5, LENGTH]
+    packed, states = mixer(x, cu_seqlens=torch.tensor(ends), output_final_state=True)
+    separate = [mixer(x[:, a:b], output_final_state=True) for a, b in itertools.pairwise(ends)]
+    close(packed, torch.cat([y for y, _ in separate], 1))
+    close(states, torch.cat([s for _, s in separate]))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_padding_anywhere_changes_nothing(name: str) -> None:
+    """Padding before, between and after the real tokens: outputs and state are those of the real tokens alone."""
+    mixer, x = make(name), tokens(batch=1)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0]]).bool()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    y, state = mixer(x, attention_mask=mask, position_ids=positions, output_final_state=True)
+    alone, alone_state = mixer(x[mask][None], output_final_state=True)
+    close(y[mask][None], alone)
+    close(state, alone_state)
+
+
+def test_only_differences_of_positions_matter_to_retention() -> None:
+    mixer, x = make("retention"), tokens()
+    positions = torch.arange(LENGTH)[None]
+    close(mixer(x, position_ids=positions + 1_000_000)[0], mixer(x)[0], 1e-9)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_receives_a_gradient(name: str) -> None:
+    mixer, x = make(name), tokens().requires_grad_()
+    mixer(x)[0].square().sum().backward()
+    for parameter in [x, *mixer.parameters()]:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_keeps_states_and_decays_in_fp32(name: str) -> None:
+    mixer, x = make(name).to(torch.bfloat16), tokens().to(torch.bfloat16)
+    y, state = mixer(x, output_final_state=True)
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    log_decay = mixer.log_decay(x)
+    if log_decay is not None:
+        assert log_decay.dtype == torch.float32
+        close(log_decay.double(), make(name).log_decay(tokens()), 1e-6)
+    exact = make(name)
+    exact.load_state_dict(mixer.state_dict())
+    reference = exact(x.double())[0]
+    assert (y.double() - reference).norm() < 2e-2 * reference.norm()
+
+
+def test_lightning_decays() -> None:
+    x = torch.empty(1, 1, HIDDEN)
+    last = Lightning(HIDDEN, 4, layer_idx=3, num_layers=4)
+    close(last.log_decay(x), -torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]) / 4, 1e-6)
+    printed = Lightning(HIDDEN, 4, layer_idx=0, num_layers=4, slopes="linear")
+    close(printed.log_decay(x), -torch.tensor([2.0, 4.0, 6.0, 8.0]), 1e-6)
+
+
+def test_elu_plus_one_keeps_small_values_in_bfloat16() -> None:
+    x = torch.tensor([-8.0, -1.0, 0.0, 2.0], requires_grad=True)
+    close(elu_plus_one(x), F.elu(x) + 1, 1e-6)
+    close(torch.autograd.grad(elu_plus_one(x).sum(), x)[0], torch.tensor([-8.0, -1.0, 0.0, 0.0]).exp(), 1e-6)
+    assert elu_plus_one(x.bfloat16())[0].item() == pytest.approx(3.35e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: mixer_class("lightening"), "'lightening'; known: lightning, linear, retention"),
+        (lambda: Lightning(HIDDEN, 4, num_kv_heads=3), "got 3 and 4"),
+        (lambda: Lightning(HIDDEN, 5), "got 5, 24"),
+        (lambda: Lightning(HIDDEN, 4, head_dim=0), "24 and 0"),
+        (lambda: Lightning(HIDDEN, 4, layer_idx=2, num_layers=2), "layer_idx 2, num_layers 2"),
+        (lambda: Lightning(HIDDEN, 4, slopes="steep"), "'steep'"),
+        (lambda: Retention(HIDDEN, 8), "even, got 3"),
+        (lambda: Retention(HIDDEN, 4, rope_theta=-1.0), "got -1.0"),
+    ],
+)
+def test_mistakes_in_building_are_value_errors(build: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"state": torch.zeros(2, HEADS, 6, 6, dtype=torch.float64)}, "needs position_ids"),
+        ({"group": SimpleNamespace(rank=1, size=2)}, "rank 1 of 2"),
+        ({"attention_mask": torch.ones(2, LENGTH)}, "bool of shape \\(2, 13\\)"),
+        ({"attention_mask": torch.ones(2, 5).bool()}, "shape \\(2, 5\\)"),
+    ],
+)
+def test_mistakes_in_calling_are_value_errors(keywords: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make("retention")(tokens(), **keywords)
+
+
+def test_options_of_a_mixer_are_its_own_keywords() -> None:
+    assert Lightning.option_names() == {"slopes"}
+    assert LinearAttention.option_names() == {"causal"}
+    assert Retention.option_names() == {"rope_theta"}
+
+
+def test_layers_do_not_import_transformers() -> None:
+    code = "import sys, lasp, lasp.layers; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

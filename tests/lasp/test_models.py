@@ -1,0 +1,291 @@
+"""Linear-Llama3: configuration, forward and loss, generation from a constant-size state, saving and loading."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lasp.layers import MIXERS
+
+transformers = pytest.importorskip("transformers")
+models = pytest.importorskip("lasp.models")
+
+PROMPT, NEW = 7, 9
+
+
+def small(mixer: str = "lightning", **overrides: object) -> "models.LinearLlamaForCausalLM":
+    torch.manual_seed(0)
+    fields = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "mixer": mixer, **overrides}
+    config = models.LinearLlamaConfig.preset("tiny", **fields)
+    # Weights large enough for clear winners among the logits.
+    config.initializer_range = 0.3
+    return models.LinearLlamaForCausalLM(config).double().eval()
+
+
+def text(batch: int = 2, length: int = PROMPT) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 61, (batch, length))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# Configuration
+
+
+def test_pattern_is_repeated_over_the_layers() -> None:
+    preset = models.LinearLlamaConfig.preset
+    assert preset("tiny", pattern="LL", mixer="retention").layer_mixers == ["retention"] * 4
+    assert preset("tiny", pattern=["lightning", "linear"]).layer_mixers == ["lightning", "linear"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"pattern": "LLL"}, "'LLL' \\(length 3\\) for 4 layers"),
+        ({"pattern": ""}, "length 0"),
+        ({"pattern": "LLLN"}, "not built yet"),
+        ({"pattern": "LLLX"}, "'X'"),
+        ({"pattern": ["lightning", "mamba9"]}, "unknown mixer 'mamba9'"),
+        ({"mixer": "lightening"}, "known: lightning, linear, retention"),
+        ({"mixer_options": {"lightning": {"slope": 1}}}, "'slope'.*known: \\['slopes'\\]"),
+        ({"hidden_sise": 3}, "'hidden_sise'"),
+    ],
+)
+def test_mistakes_in_the_configuration_are_value_errors(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        models.LinearLlamaConfig.preset("tiny", **fields)
+
+
+def test_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'7b'; known: tiny, 160m, 410m, 1b"):
+        models.LinearLlamaConfig.preset("7b")
+
+
+def test_a_language_model_refuses_mixers_that_see_the_future() -> None:
+    with pytest.raises(ValueError, match="causal"):
+        small("linear", mixer_options={"linear": {"causal": False}})
+
+
+def test_mixer_options_reach_the_layers() -> None:
+    assert small("retention", mixer_options={"retention": {"rope_theta": 5e5}}).model.layers[2].mixer.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(("mixer", "projections"), [("lightning", 5), ("retention", 5), ("linear", 4)])
+def test_parameters_of_the_1b_preset(mixer: str, projections: int) -> None:
+    config = models.LinearLlamaConfig.preset("1b", mixer=mixer)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (16, 2048, 16)
+    with torch.device("meta"):
+        model = models.LinearLlamaForCausalLM(config)
+    block = projections * 2048**2 + 128 + 3 * 2048 * 5632 + 2 * 2048
+    assert model.num_parameters() == 128256 * 2048 + 16 * block + 2048
+
+
+@pytest.mark.parametrize(("name", "millions"), [("160m", 160), ("410m", 410)])
+def test_presets_are_the_size_they_say(name: str, millions: int) -> None:
+    with torch.device("meta"):
+        model = models.LinearLlamaForCausalLM(models.LinearLlamaConfig.preset(name))
+    assert model.num_parameters() == pytest.approx(millions * 1e6, rel=0.1)
+
+
+# Forward and loss
+
+
+def test_loss_is_the_mean_over_next_tokens() -> None:
+    model, ids = small(), text()
+    output = model(ids, labels=ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    close(output.loss, expected)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    close(model(ids, shift_labels=shifted).loss, expected)
+    close(model(ids, labels=ids, shift_labels=shifted).loss, expected)
+    close(model(ids, labels=ids, num_items_in_batch=24).loss, expected / 2)
+
+
+def test_packed_documents_have_no_target_across_their_ends() -> None:
+    model, ids = small(), text(batch=1, length=12)
+    ends = torch.tensor([0, 5, 5, 12])
+    packed = model(ids, labels=ids, cu_seqlens=ends)
+    first, second = model(ids[:, :5], labels=ids[:, :5]), model(ids[:, 5:], labels=ids[:, 5:])
+    close(packed.logits, torch.cat((first.logits, second.logits), 1))
+    close(packed.loss, (4 * first.loss + 6 * second.loss) / 10)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_changes_no_real_token(mixer: str) -> None:
+    model, ids = small(mixer), text(batch=1)
+    padded = torch.cat((ids[:, :1].expand(-1, 3), ids, ids[:, :2]), 1)
+    mask = torch.tensor([[0] * 3 + [1] * PROMPT + [0] * 2])
+    close(model(padded, attention_mask=mask).logits[:, 3:-2], model(ids).logits)
+    close(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
+
+
+def test_outputs_on_request() -> None:
+    model, ids = small(), text()
+    whole = model(ids, output_hidden_states=True)
+    assert len(whole.hidden_states) == 5
+    close(model.lm_head(whole.hidden_states[-1]), whole.logits)
+    assert torch.equal(model(ids, logits_to_keep=2).logits, whole.logits[:, -2:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole.logits[:, [0, 3]])
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, whole.logits)
+    loss, logits = model(ids, labels=ids, use_cache=False, return_dict=False)
+    assert loss.ndim == 0
+    assert torch.equal(logits, whole.logits)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"labels": text(), "group": SimpleNamespace(rank=0, size=2)}, "shift_labels"),
+        ({"labels": text(), "logits_to_keep": 1}, "logits_to_keep=1"),
+        ({"inputs_embeds": torch.zeros(2, PROMPT, 32)}, "exactly one"),
+        ({"attention_mask": torch.ones(2, 3)}, "\\(2, 3\\)"),
+        ({"use_cache": True, "group": SimpleNamespace(rank=0, size=2)}, "neither cu_seqlens nor a group"),
+        ({"past_key_values": models.RecurrentCache(9)}, "9 layers, the model 4"),
+        ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache"),
+        ({"output_attentions": True}, "no attention weights"),
+    ],
+)
+def test_mistakes_in_calling_are_value_errors(keywords: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small()(text(), **keywords)
+
+
+def test_unknown_arguments_are_not_swallowed() -> None:
+    with pytest.raises(TypeError, match="atention_mask"):
+        small()(text(), atention_mask=None)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradient_checkpointing_changes_no_gradient(mixer: str) -> None:
+    model, ids = small(mixer).train(), text()
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+            assert model.model.layers[0].gradient_checkpointing
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_bfloat16_follows_fp64() -> None:
+    model, ids = small(), text(length=40)
+    model.bfloat16()
+    low = model(ids).logits
+    assert low.dtype == torch.bfloat16
+    exact = model.double()(ids).logits
+    assert (low.double() - exact).norm() < 5e-2 * exact.norm()
+
+
+# Generation
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_states_step_by_step_equal_the_whole_forward(mixer: str) -> None:
+    model, ids = small(mixer), text(length=PROMPT + NEW)
+    whole = model(ids).logits
+    cache, pieces = None, []
+    for piece in ids.split([PROMPT] + [1] * NEW, dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    close(torch.cat(pieces, 1), whole)
+    assert cache.get_seq_length() == PROMPT + NEW
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_greedy_generation_equals_the_parallel_forward(mixer: str) -> None:
+    model, ids = small(mixer), text()
+    generated = model.generate(
+        ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    sequences = generated.sequences
+    assert torch.equal(sequences[:, :PROMPT], ids)
+    parallel = model(sequences).logits[:, PROMPT - 1 : -1]
+    assert torch.equal(sequences[:, PROMPT:], parallel.argmax(-1))
+    close(torch.stack(generated.logits, 1), parallel.float(), 1e-5)  # generate() returns fp32
+    assert generated.past_key_values.seen_tokens == PROMPT + NEW - 1
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_left_padded_prompts_generate_what_they_do_alone(mixer: str) -> None:
+    model, ids = small(mixer), text()
+    batch = torch.stack((ids[0], torch.cat((torch.zeros(3, dtype=torch.long), ids[1, 3:]))))
+    mask = torch.ones_like(batch)
+    mask[1, :3] = 0
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for row, prompt in ((together[0], ids[:1]), (together[1, 3:], ids[1:, 3:])):
+        assert torch.equal(row, model.generate(prompt, max_new_tokens=NEW, do_sample=False)[0])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_beam_search_reorders_the_states(mixer: str) -> None:
+    model, ids = small(mixer), text()
+    options = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False, "num_return_sequences": 2}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_generation_continues_from_a_cache_in_chunks() -> None:
+    model, ids = small("retention"), text()
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    fresh = models.RecurrentCache(4)
+    assert torch.equal(model.generate(ids, past_key_values=fresh, prefill_chunk_size=3, **options), expected)
+
+
+def test_the_cache_does_not_grow_with_the_text() -> None:
+    model = small()
+    sizes = set()
+    for length in (1, 5, 50):
+        cache = model(text(length=length), use_cache=True).past_key_values
+        sizes.add(sum(state.numel() for state in cache.states))
+    assert sizes == {4 * 2 * 4 * 8 * 8}
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.states == [None] * 4
+
+
+def test_a_cache_is_kept_only_where_it_is_of_use() -> None:
+    model, ids = small(), text(batch=1)
+    assert model(ids).past_key_values is not None
+    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids, cu_seqlens=torch.tensor([0, 3, PROMPT])).past_key_values is None
+    assert model.train()(ids).past_key_values is None
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_saving_and_loading_is_bitwise(mixer: str, tied: bool, tmp_path: Path) -> None:
+    model = small(mixer, tie_word_embeddings=tied, pattern=[mixer, "linear"], num_key_value_heads=2).float()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.save_pretrained(tmp_path)
+    loaded = models.LinearLlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert loaded.config.layer_mixers == model.config.layer_mixers
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(loaded(text()).logits, model(text()).logits)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_auto_classes_load_after_registration(tmp_path: Path) -> None:
+    model = small().float()
+    model.save_pretrained(tmp_path)
+    models.register_auto_classes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert type(loaded) is models.LinearLlamaForCausalLM
+    assert loaded.dtype == torch.bfloat16
+    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is models.LinearLlamaModel
