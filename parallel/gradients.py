@@ -1,5 +1,6 @@
 """Parameter gradients: summed over the ranks of a sequence, averaged over data-parallel replicas."""
 
+import inspect
 from collections import defaultdict
 from typing import Any
 
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
+
+# Buffers are made alike on every rank: no need to send them with each forward. torch 2.13 renames the option.
+_DDP = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers": False}
 
 
 def sync_gradients(model: nn.Module, group: SequenceGroup) -> None:
@@ -46,7 +51,7 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> 
     if kind != "ddp":
         raise ValueError(f"kind must be 'ddp', got {kind!r}")
     process_group, replicas = _gradient_group(group)
-    wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, broadcast_buffers=False)
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, **_KEEP_BUFFERS)
 
     def sum_then_average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         # DDP's own reduction divides by dp x sp: the sum over sp would be off by a factor that is not always exact.

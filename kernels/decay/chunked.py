@@ -21,6 +21,7 @@ Shapes: n chunks of C tokens in a block, B batches, H states, G queries per stat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from lasp.kernels.decay.scores import decay_factor, scores
 from lasp.kernels.documents import Block, ChunkTable
+from lasp.kernels.scratch import Scratch
 from lasp.kernels.segment import Segment
 
 
@@ -133,9 +135,10 @@ def chunk_states(k: Tensor, v: Tensor, log_decay: Tensor | None, geometry: Geome
     states, transfers = chain.states, chain.transfers
     for first, _ in table.runs:
         states[first].zero_()
-    for block in table.blocks:
+    for block, scratch in _blocks(geometry, k):
         gates = _gates(log_decay, block, geometry)
-        keys, values = _read(k, block, geometry, _to_end(gates)), _read(v, block, geometry)
+        keys = _read(k, block, geometry, scratch, _to_end(gates))
+        values = _read(v, block, geometry, scratch)
         torch.bmm(keys.mT, values, out=chain.leaving(block))
         if gates is not None:
             transfers[block.slot : block.slot + block.chunks] = _whole(gates).mT
@@ -149,19 +152,20 @@ def inside(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, geometry: 
     shape = (*q.shape[:2], max(geometry.heads, q.shape[2]), geometry.value_dim)
     output = torch.empty(shape, dtype=geometry.dtype, device=q.device)
     scale = _scale(q, geometry)
-    for block in geometry.table.blocks:
-        queries, keys = _read(q, block, geometry, scale), _read(k, block, geometry)
-        p = scores(queries, keys, _gates(log_decay, block, geometry)).values
-        _write(output, torch.bmm(p, _read(v, block, geometry)), block)
+    for block, scratch in _blocks(geometry, q):
+        queries, keys, values = (_read(x, block, geometry, scratch) for x in (q, k, v))
+        p = scores(queries.mul_(scale), keys, _gates(log_decay, block, geometry), scratch).values
+        _write(output, scratch.product(p, values), block)
     return output
 
 
 def read_out(q: Tensor, log_decay: Tensor | None, entered: ChunkStates, output: Tensor, geometry: Geometry) -> None:
     """Add to `output` what each chunk's queries read from the state that entered the chunk."""
     scale = _scale(q, geometry)
-    for block in geometry.table.blocks:
-        queries = _read(q, block, geometry, _from_start(_gates(log_decay, block, geometry), scale))
-        _add(output, torch.bmm(queries, entered.entering(block)), block)
+    for block, scratch in _blocks(geometry, q):
+        from_start = _from_start(_gates(log_decay, block, geometry), scale)
+        queries = _read(q, block, geometry, scratch, from_start)
+        _add(output, scratch.product(queries, entered.entering(block)), block)
 
 
 # Backward -----------------------------------------------------------------------------------------------------------
@@ -175,9 +179,10 @@ def adjoint_states(
     states, scale = chain.states, _scale(q, geometry)
     for _, last in geometry.table.runs:
         states[last].zero_()
-    for block in reversed(geometry.table.blocks):
-        queries = _read(q, block, geometry, _from_start(_gates(log_decay, block, geometry), scale))
-        torch.bmm(queries.mT, _read(grad, block, geometry), out=chain.entering(block))
+    for block, scratch in _blocks(geometry, q, reverse=True):
+        from_start = _from_start(_gates(log_decay, block, geometry), scale)
+        queries, grads = _read(q, block, geometry, scratch, from_start), _read(grad, block, geometry, scratch)
+        torch.bmm(queries.mT, grads, out=chain.entering(block))
         for slot in reversed(range(block.slot, block.slot + block.chunks)):
             states[slot].addcmul_(transfers[slot], states[slot + 1])
     return chain
@@ -189,14 +194,13 @@ def grad_inside(
     """Gradients of `inside`."""
     total = _new_gradients(q, k, v, log_decay, geometry)
     scale = _scale(q, geometry)
-    for block in geometry.table.blocks:
-        queries, keys = _read(q, block, geometry, scale), _read(k, block, geometry)
-        values, grads = _read(v, block, geometry), _read(grad, block, geometry)
-        p = scores(queries, keys, _gates(log_decay, block, geometry))
-        dq, dk, dgates = p.backward(torch.bmm(grads, values.mT))
+    for block, scratch in _blocks(geometry, q):
+        queries, keys, values, grads = (_read(x, block, geometry, scratch) for x in (q, k, v, grad))
+        p = scores(queries.mul_(scale), keys, _gates(log_decay, block, geometry), scratch)
+        _write(total.v, scratch.product(p.values.mT, grads), block)
+        dq, dk, dgates = p.backward(scratch.product(grads, values.mT))
         _write(total.q, dq.mul_(scale), block)
         _write(total.k, dk, block)
-        _write(total.v, torch.bmm(p.values.mT, grads), block)
         if total.log_decay is not None and dgates is not None:
             _write(total.log_decay, dgates, block)
     return total
@@ -213,20 +217,20 @@ def grad_read_out(
     """Add the gradients of `read_out` and `chunk_states`, given the true states and their true gradients."""
     q, k, v, log_decay = inputs
     scale = _scale(q, geometry)
-    for block in geometry.table.blocks:
+    for block, scratch in _blocks(geometry, q):
         gates = _gates(log_decay, block, geometry)
         from_start, to_end = _from_start(gates, scale), _to_end(gates)
         state, dstate = entered.entering(block), adjoint.leaving(block)
-        dq = _times(torch.bmm(_read(grad, block, geometry), state.mT), from_start)
-        dk = _times(torch.bmm(_read(v, block, geometry), dstate.mT), to_end)
-        dv = torch.bmm(_read(k, block, geometry, to_end), dstate)
+        keys, values, grads = (_read(x, block, geometry, scratch) for x in (k, v, grad))
+        dq = _times(scratch.product(grads, state.mT), from_start)
+        dk = _times(scratch.product(values, dstate.mT), to_end)
         _add(total.q, dq, block)
         _add(total.k, dk, block)
-        _add(total.v, dv, block)
         if gates is not None and total.log_decay is not None:
-            reads, writes = dq.mul_(_read(q, block, geometry)), dk.mul_(_read(k, block, geometry))
-            held = (state * dstate).sum(-1)
+            reads, writes = dq.mul_(_read(q, block, geometry, scratch)), dk.mul_(keys)
+            held = torch.mul(state, dstate, out=scratch(*state.shape)).sum(-1)
             _add(total.log_decay, _grad_gates(gates, reads, writes, held), block)
+        _add(total.v, scratch.product(_times(keys, to_end), dstate), block)
 
 
 def _grad_gates(gates: Tensor, reads: Tensor, writes: Tensor, held: Tensor) -> Tensor:
@@ -238,9 +242,10 @@ def _grad_gates(gates: Tensor, reads: Tensor, writes: Tensor, held: Tensor) -> T
                         boundary term of the identity over the whole sequence (GLA, arXiv:2312.06635, appendix C).
     """
     shape = (-1, *gates.shape[-3:-1])  # [M, H, C]
-    reads = reads.unflatten(1, (-1, gates.shape[-2])).sum(1)
     if gates.shape[-1] == 1:
         reads, writes, held = (x.sum(-1, keepdim=True) for x in (reads, writes, held))
+    if reads.shape[1] > gates.shape[-2]:
+        reads = reads.unflatten(1, (-1, gates.shape[-2])).sum(1)
     reads, writes = (x.view(*shape, x.shape[-1]) for x in (reads, writes))
     later = reads.flip(-2).cumsum(-2).flip(-2)
     earlier = F.pad(writes.cumsum(-2), (0, 0, 1, -1))
@@ -258,8 +263,8 @@ def _gates(log_decay: Tensor | None, block: Block, geometry: Geometry) -> Tensor
     if log_decay.dim() == 1:
         per_head = log_decay.to(geometry.dtype).repeat_interleave(geometry.heads // log_decay.shape[0])
         return per_head.view(1, 1, -1, 1, 1).expand(-1, -1, -1, block.length, -1)
-    tile = _read(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, block, geometry)
-    return tile.view(block.chunks, geometry.batch, geometry.heads, *tile.shape[1:])
+    view = _block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, block, geometry.heads)
+    return view.to(geometry.dtype).flatten(2, 3)
 
 
 def _from_start(gates: Tensor | None, scale: Tensor) -> Tensor:
@@ -297,10 +302,18 @@ def _block_view(x: Tensor, block: Block, states: int) -> Tensor:
     return part.unsqueeze(3).expand(-1, -1, -1, states // heads, -1, -1)
 
 
-def _read(x: Tensor, block: Block, geometry: Geometry, factor: Tensor | None = None) -> Tensor:
+def _blocks(geometry: Geometry, like: Tensor, reverse: bool = False) -> Iterator[tuple[Block, Scratch]]:
+    """The blocks in order, each with the memory for its tiles."""
+    scratch = Scratch(geometry.dtype, like.device)
+    for block in reversed(geometry.table.blocks) if reverse else geometry.table.blocks:
+        scratch.rewind()
+        yield block, scratch
+
+
+def _read(x: Tensor, block: Block, geometry: Geometry, scratch: Scratch, factor: Tensor | None = None) -> Tensor:
     """A block of [B, T, h, D] as a tile [M·H, R, D] in the compute dtype, times `factor` [.., H, C, 1 or D] or [1]."""
     view = _block_view(x, block, geometry.heads)
-    tile = torch.empty(view.shape, dtype=geometry.dtype, device=x.device)
+    tile = scratch(*view.shape)
     if factor is None:
         tile.copy_(view)
     else:

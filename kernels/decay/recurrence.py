@@ -12,6 +12,7 @@ from torch import Tensor
 from lasp.kernels.decay.chunked import ChunkStates, Geometry, Gradients
 from lasp.kernels.decay.scores import decay_factor
 from lasp.kernels.documents import chunk_table
+from lasp.kernels.precision import compute_dtype
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 
@@ -109,8 +110,3 @@ class DecayRecurrence:
             scale=self.scale,
             dtype=compute_dtype(q),
         )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """fp64 for fp64, else fp32: the dtype of states, decays, sums and accumulators."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

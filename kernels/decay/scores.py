@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.kernels.scratch import Scratch
+
 
 class Scores(Protocol):
     """What both kinds of decay offer."""
@@ -27,20 +29,20 @@ class Scores(Protocol):
         ...
 
 
-def scores(q: Tensor, k: Tensor, log_decay: Tensor | None) -> Scores:
+def scores(q: Tensor, k: Tensor, log_decay: Tensor | None, scratch: Scratch) -> Scores:
     """The scores of a block of chunks. One factor per token is a mask; one per channel needs the dyadic form."""
     if log_decay is None or log_decay.shape[-1] == 1:
-        return MaskedScores(q, k, log_decay)
+        return MaskedScores(q, k, log_decay, scratch)
     return DyadicScores(q, k, log_decay)
 
 
 class MaskedScores:
     """No decay, or one factor per head and token: `(q k^T) * L` with `L_ij = exp(G_i - G_j)`."""
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None) -> None:
-        self.q, self.k, self.log_decay = q, k, log_decay
-        self.mask = decay_mask(log_decay, k)
-        self.values = torch.bmm(q, k.mT)
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None, scratch: Scratch) -> None:
+        self.q, self.k, self.log_decay, self._scratch = q, k, log_decay, scratch
+        self.mask = decay_mask(log_decay, k, scratch)
+        self.values = scratch.product(q, k.mT)
         self._by_query(self.values).mul_(self.mask)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -48,10 +50,13 @@ class MaskedScores:
         if self.log_decay is not None:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
             # never as a difference of two sums that share the pairs on one side.
-            pairs = (grad * self.values).unflatten(1, (-1, self.k.shape[1])).sum(1)
-            dlog = (pairs @ _upper_ones(pairs).triu_(1)).tril_().sum(-2).unsqueeze(-1)
+            pairs = torch.mul(grad, self.values, out=self._scratch(*grad.shape))
+            earlier = torch.mm(
+                pairs.flatten(0, 1), _upper_ones(self.k).triu_(1), out=self._scratch(*grad.shape).flatten(0, 1)
+            )
+            dlog = earlier.view(grad.shape[0], -1, *grad.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
         self._by_query(grad).mul_(self.mask)
-        return torch.bmm(grad, self.k), torch.bmm(grad.mT, self.q), dlog
+        return self._scratch.product(grad, self.k), self._scratch.product(grad.mT, self.q), dlog
 
     def _by_query(self, x: Tensor) -> Tensor:
         """[N, R, C] as [n·B, H, G, C, C], or with all heads in front where there is no decay."""
@@ -116,7 +121,7 @@ class DyadicScores:
         return _later(self.q, half) * to_query, _earlier(self.k, half) * to_border, to_query, to_border
 
 
-def decay_mask(log_decay: Tensor | None, like: Tensor) -> Tensor:
+def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tensor:
     """`L` [n·B, H, 1, C, C] or [C, C]: exp of the log-decay summed over j < m <= i, zero above the diagonal.
 
     The running sums and their differences are fp64: a sum near -3000 in fp32 has steps of 2e-4.
@@ -125,8 +130,9 @@ def decay_mask(log_decay: Tensor | None, like: Tensor) -> Tensor:
         length = like.shape[-2]
         return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
     sums = log_decay.flatten(0, 1).squeeze(-1).double().cumsum(-1)
-    steps = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(like.dtype)
-    return decay_factor(steps.clamp_(max=0)).tril_().unsqueeze(2)
+    shape = (*sums.shape, sums.shape[-1])
+    steps = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch(*shape, dtype=torch.float64))
+    return decay_factor(scratch(*shape).copy_(steps).clamp_(max=0)).tril_().unsqueeze(2)
 
 
 def decay_factor(log_decay: Tensor) -> Tensor:

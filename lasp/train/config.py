@@ -1,0 +1,153 @@
+"""What one training run is: plain values, checked as soon as they are known, the same on every rank.
+
+The classes know nothing of files or command lines (`lasp.launch.train` fills them from a TOML file and overrides). The
+text under a field is its documentation.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Dtype = Literal["float32", "float64", "bfloat16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and how they are cut into batches."""
+
+    source: str = "stdlib"
+    """"stdlib" (this interpreter's own standard library), a text file, a folder, or a glob such as "books/**/*.txt"."""
+
+    tokenizer: str = "bytes"
+    """"bytes" (256 bytes and an end-of-document token), or the path of a Hugging Face `tokenizers` JSON file."""
+
+    seq_len: int = 4096
+    """Tokens of one whole sequence; the sp ranks hold seq_len / sp of them each."""
+
+    batch_size: int = 1
+    """Sequences per step of one data-parallel rank; the whole batch holds dp times as many."""
+
+    cache: str | None = None
+    """Folder of the token files; by default `tokens` in the output folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 1, f"data.seq_len must be at least 1, got {self.seq_len}")
+        _require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, a linear warm-up, a cosine down to `min_lr`, and clipping of the global gradient norm."""
+
+    lr: float = 1e-3
+    """Highest learning rate, reached at the end of the warm-up."""
+
+    min_lr: float = 1e-4
+    """Learning rate of the last step."""
+
+    warmup_steps: int = 10
+    """Steps of the linear warm-up."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; vectors (norms, decays, biases) have none."""
+
+    clip: float = 1.0
+    """Gradients whose global norm is larger are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.min_lr <= self.lr, f"need 0 <= min_lr <= lr, got min_lr={self.min_lr} and lr={self.lr}")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
+        _require(self.clip > 0, f"optimizer.clip must be positive, got {self.clip}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text a trained model writes at the end of a run, as a first impression of it."""
+
+    prompt: str | None = None
+    """Text to continue; without one nothing is generated."""
+
+    tokens: int = 200
+    """How many tokens to generate."""
+
+    temperature: float = 0.7
+    """0 takes the likeliest token every time; larger values are more adventurous."""
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 1, f"sample.tokens must be at least 1, got {self.tokens}")
+        _require(self.temperature >= 0, f"sample.temperature must not be negative, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    output: str = "runs/train"
+    """Folder that receives metrics.jsonl, loss.png and checkpoints/."""
+
+    overwrite: bool = False
+    """Start anew in an output folder that already holds checkpoints, deleting them; otherwise that is an error."""
+
+    resume: str | None = None
+    """Continue from a checkpoint: the path of a `step-…` folder, or "latest" for the output folder's newest, if any."""
+
+    steps: int = 1000
+    """Optimizer steps in all, those of the runs that this one resumes included."""
+
+    save_every: int | None = None
+    """A checkpoint every so many steps; the last step always writes one."""
+
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+
+    dtype: Dtype = "float32"
+    """Of the computation. Weights and optimizer state have it too, except for bfloat16, where they stay float32."""
+
+    device: str | None = None
+    """"cpu" or "cuda"; by default a GPU where there is one."""
+
+    sp: int = 1
+    """Ranks that share each sequence."""
+
+    dp: int | None = None
+    """Groups of sp ranks that train on different sequences; by default as many as the started ranks make up."""
+
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    """How a sequence is cut over the sp ranks."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of LinearLlamaConfig, and `preset` for the size they change."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text and the batches."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer and its schedule."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """What to generate when training is over."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(
+            self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, got {self.save_every}"
+        )
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")
+        _require(self.dp is None or self.dp >= 1, f"dp must be at least 1, got {self.dp}")
+        _require(
+            self.data.seq_len >= self.sp,
+            f"a sequence of data.seq_len={self.data.seq_len} has fewer tokens than sp={self.sp} ranks",
+        )
+        _require(
+            not (self.overwrite and self.resume), f"overwrite = true and resume = {self.resume!r} contradict each other"
+        )

@@ -1,0 +1,52 @@
+"""What a run shows while it runs: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lasp.train.metrics import StepMetrics
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class TrainingProgress:
+    """Step, loss, tokens per second and time left of a run; silent when not `enabled` (ranks other than the first)."""
+
+    def __init__(self, steps: int, steps_done: int, enabled: bool, console: Console | None = None) -> None:
+        self._console = console or Console(quiet=not enabled)
+        self._steps = steps
+        self._done_before = steps_done
+        self._started = time.monotonic()
+        self._shown = -float("inf")
+        columns = [TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")]
+        self._bar = Progress(*columns, console=self._console, disable=not (enabled and self._console.is_terminal))
+        self._task = self._bar.add_task("starting", total=steps, completed=steps_done)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, metrics: StepMetrics) -> None:
+        """Show a step that is done."""
+        now = time.monotonic()
+        left = (now - self._started) / (metrics.step - self._done_before) * (self._steps - metrics.step)
+        text = f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tokens/s  {_clock(left)} left"
+        self._bar.update(self._task, completed=metrics.step, description=text)
+        due = now - self._shown >= _SECONDS_BETWEEN_LINES or metrics.step == self._steps
+        if due and not self._console.is_terminal:
+            self._shown = now
+            self._console.print(f"step {metrics.step}/{self._steps}  {text}", highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,71 @@
+"""This process's place among the ranks of a run, and what training needs of the others."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lasp.parallel import collectives
+from lasp.parallel.gradients import data_parallel
+from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
+from lasp.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The axes of a run. One process alone is a run of one rank."""
+
+    mesh: DeviceMesh
+    """All ranks, by their place on the axes dp and sp."""
+
+    sequence: SequenceGroup
+    """Those that share this rank's sequences."""
+
+    everyone: SequenceGroup
+    """All ranks in a row: for agreements and barriers."""
+
+    @classmethod
+    def join(cls, config: TrainConfig) -> Self:
+        """Meet the other ranks. All of them call this; ValueError on each when sp x dp is not their number."""
+        mesh = init_mesh(sp=config.sp, dp=config.dp, device=config.device)
+        return cls(mesh, SequenceGroup.from_mesh(mesh, layout=config.layout), SequenceGroup.from_group())
+
+    def leave(self) -> None:
+        """Part from the other ranks, together with them."""
+        shutdown()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.everyone.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place on the data-parallel axis."""
+        return self.mesh.get_local_rank("dp")
+
+    @property
+    def dp_size(self) -> int:
+        """Length of the data-parallel axis."""
+        return self.mesh["dp"].size()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        kind = self.mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients summed over sp and averaged over dp by its backward pass."""
+        return data_parallel(model, self.sequence)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a scalar over the data-parallel axis, the same on every rank when it is the same along sp."""
+        total = value.detach().clone().view(1)
+        return collectives.all_reduce(total, self.mesh.get_group("dp"), "control").wait().item() / self.dp_size
+
+    def barrier(self) -> None:
+        """Wait for everyone."""
+        collectives.barrier(self.everyone.control)

@@ -1,0 +1,111 @@
+"""Training on four ranks: the same batches give the same curve, however the ranks share them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from lasp.models import LinearLlamaForCausalLM
+from lasp.train.batches import Batches
+from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
+from lasp.train.corpus import open_corpus
+from lasp.train.loop import Trainer, train
+from lasp.train.metrics import read_metrics
+from lasp.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lasp.train.ranks import Ranks
+from lasp.train.run import Run
+
+pytestmark = pytest.mark.mpi(min_size=4)
+WORLD = 4
+
+
+@pytest.fixture
+def config(world: MPI.Comm, tmp_path: Path) -> TrainConfig:
+    """A run whose sequences no number of ranks divides, in a folder that all ranks see."""
+    folder = Path(world.bcast(str(tmp_path)))
+    if world.rank == 0:
+        (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 100)
+    world.barrier()
+    return TrainConfig(
+        output=str(folder / "run"),
+        device="cpu",
+        steps=20,
+        dtype="float64",
+        model={"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+        data=DataConfig(str(folder / "text.txt"), seq_len=67, batch_size=4),
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=5),
+    )
+
+
+def plain_losses(run: Run) -> list[float]:
+    """The run written down once more, without ranks: what any cut of it must reproduce."""
+    config, dtype = run.config, getattr(torch, run.config.dtype)
+    torch.manual_seed(config.seed)
+    model = LinearLlamaForCausalLM(run.model).to(dtype)
+    optimizer = build_optimizer(model, config.optimizer)
+    seq_len = config.data.seq_len
+    batches = Batches(open_corpus(run.corpus), seq_len, [slice(0, seq_len)], batch_size=4, seed=config.seed)
+    losses = []
+    for step in range(config.steps):
+        set_learning_rate(optimizer, learning_rate(step, config.steps, config.optimizer))
+        loss = model(**batches.read(step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+SHARES = [(1, "contiguous"), (2, "zigzag"), (4, "contiguous")]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "shares"), [("float64", 1e-9, SHARES), ("float32", 1e-4, SHARES[-1:])])
+def test_any_share_of_dp_and_sp_has_the_curve_of_a_plain_loop(config, dtype, tolerance, shares):
+    expected = None
+    for sp, layout in shares:
+        dp = WORLD // sp
+        shared = replace(
+            config,
+            dtype=dtype,
+            sp=sp,
+            layout=layout,
+            output=f"{config.output}-{sp}-{layout}",
+            data=replace(config.data, batch_size=4 // dp, cache=config.output),
+        )
+        ranks = Ranks.join(shared)
+        run = Run.prepare_together(shared, ranks.everyone)
+        expected = expected or plain_losses(run)
+        summary = train(run, ranks)
+        assert summary.losses == pytest.approx(expected, rel=tolerance)
+        assert [metrics.loss for metrics in read_metrics(summary.metrics)] == summary.losses
+    assert expected[-1] < expected[0] - 1
+
+
+def test_an_error_of_one_rank_is_raised_by_all(config, world):
+    ranks = Ranks.join(config)
+    wrong = replace(config, data=replace(config.data, source="nowhere.txt")) if world.rank == 2 else config
+    with pytest.raises(ValueError, match=r"cannot read 'nowhere\.txt'.*\(rank 2 of 4\)"):
+        Run.prepare_together(wrong, ranks.everyone)
+    with pytest.raises(ValueError, match=r"ranks disagree on configuration"):
+        Run.prepare_together(replace(config, seed=world.rank), ranks.everyone)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_by_all(config):
+    with pytest.raises(ValueError, match="4"):
+        Ranks.join(replace(config, sp=3))
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(config, world):
+    ranks = Ranks.join(replace(config, sp=2))
+    trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
+    if world.rank == 1:
+        with torch.no_grad():
+            trainer.model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+        trainer.step()
