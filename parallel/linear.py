@@ -3,9 +3,9 @@
     forward                                        backward
       states     kernel, from an empty memory        adjoint       kernel, from no later gradient
       start      the scan of maps (A, U)             start         the reverse scan of (A^T, dU)
-      inside     kernel, while the scan travels      grad_inside   kernel, while the scan travels
+      inside     kernel, while the scan travels      grad_outputs  kernel, while the scan travels
       wait       the state that enters each run      wait          the gradient that enters each run's end
-      read_out   kernel                              grad_read_out kernel
+      read_out   kernel                              grad_states   kernel
 
 One exchange forward, one backward. The true states are saved, never exchanged again. One rank is the same code with
 nothing in flight.
@@ -52,10 +52,8 @@ class Recurrence(Protocol):
     def inside(self, inputs: Any) -> Tensor: ...
     def read_out(self, inputs: Any, entered: Any, output: Tensor) -> Tensor: ...
     def adjoint(self, inputs: Any, grad: Tensor, entered: Any) -> Chain: ...
-    def grad_inside(self, inputs: Any, grad: Tensor) -> Any: ...
-    def grad_read_out(self, inputs: Any, grad: Tensor, entered: Any, adjoint: Any, total: Any) -> Inputs: ...
-    def blank_output(self, inputs: Any) -> Tensor: ...
-    def blank_gradients(self, inputs: Any) -> Any: ...
+    def grad_outputs(self, inputs: Any, grad: Tensor, entered: Any) -> Any: ...
+    def grad_states(self, inputs: Any, entered: Any, adjoint: Any, total: Any) -> Inputs: ...
     def transfer_rule(self, inputs: Any) -> Callable[[int], Tensor] | None: ...
 
 
@@ -119,9 +117,9 @@ class _CausalRecurrence(torch.autograd.Function):
         ends = _ends_grad(call, plan, grad_final)
         maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
         scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
-        total = recurrence.grad_inside(inputs, grad)
+        total = recurrence.grad_outputs(inputs, grad, ctx.chain)
         adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
-        grads = recurrence.grad_read_out(inputs, grad, ctx.chain, adjoint, total)
+        grads = recurrence.grad_states(inputs, ctx.chain, adjoint, total)
         initial = _initial_grad(plan, adjoint.starts()) if ctx.has_initial else None
         return None, initial, *grads
 
@@ -221,7 +219,7 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         if initial_state is not None:
             totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
         chain.fill(totals)
-        output = recurrence.read_out(inputs, chain, recurrence.blank_output(inputs))
+        output = recurrence.read_out(inputs, chain, recurrence.inside(inputs))
         final = _share_ends(call, plan, totals, "forward") if call.final else None
         ctx.call, ctx.plan, ctx.chain, ctx.transfers = call, plan, chain, transfers
         ctx.has_initial = initial_state is not None
@@ -241,8 +239,8 @@ class _BidirectionalRecurrence(torch.autograd.Function):
             for run, part in zip(plan.runs, own, strict=True):
                 initial[run.document] += part
         adjoint.fill(_document_totals(call, plan, own, ctx.transfers, "backward"))
-        total = recurrence.blank_gradients(inputs)
-        return None, initial, *recurrence.grad_read_out(inputs, grad, ctx.chain, adjoint, total)
+        total = recurrence.grad_outputs(inputs, grad, ctx.chain)
+        return None, initial, *recurrence.grad_states(inputs, ctx.chain, adjoint, total)
 
 
 def _document_totals(call: Call, plan: Plan, own: list[Tensor], transfers: Transfers, phase: str) -> list[Tensor]:

@@ -5,12 +5,12 @@
 Three stages each way, so that a scan over ranks can travel between the first and the last (LASP-2, arXiv:2502.07563,
 algorithms 2 and 3; the chunk form is that of Lightning Attention-2, arXiv:2401.04658, and GLA, arXiv:2312.06635):
 
-    forward    chunk_states    states between chunks, from an empty memory     reads k, v
-               inside          attention within each chunk                    reads q, k, v
-               read_out        what the state entering each chunk adds        reads q
-    backward   adjoint_states  gradients of the states, from no later tokens  reads q, do
-               grad_inside     gradients within each chunk                    reads q, k, v, do
-               grad_read_out   what the true states and gradients add         reads q, k, v, do
+    forward    chunk_states       states between chunks, from an empty memory     reads k, v
+               inside             attention within each chunk                    reads q, k, v
+               read_out           what the state entering each chunk adds        reads q
+    backward   adjoint_states     gradients of the states, from no later tokens  reads q, do
+               grad_outputs       gradients of inside and read_out               reads q, k, v, do
+               grad_chunk_states  what the true gradients of the states add      reads k, v
 
 Work goes block by block: a few chunks of all heads are copied head-first into tiles that stay in cache, which costs
 less than strided matrix products or a transposed copy of everything. States, decays and sums are in the compute dtype
@@ -36,7 +36,10 @@ from lasp.kernels.segment import Segment
 
 @dataclass(frozen=True)
 class Geometry:
-    """What all stages share: B batches, H states of [K, V], the chunk table, the scale and the compute dtype."""
+    """What all stages share: the chunk table, B batches, H states of [K, V], the scale and the compute dtype.
+
+    Without a mask there is no attention within chunks: every token reads the same state of its whole document.
+    """
 
     table: ChunkTable
     batch: int
@@ -45,6 +48,7 @@ class Geometry:
     value_dim: int
     scale: float
     dtype: torch.dtype
+    masked: bool
 
     def new_states(self, like: Tensor) -> Tensor:
         """Memory for states [slots, B, H, K, V]."""
@@ -150,11 +154,12 @@ def chunk_states(k: Tensor, v: Tensor, log_decay: Tensor | None, geometry: Geome
 def inside(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, geometry: Geometry) -> Tensor:
     """Outputs [B, T, Ho, V] of attention within each chunk, in the compute dtype."""
     shape = (*q.shape[:2], max(geometry.heads, q.shape[2]), geometry.value_dim)
+    if not geometry.masked:
+        return torch.zeros(shape, dtype=geometry.dtype, device=q.device)
     output = torch.empty(shape, dtype=geometry.dtype, device=q.device)
-    scale = _scale(q, geometry)
     for block, scratch in _blocks(geometry, q):
         queries, keys, values = (_read(x, block, geometry, scratch) for x in (q, k, v))
-        p = scores(queries.mul_(scale), keys, _gates(log_decay, block, geometry), scratch).values
+        p = scores(queries, keys, _gates(log_decay, block, geometry), geometry.scale, scratch).values
         _write(output, scratch.product(p, values), block)
     return output
 
@@ -188,69 +193,65 @@ def adjoint_states(
     return chain
 
 
-def grad_inside(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, grad: Tensor, geometry: Geometry
+def grad_outputs(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], grad: Tensor, entered: ChunkStates, geometry: Geometry
 ) -> Gradients:
-    """Gradients of `inside`."""
-    total = _new_gradients(q, k, v, log_decay, geometry)
-    scale = _scale(q, geometry)
+    """Gradients of `inside` and `read_out`: all of dq, and of dk, dv what stays within chunks."""
+    q, k, v, log_decay = inputs
+    total, scale = _new_gradients(q, k, v, log_decay, geometry), _scale(q, geometry)
     for block, scratch in _blocks(geometry, q):
-        queries, keys, values, grads = (_read(x, block, geometry, scratch) for x in (q, k, v, grad))
-        p = scores(queries.mul_(scale), keys, _gates(log_decay, block, geometry), scratch)
-        _write(total.v, scratch.product(p.values.mT, grads), block)
-        dq, dk, dgates = p.backward(scratch.product(grads, values.mT))
-        _write(total.q, dq.mul_(scale), block)
-        _write(total.k, dk, block)
-        if total.log_decay is not None and dgates is not None:
-            _write(total.log_decay, dgates, block)
+        gates = _gates(log_decay, block, geometry)
+        queries, grads = _read(q, block, geometry, scratch), _read(grad, block, geometry, scratch)
+        dq = _times(scratch.product(grads, entered.entering(block).mT), _from_start(gates, scale))
+        if total.log_decay is not None and gates is not None:
+            reads = _by_gate(torch.mul(queries, dq, out=scratch(*dq.shape)), gates)
+            _write(total.log_decay, reads.flip(-2).cumsum(-2).flip(-2), block)
+        if geometry.masked:
+            keys, values = _read(k, block, geometry, scratch), _read(v, block, geometry, scratch)
+            p = scores(queries, keys, gates, geometry.scale, scratch)
+            _write(total.v, scratch.product(p.values.mT, grads), block)
+            dq_inside, dk, dgates = p.backward(scratch.product(grads, values.mT))
+            dq.add_(dq_inside)
+            _write(total.k, dk, block)
+            if total.log_decay is not None and dgates is not None:
+                _add(total.log_decay, dgates, block)
+        _write(total.q, dq, block)
     return total
 
 
-def grad_read_out(
+def grad_chunk_states(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    grad: Tensor,
     entered: ChunkStates,
     adjoint: ChunkStates,
     total: Gradients,
     geometry: Geometry,
 ) -> None:
-    """Add the gradients of `read_out` and `chunk_states`, given the true states and their true gradients."""
-    q, k, v, log_decay = inputs
-    scale = _scale(q, geometry)
-    for block, scratch in _blocks(geometry, q):
-        gates = _gates(log_decay, block, geometry)
-        from_start, to_end = _from_start(gates, scale), _to_end(gates)
-        state, dstate = entered.entering(block), adjoint.leaving(block)
-        keys, values, grads = (_read(x, block, geometry, scratch) for x in (k, v, grad))
-        dq = _times(scratch.product(grads, state.mT), from_start)
+    """Add the gradients of `chunk_states`, given the true states and their true gradients."""
+    _, k, v, log_decay = inputs
+    for block, scratch in _blocks(geometry, k):
+        gates, dstate = _gates(log_decay, block, geometry), adjoint.leaving(block)
+        to_end = _to_end(gates)
+        keys, values = _read(k, block, geometry, scratch), _read(v, block, geometry, scratch)
         dk = _times(scratch.product(values, dstate.mT), to_end)
-        _add(total.q, dq, block)
         _add(total.k, dk, block)
         if gates is not None and total.log_decay is not None:
-            reads, writes = dq.mul_(_read(q, block, geometry, scratch)), dk.mul_(keys)
-            held = torch.mul(state, dstate, out=scratch(*state.shape)).sum(-1)
-            _add(total.log_decay, _grad_gates(gates, reads, writes, held), block)
+            # A gate is passed by the tokens before it, which are kept to the chunk's end, and by the state that entered
+            # the chunk. The latter, state times gradient, taken at every chunk, replaces the boundary term of the
+            # identity over the whole sequence (GLA, arXiv:2312.06635, appendix C).
+            kept = _by_gate(dk.mul_(keys), gates)
+            held = torch.mul(entered.entering(block), dstate, out=scratch(*dstate.shape)).sum(-1).unsqueeze(1)
+            passed = _whole(gates).flatten(0, 1) * _by_gate(held, gates)
+            _add(total.log_decay, passed + F.pad(kept.cumsum(-2), (0, 0, 1, -1)), block)
         _add(total.v, scratch.product(_times(keys, to_end), dstate), block)
 
 
-def _grad_gates(gates: Tensor, reads: Tensor, writes: Tensor, held: Tensor) -> Tensor:
-    """Gradient of a block's log-decays [n, B, H, C, 1 or K] from the three ways in which a state passes a gate.
-
-    reads  [M·H, R, K]  q·dq: the state that entered is read at or after the gate
-    writes [M·H, C, K]  k·dk: a token before the gate is kept to the chunk's end
-    held   [M·H, K]     S·dS: the state that entered is kept to the end. Together with the other two it replaces the
-                        boundary term of the identity over the whole sequence (GLA, arXiv:2312.06635, appendix C).
-    """
-    shape = (-1, *gates.shape[-3:-1])  # [M, H, C]
+def _by_gate(product: Tensor, gates: Tensor) -> Tensor:
+    """A product [M·H, R, K] summed over what shares one gate, as [M, H, C, 1 or K] (or one row instead of C)."""
     if gates.shape[-1] == 1:
-        reads, writes, held = (x.sum(-1, keepdim=True) for x in (reads, writes, held))
-    if reads.shape[1] > gates.shape[-2]:
-        reads = reads.unflatten(1, (-1, gates.shape[-2])).sum(1)
-    reads, writes = (x.view(*shape, x.shape[-1]) for x in (reads, writes))
-    later = reads.flip(-2).cumsum(-2).flip(-2)
-    earlier = F.pad(writes.cumsum(-2), (0, 0, 1, -1))
-    whole = _whole(gates).flatten(0, 1) * held.view(*shape[:2], 1, held.shape[-1])
-    return later.add_(earlier).add_(whole)
+        product = product.sum(-1, keepdim=True)
+    if product.shape[1] > gates.shape[-2]:
+        product = product.unflatten(1, (-1, gates.shape[-2])).sum(1)
+    return product.unflatten(0, (-1, gates.shape[2]))
 
 
 # Decays of a block ---------------------------------------------------------------------------------------------------
@@ -375,4 +376,5 @@ def _new_gradients(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, ge
         channels = log_decay.shape[3] if log_decay.dim() == 4 else 1
         gates = torch.empty((*q.shape[:2], heads, channels), dtype=geometry.dtype, device=q.device)
     dq, dk, dv = (torch.empty_like(x, dtype=geometry.dtype) for x in (q, k, v))
-    return Gradients(dq, dk, dv, gates)
+    # Without a mask there is nothing within chunks to begin with.
+    return Gradients(dq, dk if geometry.masked else dk.zero_(), dv if geometry.masked else dv.zero_(), gates)

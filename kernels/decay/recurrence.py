@@ -17,22 +17,26 @@ from lasp.kernels.precision import compute_dtype
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 
 CHUNK_SIZE = 64
-# Rows (tokens x states) to a block: with 128 channels a tile takes 2 MB, so that the tiles of a block share a cache.
-BLOCK_ROWS = 4096
+# Without a mask a chunk has no inside: long ones only save states.
+UNMASKED_CHUNK_SIZE = 1024
+# Rows (tokens x states) to a block: fewer cost more in calls than they save in cache misses.
+BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class DecayRecurrence:
     """`S_t = diag(exp(log_decay_t))·S_{t-1} + k_t v_t^T`, `o_t = scale·S_t^T q_t`, over runs of local tokens.
 
-    stages: the module of the staged functions; runs: (offset, length) each; heads: the number of states.
+    stages: the module of the staged functions; runs: (offset, length) each; heads: the number of states; causal: a
+    token reads the state up to itself, else that of its whole document.
     """
 
     stages: ModuleType
     runs: tuple[tuple[int, int], ...]
     heads: int
     scale: float
-    chunk_size: int = CHUNK_SIZE
+    causal: bool
+    chunk_size: int
 
     def states(self, inputs: Inputs) -> ChunkStates:
         """States between chunks, each run from an empty memory."""
@@ -58,33 +62,22 @@ class DecayRecurrence:
         chain: ChunkStates = self.stages.adjoint_states(q, grad, log_decay, entered.transfers, geometry)
         return chain
 
-    def grad_inside(self, inputs: Inputs, grad: Tensor) -> Gradients:
-        """Gradients of `inside`."""
-        total: Gradients = self.stages.grad_inside(*inputs, grad, self._geometry(inputs))
+    def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> Gradients:
+        """The gradients as far as they do not depend on later tokens' gradients."""
+        total: Gradients = self.stages.grad_outputs(inputs, grad, entered, self._geometry(inputs))
         return total
 
-    def grad_read_out(
-        self, inputs: Inputs, grad: Tensor, entered: ChunkStates, adjoint: ChunkStates, total: Gradients
+    def grad_states(
+        self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients
     ) -> tuple[Tensor | None, ...]:
         """All gradients, each in its input's shape and dtype. `total` is overwritten."""
         q, k, v, log_decay = inputs
-        self.stages.grad_read_out(inputs, grad, entered, adjoint, total, self._geometry(inputs))
+        self.stages.grad_chunk_states(inputs, entered, adjoint, total, self._geometry(inputs))
         dgates = None
         if log_decay is not None and total.log_decay is not None:
             dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
             dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
         return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates
-
-    def blank_output(self, inputs: Inputs) -> Tensor:
-        """Zeros where `inside` would have written: attention without a mask has no inside."""
-        q, _, v, _ = inputs
-        shape = (*v.shape[:2], max(self.heads, q.shape[2]), v.shape[3])
-        return torch.zeros(shape, dtype=compute_dtype(q), device=q.device)
-
-    def blank_gradients(self, inputs: Inputs) -> Gradients:
-        """Zeros where `grad_inside` would have written."""
-        q, k, v = (torch.zeros_like(x, dtype=compute_dtype(x)) for x in inputs[:3])
-        return Gradients(q, k, v, None)
 
     def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
         """A link's transfer from its number of tokens: none where gates differ from token to token."""
@@ -109,4 +102,5 @@ class DecayRecurrence:
             value_dim=v.shape[3],
             scale=self.scale,
             dtype=compute_dtype(q),
+            masked=self.causal,
         )

@@ -1,6 +1,6 @@
 """Scores: the decayed products of queries and keys inside one chunk, and their gradients.
 
-    P_ij = sum_c q_ic k_jc exp(sum_{j < m <= i} log_decay_mc)   for i >= j, else 0
+    P_ij = scale·sum_c q_ic k_jc exp(sum_{j < m <= i} log_decay_mc)   for i >= j, else 0
 
 Shapes: N matrices (chunks, batches and heads together), C tokens, K channels, R = G·C rows, the G queries of a state
 one below the other. q [N, R, K], k [N, C, K], P [N, R, C]; log_decay None, or [n, B, H, C, 1 or K] with N = n·B·H,
@@ -29,19 +29,19 @@ class Scores(Protocol):
         ...
 
 
-def scores(q: Tensor, k: Tensor, log_decay: Tensor | None, scratch: Scratch) -> Scores:
+def scores(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, scratch: Scratch) -> Scores:
     """The scores of a block of chunks. One factor per token is a mask; one per channel needs the dyadic form."""
     if log_decay is None or log_decay.shape[-1] == 1:
-        return MaskedScores(q, k, log_decay, scratch)
-    return DyadicScores(q, k, log_decay)
+        return MaskedScores(q, k, log_decay, scale, scratch)
+    return DyadicScores(q, k, log_decay, scale)
 
 
 class MaskedScores:
-    """No decay, or one factor per head and token: `(q k^T) * L` with `L_ij = exp(G_i - G_j)`."""
+    """No decay, or one factor per head and token: `(q k^T) * L` with `L_ij = scale·exp(G_i - G_j)`."""
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None, scratch: Scratch) -> None:
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, scratch: Scratch) -> None:
         self.q, self.k, self.log_decay, self._scratch = q, k, log_decay, scratch
-        self.mask = decay_mask(log_decay, k, scratch)
+        self.mask = decay_mask(log_decay, k, scratch).mul_(scale)
         self.values = scratch.product(q, k.mT)
         self._by_query(self.values).mul_(self.mask)
 
@@ -73,10 +73,11 @@ class DyadicScores:
     exponentials per channel instead of 16.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, scale: float) -> None:
+        self.scale = scale
         self.length = k.shape[1]
         self.padding = (1 << (self.length - 1).bit_length()) - self.length
-        self.q = self._pad(q.unflatten(1, (-1, self.length)))  # [N, G, C', K], C' the next power of two
+        self.q = self._pad(q.unflatten(1, (-1, self.length)) * scale)  # [N, G, C', K], C' the next power of two
         self.k = self._pad(k.unsqueeze(1))  # [N, 1, C', K]
         self.log_decay = self._pad(log_decay.flatten(0, 2).unsqueeze(1))
         values = torch.diag_embed(torch.linalg.vecdot(self.q, self.k))
@@ -104,7 +105,7 @@ class DyadicScores:
             _later(dlog, half).add_(ones @ dq_later.mul_(_later(self.q, half)).sum(1, keepdim=True))
             _earlier(dlog, half).add_(ones.triu(1).mT @ dk_earlier.mul_(_earlier(self.k, half)))
         cut = slice(self.length)
-        return dq[:, :, cut].flatten(1, 2), dk[:, 0, cut], dlog[:, 0, cut]
+        return dq[:, :, cut].flatten(1, 2) * self.scale, dk[:, 0, cut], dlog[:, 0, cut]
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, self.padding)) if self.padding else x

@@ -198,7 +198,7 @@ def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypat
     from lasp.parallel import collectives, scan
 
     events: list[str] = []
-    for name in ("inside", "grad_inside"):
+    for name in ("inside", "grad_outputs"):
         kernel = getattr(DecayRecurrence, name)
         monkeypatch.setattr(DecayRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1])
     start, wait = collectives.all_gather, scan._Gather.wait
@@ -211,7 +211,7 @@ def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypat
     monkeypatch.setattr(collectives, "all_gather", spy_start)
     monkeypatch.setattr(scan._Gather, "wait", lambda self: (events.append("wait"), wait(self))[1])
     run_once(group_of(4), "token", "gather")
-    assert events == ["start", "inside", "wait", "start", "grad_inside", "wait"]
+    assert events == ["start", "inside", "wait", "start", "grad_outputs", "wait"]
 
 
 def test_plan_of_a_document_over_three_ranks() -> None:
