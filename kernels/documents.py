@@ -40,6 +40,12 @@ class Block:
     chunks: int
     length: int
     slot: int  # the slot of the state that enters the first of the chunks
+    run: int
+
+    @property
+    def slots(self) -> range:
+        """The slots of the states that enter the chunks."""
+        return range(self.slot, self.slot + self.chunks)
 
     @property
     def stop(self) -> int:
@@ -66,12 +72,12 @@ def chunk_table(runs: tuple[tuple[int, int], ...], chunk_size: int, block_chunks
     No chunk crosses the boundary of a run, so nothing inside a kernel needs to know about documents.
     """
     table, blocks, slot = [], [], 0
-    for offset, length in runs:
+    for run, (offset, length) in enumerate(runs):
         first, whole, rest = slot, length // chunk_size, length % chunk_size
         for i in range(0, whole, block_chunks):
-            blocks.append(Block(offset + i * chunk_size, min(block_chunks, whole - i), chunk_size, first + i))
+            blocks.append(Block(offset + i * chunk_size, min(block_chunks, whole - i), chunk_size, first + i, run))
         if rest:
-            blocks.append(Block(offset + whole * chunk_size, 1, rest, first + whole))
+            blocks.append(Block(offset + whole * chunk_size, 1, rest, first + whole, run))
         slot += whole + (1 if rest else 0)
         table.append((first, slot))
         slot += 1

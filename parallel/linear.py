@@ -7,8 +7,8 @@
       wait       the state that enters each run      wait          the gradient that enters each run's end
       read_out   kernel                              grad_states   kernel
 
-One exchange forward, one backward. The true states are saved, never exchanged again. One rank is the same code with
-nothing in flight.
+One exchange forward, one backward. The true states are saved, never exchanged again. Where nothing travels, the kernel
+runs the same stages at once.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class Recurrence(Protocol):
     def adjoint(self, inputs: Any, grad: Tensor, entered: Any) -> Chain: ...
     def grad_outputs(self, inputs: Any, grad: Tensor, entered: Any) -> Any: ...
     def grad_states(self, inputs: Any, entered: Any, adjoint: Any, total: Any) -> Inputs: ...
+    def forward(self, inputs: Any, incoming: list[Tensor | None]) -> tuple[Tensor, Chain]: ...
+    def backward(
+        self, inputs: Any, grad: Tensor, entered: Any, incoming: list[Tensor | None]
+    ) -> tuple[Inputs, list[Tensor]]: ...
     def transfer_rule(self, inputs: Any) -> Callable[[int], Tensor] | None: ...
 
 
@@ -69,6 +73,11 @@ class Call:
     group: SequenceGroup | None
     scan: str
     final: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank holds the whole sequence: nothing travels, and every run begins a document."""
+        return self.group is None or self.group.size == 1
 
 
 def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -93,16 +102,19 @@ class _CausalRecurrence(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        recurrence = call.recurrence
-        chain = recurrence.states(inputs)
-        plan = call.plan()
-        transfers = Transfers(recurrence.transfer_rule(inputs))
-        initial = [None if initial_state is None else initial_state[run.document] for run in plan.runs]
-        maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
-        scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
-        output = recurrence.inside(inputs)
-        chain.enter(_enter_runs(plan, scan.wait(), initial))
-        output = recurrence.read_out(inputs, chain, output)
+        recurrence, transfers = call.recurrence, Transfers(call.recurrence.transfer_rule(inputs))
+        if call.alone:
+            plan = call.plan()
+            output, chain = recurrence.forward(inputs, _initial(plan, initial_state))
+        else:
+            chain = recurrence.states(inputs)
+            plan = call.plan()
+            initial = _initial(plan, initial_state)
+            maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
+            scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
+            output = recurrence.inside(inputs)
+            chain.enter(_enter_runs(plan, scan.wait(), initial))
+            output = recurrence.read_out(inputs, chain, output)
         final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
         ctx.call, ctx.plan, ctx.chain, ctx.transfers = call, plan, chain, transfers
         ctx.has_initial = initial_state is not None
@@ -113,18 +125,25 @@ class _CausalRecurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, plan, inputs, recurrence = ctx.call, ctx.plan, ctx.saved_tensors, ctx.call.recurrence
-        adjoint = recurrence.adjoint(inputs, grad, ctx.chain)
         ends = _ends_grad(call, plan, grad_final)
-        maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
-        scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
-        total = recurrence.grad_outputs(inputs, grad, ctx.chain)
-        adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
-        grads = recurrence.grad_states(inputs, ctx.chain, adjoint, total)
-        initial = _initial_grad(plan, adjoint.starts()) if ctx.has_initial else None
-        return None, initial, *grads
+        if call.alone:
+            grads, starts = recurrence.backward(inputs, grad, ctx.chain, ends)
+        else:
+            adjoint = recurrence.adjoint(inputs, grad, ctx.chain)
+            maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
+            scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
+            total = recurrence.grad_outputs(inputs, grad, ctx.chain)
+            adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
+            grads, starts = recurrence.grad_states(inputs, ctx.chain, adjoint, total), adjoint.starts()
+        return None, _initial_grad(plan, starts) if ctx.has_initial else None, *grads
 
 
 # Runs and links -----------------------------------------------------------------------------------------------------
+
+
+def _initial(plan: Plan, initial_state: Tensor | None) -> list[Tensor | None]:
+    """The initial state of each run's document."""
+    return [None if initial_state is None else initial_state[run.document] for run in plan.runs]
 
 
 def _link_map(link: Link, plan: Plan, chain: Chain, initial: list[Tensor | None]) -> Segment:

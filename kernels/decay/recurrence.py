@@ -9,12 +9,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lasp.kernels.decay.chunked import ChunkStates, Geometry, Gradients
+from lasp.kernels.decay.chunked import ChunkStates, Gradients
 from lasp.kernels.decay.scores import decay_factor
+from lasp.kernels.decay.tiles import Geometry, Inputs
 from lasp.kernels.documents import chunk_table
 from lasp.kernels.precision import compute_dtype
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of q, k, v, log_decay
 
 CHUNK_SIZE = 64
 # Without a mask a chunk has no inside: long ones only save states.
@@ -40,26 +41,27 @@ class DecayRecurrence:
 
     def states(self, inputs: Inputs) -> ChunkStates:
         """States between chunks, each run from an empty memory."""
-        _, k, v, log_decay = inputs
-        chain: ChunkStates = self.stages.chunk_states(k, v, log_decay, self._geometry(inputs))
+        chain: ChunkStates = self.stages.chunk_states(inputs, self._geometry(inputs))
         return chain
 
     def inside(self, inputs: Inputs) -> Tensor:
         """The output of attention within chunks."""
-        output: Tensor = self.stages.inside(*inputs, self._geometry(inputs))
+        output: Tensor = self.stages.inside(inputs, self._geometry(inputs))
         return output
 
     def read_out(self, inputs: Inputs, entered: ChunkStates, output: Tensor) -> Tensor:
         """The whole output, in v's dtype. `output` is overwritten."""
-        q, _, v, log_decay = inputs
-        self.stages.read_out(q, log_decay, entered, output, self._geometry(inputs))
-        return output.to(v.dtype)
+        self.stages.read_out(inputs, entered, output, self._geometry(inputs))
+        return output.to(inputs[2].dtype)
+
+    def forward(self, inputs: Inputs, incoming: list[Tensor | None]) -> tuple[Tensor, ChunkStates]:
+        """The output and the true states at once, where the state entering each run is known."""
+        output, chain = self.stages.forward(inputs, incoming, self._geometry(inputs))
+        return output.to(inputs[2].dtype), chain
 
     def adjoint(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> ChunkStates:
         """Gradients of the states between chunks, each run with nothing after it."""
-        q, _, _, log_decay = inputs
-        geometry = self._geometry(inputs)
-        chain: ChunkStates = self.stages.adjoint_states(q, grad, log_decay, entered.transfers, geometry)
+        chain: ChunkStates = self.stages.adjoint_states(inputs, grad, entered, self._geometry(inputs))
         return chain
 
     def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> Gradients:
@@ -67,17 +69,17 @@ class DecayRecurrence:
         total: Gradients = self.stages.grad_outputs(inputs, grad, entered, self._geometry(inputs))
         return total
 
-    def grad_states(
-        self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients
-    ) -> tuple[Tensor | None, ...]:
+    def grad_states(self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients) -> Grads:
         """All gradients, each in its input's shape and dtype. `total` is overwritten."""
-        q, k, v, log_decay = inputs
         self.stages.grad_chunk_states(inputs, entered, adjoint, total, self._geometry(inputs))
-        dgates = None
-        if log_decay is not None and total.log_decay is not None:
-            dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
-            dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
-        return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates
+        return _like_inputs(total, inputs)
+
+    def backward(
+        self, inputs: Inputs, grad: Tensor, entered: ChunkStates, incoming: list[Tensor | None]
+    ) -> tuple[Grads, list[Tensor]]:
+        """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
+        total, starts = self.stages.backward(inputs, grad, entered, incoming, self._geometry(inputs))
+        return _like_inputs(total, inputs), starts
 
     def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
         """A link's transfer from its number of tokens: none where gates differ from token to token."""
@@ -104,3 +106,12 @@ class DecayRecurrence:
             dtype=compute_dtype(q),
             masked=self.causal,
         )
+
+
+def _like_inputs(total: Gradients, inputs: Inputs) -> Grads:
+    q, k, v, log_decay = inputs
+    dgates = None
+    if log_decay is not None and total.log_decay is not None:
+        dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
+        dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
+    return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates

@@ -1,0 +1,176 @@
+"""Tiles: a block of chunks, head first, in memory that stays in cache.
+
+A block of [B, T, h, D] becomes N = n·B·H matrices (n chunks, B batches, H states) of C tokens. Heads that are fewer
+than the states are repeated; of queries that are more, the G that share a state lie one below the other: R = G·C rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.kernels.decay.scores import decay_factor
+from lasp.kernels.documents import Block, ChunkTable
+from lasp.kernels.scratch import Scratch
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What all stages share: the chunk table, B batches, H states of [K, V], the scale and the compute dtype.
+
+    Without a mask there is no attention within chunks: every token reads the same state of its whole document.
+    """
+
+    table: ChunkTable
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    dtype: torch.dtype
+    masked: bool
+
+    def new_states(self, slots: int, like: Tensor) -> Tensor:
+        """Memory for states [slots, B, H, K, V]."""
+        shape = (slots, self.batch, self.heads, self.key_dim, self.value_dim)
+        return torch.empty(shape, dtype=self.dtype, device=like.device)
+
+
+class Tiles:
+    """The tiles of one block, each read when it is first asked for, and the decays within its chunks.
+
+    A decay is [n or 1, B or 1, H, C, 1 or K]: one for all chunks where it is per head, one per channel only for GLA's.
+    """
+
+    def __init__(
+        self, inputs: Inputs, block: Block, geometry: Geometry, scratch: Scratch, grad: Tensor | None = None
+    ) -> None:
+        self._inputs, self._grad = inputs, grad
+        self.block, self.geometry, self.scratch = block, geometry, scratch
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Queries [N, R, K]."""
+        return self._read(self._inputs[0])
+
+    @cached_property
+    def k(self) -> Tensor:
+        """Keys [N, C, K]."""
+        return self._read(self._inputs[1])
+
+    @cached_property
+    def v(self) -> Tensor:
+        """Values [N, C, V]."""
+        return self._read(self._inputs[2])
+
+    @cached_property
+    def grad(self) -> Tensor:
+        """Gradients of the output [N, R, V]."""
+        assert self._grad is not None, "the backward stages are given the output's gradient"
+        return self._read(self._grad)
+
+    @cached_property
+    def gates(self) -> Tensor | None:
+        """Log-decays of the tokens."""
+        log_decay, geometry = self._inputs[3], self.geometry
+        if log_decay is None:
+            return None
+        if log_decay.dim() == 1:
+            per_head = log_decay.to(geometry.dtype).repeat_interleave(geometry.heads // log_decay.shape[0])
+            return per_head.view(1, 1, -1, 1, 1).expand(-1, -1, -1, self.block.length, -1)
+        view = block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, self.block, geometry.heads)
+        return view.to(geometry.dtype).flatten(2, 3)
+
+    @cached_property
+    def from_start(self) -> Tensor:
+        """The scale times the decay between the chunk's start and each token, its own included; the scale alone [1]."""
+        # A tensor, not a number: it lifts a product with bf16 to the compute dtype.
+        scale = torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self._inputs[0].device)
+        return scale if self.gates is None else decay_factor(self.gates.cumsum(-2)).mul_(scale)
+
+    @cached_property
+    def to_end(self) -> Tensor | None:
+        """The decay between each token and the chunk's end: summed from behind, for a difference would cancel."""
+        if self.gates is None:
+            return None
+        later = self.gates.flip(-2).cumsum(-2).flip(-2)
+        return decay_factor(F.pad(later[..., 1:, :], (0, 0, 0, 1)))
+
+    @cached_property
+    def whole(self) -> Tensor | None:
+        """The decay over the whole chunk, one row."""
+        return None if self.gates is None else decay_factor(self.gates.sum(-2, keepdim=True))
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b` of batches of matrices."""
+        return self.scratch.product(a, b)
+
+    def times(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a * b` of equal tiles."""
+        return torch.mul(a, b, out=self.scratch(*a.shape))
+
+    def scaled(self, tile: Tensor, factor: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """A tile [N, R, D] times a decay; into new memory unless `out` is given."""
+        if factor is None:
+            return tile
+        out = self.scratch(*tile.shape) if out is None else out
+        if factor.dim() == 1:
+            return torch.mul(tile, factor, out=out)
+        batch, heads, length = factor.shape[1:4]
+        shape = (-1, batch, heads, tile.shape[1] // length, length, tile.shape[2])
+        torch.mul(tile.view(shape), factor.unsqueeze(3), out=out.view(shape))
+        return out
+
+    def by_gate(self, tile: Tensor) -> Tensor:
+        """A tile [N, R, K] summed over what shares one gate, as [n·B, H, C, 1 or K] (one row stays one)."""
+        assert self.gates is not None, "only where there are gates"
+        if self.gates.shape[-1] == 1:
+            tile = tile.sum(-1, keepdim=True)
+        if tile.shape[1] > self.block.length:
+            tile = tile.unflatten(1, (-1, self.block.length)).sum(1)
+        return tile.unflatten(0, (-1, self.geometry.heads))
+
+    def _read(self, x: Tensor) -> Tensor:
+        view = block_view(x, self.block, self.geometry.heads)
+        tile = self.scratch(*view.shape).copy_(view)
+        return tile.view(self.block.chunks * self.geometry.batch * self.geometry.heads, -1, x.shape[-1])
+
+
+def block_view(x: Tensor, block: Block, states: int) -> Tensor:
+    """A block of [B, T, h, D] as [n, B, a, b, C, D]: a·b heads, or states when fewer heads than states are given."""
+    part = x[:, block.start : block.stop].unflatten(1, (block.chunks, block.length)).permute(1, 0, 3, 2, 4)
+    heads = x.shape[2]
+    if heads > states:
+        return part.unflatten(2, (states, heads // states))
+    return part.unsqueeze(3).expand(-1, -1, -1, states // heads, -1, -1)
+
+
+Write = Callable[[Tensor, Tensor, Block], None]
+
+
+def put(total: Tensor, tile: Tensor, block: Block) -> None:
+    """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
+    _target(total, block).copy_(_by_head(tile, total, block))
+
+
+def add(total: Tensor, tile: Tensor, block: Block) -> None:
+    """Add a tile to its block of [B, T, h, D], likewise."""
+    _target(total, block).add_(_by_head(tile, total, block))
+
+
+def _target(total: Tensor, block: Block) -> Tensor:
+    return block_view(total, block, total.shape[2])[:, :, :, 0]
+
+
+def _by_head(tile: Tensor, total: Tensor, block: Block) -> Tensor:
+    """A tile as [n, B, h, C, D]."""
+    heads = total.shape[2]
+    tile = tile.view(block.chunks, total.shape[0], -1, block.length, tile.shape[-1])
+    return tile if tile.shape[2] == heads else tile.unflatten(2, (heads, -1)).sum(3)
