@@ -122,7 +122,7 @@ def _ours(shape: Shape) -> Contestant:
 
 
 def _peer(shape: Shape, chunk: int) -> Contestant:
-    """The same recurrence in Mamba-2's terms: C = q, B = k, A = -1, dt = -log_decay, and v divided by dt."""
+    """The same in Mamba-2's terms: C = q, B = k, A = -1, dt = -log_decay, which also multiplies the values."""
     from transformers.models.mamba2 import modeling_mamba2
 
     scan = getattr(modeling_mamba2.mamba2_chunk_scan, "__wrapped__", modeling_mamba2.mamba2_chunk_scan)

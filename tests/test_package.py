@@ -1,0 +1,124 @@
+"""The package as a whole: what it imports, what it ships, who may talk to other ranks, and what its README says."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "parallel", "lasp", "launch")
+
+
+def run(code: str, cwd: Path, path: Path | None = None) -> str:
+    """What a fresh interpreter prints; `path` stands first where it looks for packages."""
+    environment = {**os.environ, "PYTHONPATH": str(path or ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def sources() -> list[Path]:
+    """Every Python file of the package, once: the links in lasp/ lead to files listed already."""
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    return sorted({file.resolve() for file in files})
+
+
+def test_import_is_quick_and_takes_no_extras(tmp_path: Path) -> None:
+    extras = {"transformers", "deepspeed", "mpi4py", "matplotlib", "jsonargparse", "tokenizers", "triton", "fla"}
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import lasp; "
+        "print(time.perf_counter() - start, *{name.partition('.')[0] for name in sys.modules})"
+    )
+    seconds, *modules = run(code, tmp_path).split()
+    assert float(seconds) < 1  # torch itself takes another one or two of the three seconds promised
+    # torch imports triton by itself where it is installed.
+    assert not (extras - {"triton"}) & set(modules)
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    """Real files in the place of the links, the recipes, the type marker, and nothing of the tests."""
+    copy = tmp_path / "source"
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("not a git checkout")
+    for name in names.stdout.splitlines():
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to(os.readlink(ROOT / name))
+        elif (ROOT / name).exists():
+            target.write_bytes((ROOT / name).read_bytes())
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(build, cwd=copy, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("lasp-*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    packed = {str(file.relative_to(site / "lasp")) for file in (site / "lasp").rglob("*") if file.is_file()}
+    assert {"py.typed", "kernels/segment.py", "parallel/scan.py", "launch/configs/demo.toml"} <= packed
+    assert not any("test" in name for name in packed)
+    code = "import lasp, lasp.kernels.segment, lasp.launch.cli; print(lasp.__file__, lasp.kernels.segment.__file__)"
+    for file in run(code, tmp_path, site).split():
+        assert file.startswith(str(site))
+
+
+def test_only_collectives_and_groups_talk_to_torch_distributed() -> None:
+    """Data moves in parallel/collectives.py alone; parallel/group.py makes and leaves groups."""
+    moves = re.compile(
+        r"\bdist(?:ributed)?\.(all_|broadcast|send|recv|isend|irecv|reduce|gather|scatter|barrier|batch_)"
+    )
+    allowed = {"collectives.py"}
+    found = {file.name for file in sources() if moves.search(file.read_text(encoding="utf-8"))}
+    assert found <= allowed
+
+
+def test_no_globals_no_bare_except_no_environment() -> None:
+    reads_environment = set()
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Global), f"global in {file}"
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except in {file}"
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                reads_environment.add(file.relative_to(ROOT).parts[0])
+    assert reads_environment <= {"launch"}
+
+
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    """The first Python block of README.md, as it stands."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    (tmp_path / "example.py").write_text(example[1], encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bytes_of_a_state = 4 * 32 * 32 * 4
+    for rank in range(2):
+        assert f"rank {rank}: True" in done.stdout
+    assert done.stdout.count(f"op='all_gather', phase='forward', bytes={bytes_of_a_state}, steps=1") == 2
+
+
+def test_the_readme_names_every_file() -> None:
+    """The file tree of the README has a line for each file of the four folders."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [str(f.relative_to(ROOT)) for f in sources() if f.name != "__init__.py" and f.name not in text]
+    assert not missing
