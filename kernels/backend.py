@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from lasp.kernels.decay import chunked
+from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
 
 BACKENDS = ("auto", "torch")
 
@@ -14,3 +18,13 @@ def decay_stages(backend: str) -> ModuleType:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return chunked
+
+
+def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Operator:
+    """The attention of a tile with keys k [B, N, Hk, K] and values v [B, N, Hk, V]; masked: it has an explicit mask."""
+    if softcap is None and k.device.type == "cpu":
+        return CpuFlash()
+    half = k.dtype in (torch.float16, torch.bfloat16)
+    if softcap is None and k.is_cuda and half and not masked and k.shape[3] == v.shape[3] <= 256:
+        return CudaFlash()
+    return Plain(softcap)

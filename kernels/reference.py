@@ -58,6 +58,51 @@ def linear_attention(
     return output, torch.cat(finals)
 
 
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> Tensor:
+    """`o_t = sum_i softmax(scale·q_t·k_i)_i v_i` over the keys that t sees, with all scores written out.
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V]; window: a query sees itself and the window - 1 tokens before it;
+    softcap c: scores become `c·tanh(scores / c)`; sinks [H]: one more score per head, whose value is 0; key_mask
+    [B, T]: False hides a key. A query that sees nothing has output 0. Returns the output [B, T, H, V].
+    """
+    length, heads = q.shape[1], max(x.shape[2] for x in (q, k, v))
+    q, k, v = (repeat_heads(x, heads) for x in (q, k, v))
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * torch.einsum("bthk,bihk->bhti", q, k)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    t, i = torch.arange(length, device=q.device).unsqueeze(1), torch.arange(length, device=q.device)
+    bounds = torch.tensor([0, length] if cu_seqlens is None else list(cu_seqlens), device=q.device)
+    document = torch.bucketize(i, bounds, right=True)
+    seen = document.unsqueeze(1) == document
+    if causal:
+        seen = seen & (i <= t)
+    if window is not None:
+        seen = seen & (i > t - window)
+    seen = seen.expand(q.shape[0], 1, length, length)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None]
+
+    # A column of a hopeless score and value 0 beside the keys keeps the softmax of a query that sees nothing finite.
+    sink = scores.new_full((heads,), -1e30) if sinks is None else sinks.to(scores.dtype)
+    columns = torch.cat(
+        [scores.masked_fill(~seen, -torch.inf), sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1
+    )
+    return torch.einsum("bhti,bihv->bthv", columns.softmax(-1)[..., :-1], v)
+
+
 def expand_decay(log_decay: Tensor | None, like: Tensor) -> Tensor:
     """Any kind of log-decay as [B, T, H, 1 or K]; `like` [B, T, ...] says how many tokens there are."""
     if log_decay is None:

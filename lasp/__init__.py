@@ -1,6 +1,6 @@
 """lasp: train linear-attention, state-space, softmax and hybrid models with the sequence cut over ranks."""
 
-from lasp.functional import linear_attention
+from lasp.functional import linear_attention, softmax_attention
 from lasp.parallel.collectives import traffic
 from lasp.parallel.gradients import data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh
@@ -15,6 +15,7 @@ __all__ = [
     "linear_attention",
     "shard",
     "shard_batch",
+    "softmax_attention",
     "sync_gradients",
     "traffic",
     "unshard",

@@ -6,14 +6,16 @@ Free functions with an explicit process group. The asynchronous ones return a `P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # torch 2.13 renamed these two; GPU machines still have 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -23,7 +25,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Record(NamedTuple):
     """One exchange as this rank saw it."""
 
-    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "ring" | "barrier"
+    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "all_to_all" | "ring" | "barrier"
     phase: str  # "forward" | "backward" | "gradients" | "control"
     bytes: int  # received by this rank, as a bandwidth-optimal algorithm would
     steps: int  # messages that wait for one another, over all ranks
@@ -62,23 +64,24 @@ def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
 
 
 @dataclass
-class Pending:
+class Pending(Generic[T]):
     """An exchange in flight. `wait()` returns its result and may be called again."""
 
     works: list[Any]
-    result: Tensor
-    finish: Callable[[Tensor], Tensor] | None = None
+    result: T
+    finish: Callable[[T], T] | None = None
+    sent: list[Message] = field(default_factory=list)  # kept until they have left
 
-    def wait(self) -> Tensor:
+    def wait(self) -> T:
         for work in self.works:
             work.wait()
-        self.works = []
+        self.works, self.sent = [], []
         if self.finish is not None:
             self.result, self.finish = self.finish(self.result), None
         return self.result
 
 
-def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
+def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
     """Start gathering equal tensors [...] into [W, ...], in order of rank."""
     size = dist.get_world_size(group)
     tensor = tensor.contiguous()
@@ -90,7 +93,7 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
     return Pending([_all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
 
 
-def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
     """Start summing a contiguous tensor over the ranks, in place."""
     size = dist.get_world_size(group)
     if size == 1:
@@ -109,7 +112,7 @@ def all_reduce_future(
     return future.then(lambda done: done.value()[0].div_(divisor))
 
 
-def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending:
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
     """Start summing [W, ...] over the ranks, rank r keeping part r [...]."""
     size = dist.get_world_size(group)
     tensor = tensor.contiguous()
@@ -120,16 +123,50 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pend
     return Pending([_reduce_scatter(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
 
 
-def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending:
+def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
     """Start sending to a rank of the group. The caller counts: a ring is one exchange of many messages."""
     tensor = tensor.contiguous()
     return Pending([dist.isend(tensor, group=group, group_dst=to, tag=tag)], tensor)
 
 
-def receive(like: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending:
+def receive(like: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
     """Start receiving a tensor shaped like `like` from a rank of the group."""
     buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
     return Pending([dist.irecv(buffer, group=group, group_src=source, tag=tag)], buffer)
+
+
+class Message(NamedTuple):
+    """A tensor to send to, or a buffer to receive from, a rank of the group. Tags tell messages of two ranks apart."""
+
+    tensor: Tensor
+    peer: int
+    tag: int
+
+
+def rotate(outgoing: list[Message], incoming: list[Message], group: dist.ProcessGroup | None, result: T) -> Pending[T]:
+    """Start messages between ranks, one hop of a ring, all at once; `result` holds the incoming buffers. The caller
+    counts."""
+    # One batch: NCCL would otherwise run the messages one after the other, and wait for peers that do the same.
+    operations = [dist.P2POp(dist.isend, m.tensor, group=group, group_peer=m.peer, tag=m.tag) for m in outgoing]
+    operations += [dist.P2POp(dist.irecv, m.tensor, group=group, group_peer=m.peer, tag=m.tag) for m in incoming]
+    works = dist.batch_isend_irecv(operations) if operations else []
+    return Pending(works, result, sent=outgoing)
+
+
+def all_to_all(
+    parts: list[Tensor], sizes: list[int], peers: Sequence[int], group: dist.ProcessGroup, phase: str
+) -> Pending[list[Tensor]]:
+    """Start sending flat part j to the rank `peers[j]` of the group; the result is what each sent here, `sizes[j]`
+    elements.
+
+    Only the peers take part, this rank among them: a process group of their own would have to be made by the world.
+    """
+    own = list(peers).index(dist.get_rank(group))
+    record("all_to_all", phase, (sum(sizes) - sizes[own]) * parts[0].element_size(), 1)
+    result = [parts[j] if j == own else parts[j].new_empty(sizes[j]) for j in range(len(peers))]
+    others = [j for j in range(len(peers)) if j != own]
+    outgoing = [Message(parts[j], peers[j], 0) for j in others if parts[j].numel()]
+    return rotate(outgoing, [Message(result[j], peers[j], 0) for j in others if sizes[j]], group, result)
 
 
 def barrier(group: dist.ProcessGroup | None) -> None:

@@ -13,7 +13,9 @@ from lasp.parallel.group import SequenceGroup
 
 # Buffers are made alike on every rank: no need to send them with each forward. torch 2.13 renames the option.
 _DDP = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers": False}
+_KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers": False
+}
 
 
 def sync_gradients(model: nn.Module, group: SequenceGroup) -> None:
@@ -62,8 +64,12 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> 
 
 
 def _gradient_group(group: SequenceGroup) -> tuple[dist.ProcessGroup, int]:
-    """The ranks that hold replicas or shares of one gradient, and how many of them are data-parallel replicas."""
+    """The ranks that hold replicas or shares of one gradient, and how many of them are data-parallel replicas.
+
+    With a mesh it is a group of its own even for one replica: on the sequence's, the scans of earlier layers would queue
+    behind buckets of gradients.
+    """
     mesh, axis = group.mesh, group.axis
-    if mesh is None or axis is None or "dp" not in (mesh.mesh_dim_names or ()) or mesh["dp"].size() == 1:
+    if mesh is None or axis is None or "dp" not in (mesh.mesh_dim_names or ()):
         return group.process_group, 1
     return mesh["dp", axis]._flatten(f"dp_{axis}").get_group(), mesh["dp"].size()

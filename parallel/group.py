@@ -29,6 +29,7 @@ class SequenceGroup:
     checks: bool
     mesh: DeviceMesh | None = None
     axis: str | None = None  # of the mesh, where there is one
+    heads: int = 1  # neighbours that exchange heads in ulysses x ring
 
     @classmethod
     def from_mesh(
@@ -37,27 +38,30 @@ class SequenceGroup:
         """The ranks along one axis of a mesh (`lasp.init_mesh`).
 
         layout: "contiguous" or "zigzag". checks: begin every call with a header that all ranks compare; an unchecked
-        group trusts that the ranks hold the house's cut of the sequence. heads: the ranks of the group that exchange
-        heads (ulysses x ring); only 1 is built.
+        group trusts that the ranks hold the house's cut of the sequence. heads: how many neighbouring ranks exchange
+        heads in `softmax_attention(method="ulysses_ring")`, while the rest of the group is a ring; it divides the size.
         """
         if axis not in (mesh.mesh_dim_names or ()):
             raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {axis!r}")
-        if heads != 1:
-            raise ValueError(f"heads must be 1: splitting a group for ulysses x ring is not built yet, got {heads}")
-        return cls._make(mesh.get_group(axis), layout, checks, mesh, axis)
+        return cls._make(mesh.get_group(axis), layout, heads, checks, mesh, axis)
 
     @classmethod
     def from_group(
-        cls, process_group: dist.ProcessGroup | None = None, layout: str = "contiguous", checks: bool = True
+        cls,
+        process_group: dist.ProcessGroup | None = None,
+        layout: str = "contiguous",
+        checks: bool = True,
+        heads: int = 1,
     ) -> SequenceGroup:
         """The ranks of an existing process group, by default the world. Every rank of it calls this."""
-        return cls._make(process_group, layout, checks)
+        return cls._make(process_group, layout, heads, checks)
 
     @classmethod
     def _make(
         cls,
         process_group: dist.ProcessGroup | None,
         layout: str,
+        heads: int,
         checks: bool,
         mesh: DeviceMesh | None = None,
         axis: str | None = None,
@@ -69,8 +73,10 @@ class SequenceGroup:
             raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
         control = _cpu_group(process_group)
         error = None if layout in LAYOUTS else f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}"
-        Agreement(control, {"layout": layout, "checks": checks}, error).wait()
-        return cls(process_group, control, rank, size, layout, checks, mesh, axis)
+        if not isinstance(heads, int) or heads < 1 or size % heads:
+            error = f"heads must divide the number of ranks in the group, {size}, got {heads!r}"
+        Agreement(control, {"layout": layout, "heads": heads, "checks": checks}, error).wait()
+        return cls(process_group, control, rank, size, layout, checks, mesh, axis, heads)
 
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""

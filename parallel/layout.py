@@ -97,7 +97,7 @@ def house_pieces(length: int, ranks: int, layout: str) -> tuple[Piece, ...]:
 def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
     """The pieces in order, given every rank's number of tokens. Contiguous takes any cut, zigzag only the house's."""
     pieces = house_pieces(sum(lengths), len(lengths), layout)
-    if layout == "contiguous":
+    if layout == "contiguous" or len(lengths) == 1:  # on one rank the pieces of a zigzag follow one another
         starts = [sum(lengths[:rank]) for rank in range(len(lengths) + 1)]
         return tuple(Piece(r, r, starts[r], starts[r + 1], 0) for r in range(len(lengths)))
     expected = tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(len(lengths)))
@@ -107,6 +107,24 @@ def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
             f"but the ranks hold {list(lengths)}"
         )
     return pieces
+
+
+@lru_cache(maxsize=256)
+def joined_pieces(lengths: tuple[int, ...], layout: str, neighbours: int = 1) -> tuple[Piece, ...]:
+    """The pieces after every `neighbours` ranks have put their tokens together, in order of position.
+
+    The ranks then are those of a smaller ring, len(lengths) // neighbours of them; pieces that touch become one.
+    """
+    joined: list[Piece] = []
+    filled = [0] * (len(lengths) // neighbours)
+    for piece in pieces_of(lengths, layout):
+        rank, length = piece.rank // neighbours, piece.stop - piece.start
+        if joined and joined[-1].rank == rank:
+            joined[-1] = joined[-1]._replace(stop=piece.stop)
+        else:
+            joined.append(Piece(len(joined), rank, piece.start, piece.stop, filled[rank]))
+        filled[rank] += length
+    return tuple(joined)
 
 
 @lru_cache(maxsize=256)

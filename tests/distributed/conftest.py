@@ -51,10 +51,10 @@ def subgroups(world: MPI.Comm) -> dict[int, dist.ProcessGroup | None]:
 def group_of(world: MPI.Comm, subgroups: dict[int, dist.ProcessGroup]) -> Callable[..., lasp.SequenceGroup | None]:
     """Make a SequenceGroup of the first `size` ranks; None on the ranks outside it."""
 
-    def make(size: int, layout: str = "contiguous", checks: bool = True) -> lasp.SequenceGroup | None:
+    def make(size: int, layout: str = "contiguous", checks: bool = True, heads: int = 1) -> lasp.SequenceGroup | None:
         if world.rank >= size:
             return None
-        return lasp.SequenceGroup.from_group(subgroups[size], layout=layout, checks=checks)
+        return lasp.SequenceGroup.from_group(subgroups[size], layout=layout, heads=heads, checks=checks)
 
     return make
 

@@ -1,0 +1,1 @@
+"""Softmax attention over one block of keys, and the merging of blocks."""

@@ -1,0 +1,238 @@
+"""How a rank meets the keys and values of the others: passed around a ring, or gathered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lasp.kernels.precision import compute_dtype
+from lasp.kernels.softmax.blocks import Keys
+from lasp.kernels.softmax.mask import Span
+from lasp.parallel import collectives
+from lasp.parallel.collectives import Message, Pending
+from lasp.parallel.layout import Piece
+from lasp.parallel.rotation import Rotation, Route
+
+Visit = Callable[[Keys], None]
+VisitBack = Callable[[Keys, Tensor, Tensor], None]  # adds to dk [B, N, Hk, K] and dv [B, N, Hk, V] of the block
+
+
+class KeyExchange(Protocol):
+    """Brings blocks of keys. The keys given and kept are in local order, and their span tells nothing."""
+
+    def forward(self, keys: Keys, visit: Visit) -> Keys:
+        """Visit every block that this rank needs, given its own keys; returns what backward needs."""
+        ...
+
+    def backward(self, kept: Keys, visit: VisitBack) -> tuple[Tensor, Tensor]:
+        """Visit the blocks again; returns the gradients of this rank's own keys and values in the compute dtype."""
+        ...
+
+
+def span(piece: Piece) -> Span:
+    """The tokens of a piece."""
+    return Span(piece.start, piece.stop)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """The shape of keys and values in flat messages. mask: 1 where a key mask travels with them, else 0."""
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    mask: int
+
+    @classmethod
+    def of(cls, keys: Keys) -> _Packing:
+        batch, _, heads, key_dim = keys.k.shape
+        return cls(batch, heads, key_dim, keys.v.shape[3], int(keys.mask is not None))
+
+    @property
+    def gradients(self) -> _Packing:
+        """Gradients travel without a mask."""
+        return replace(self, mask=0)
+
+    def numel(self, piece: Piece) -> int:
+        return self.batch * (piece.stop - piece.start) * (self.heads * (self.key_dim + self.value_dim) + self.mask)
+
+    def pack(self, keys: Keys) -> Tensor:
+        parts = [keys.k, keys.v] if keys.mask is None else [keys.k, keys.v, keys.mask.to(keys.k.dtype)]
+        return torch.cat([part.flatten() for part in parts])
+
+    def unpack(self, message: Tensor, piece: Piece) -> Keys:
+        """Views of the message."""
+        rows = (self.batch, piece.stop - piece.start)
+        sizes = [rows[0] * rows[1] * n for n in (self.heads * self.key_dim, self.heads * self.value_dim, self.mask)]
+        k, v, mask = message.split(sizes)
+        shown = mask.view(rows).bool() if self.mask else None
+        return Keys(span(piece), k.view(*rows, self.heads, -1), v.view(*rows, self.heads, -1), shown)
+
+
+def _local(keys: Keys, piece: Piece) -> Keys:
+    """The keys of one of this rank's pieces."""
+    rows = slice(piece.offset, piece.offset + piece.stop - piece.start)
+    mask = None if keys.mask is None else keys.mask[:, rows]
+    return Keys(span(piece), keys.k[:, rows], keys.v[:, rows], mask)
+
+
+# Ring ---------------------------------------------------------------------------------------------------------------
+
+Messages = dict[Route, Tensor]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Keys pass from neighbour to neighbour; the next are in flight while a rank computes with those it has.
+
+    Every piece is a message of its own and goes no further than it is needed. Alone, a rank is a ring without hops.
+    peers: the ranks in the group of those on the ring; rank: this one's place among them.
+    """
+
+    rotation: Rotation
+    peers: Sequence[int]
+    rank: int
+    group: dist.ProcessGroup | None
+
+    def forward(self, keys: Keys, visit: Visit) -> Keys:
+        packing, hops = _Packing.of(keys), self.rotation.hops
+        if hops:
+            collectives.record("ring", "forward", self._key_bytes(packing, keys.k), hops)
+        for _, blocks in self._turns(keys, packing):
+            for block in blocks.values():
+                visit(block)
+        return keys
+
+    def backward(self, kept: Keys, visit: VisitBack) -> tuple[Tensor, Tensor]:
+        packing, hops = _Packing.of(kept), self.rotation.hops
+        flat, dtype, own = packing.gradients, compute_dtype(kept.k), self.rotation.routes[self.rank]
+        if hops:
+            num_bytes = self._key_bytes(packing, kept.k) + self._gradient_bytes(flat, dtype)
+            collectives.record("ring", "backward", num_bytes, hops + 1)
+        dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (kept.k, kept.v))
+        totals: Messages = {}
+        passing = Pending[Messages]([], {})
+        for hop, blocks in self._turns(kept, packing):
+            for route, block in blocks.items():
+                if hop == 0 or hop >= route.first:
+                    totals[route] = kept.k.new_zeros(flat.numel(route.piece), dtype=dtype)
+                    into = flat.unpack(totals[route], route.piece)
+                    visit(block, into.k, into.v)
+            _add(totals, passing.wait())
+            passing = self._pass_gradients(totals, flat, dk, hop)
+        _add(totals, passing.wait())
+        for route in own:
+            home, found = _local(Keys(kept.span, dk, dv), route.piece), flat.unpack(totals[route], route.piece)
+            home.k.copy_(found.k)
+            home.v.copy_(found.v)
+        return dk, dv
+
+    def _turns(self, keys: Keys, packing: _Packing) -> Iterator[tuple[int, dict[Route, Keys]]]:
+        """The blocks that this rank holds after each hop, while the next hop is in flight."""
+        blocks = {route: _local(keys, route.piece) for route in self.rotation.routes[self.rank]}
+        messages = {route: packing.pack(block) for route, block in blocks.items() if route.last}
+        for hop in range(self.rotation.hops + 1):
+            arriving = self._pass_keys(messages, packing, keys.k, hop)
+            yield hop, blocks
+            messages = arriving.wait()
+            blocks = {route: packing.unpack(message, route.piece) for route, message in messages.items()}
+
+    def _pass_keys(self, messages: Messages, packing: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
+        """Start the next hop: send on what is needed further on, receive as much."""
+        step, ranks = self.rotation.step, self.rotation.ranks
+        after, before = self.peers[(self.rank + step) % ranks], self.peers[(self.rank - step) % ranks]
+        buffers = {r: like.new_empty(packing.numel(r.piece)) for r in self.rotation.held(self.rank, hop + 1)}
+        return collectives.rotate(
+            [Message(x, after, _key_tag(r)) for r, x in messages.items() if r.last > hop],
+            [Message(x, before, _key_tag(r)) for r, x in buffers.items()],
+            self.group,
+            buffers,
+        )
+
+    def _pass_gradients(self, totals: Messages, flat: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
+        """Start sending the gradients of others' keys after them, or home when no rank follows that needs the keys.
+        They leave `totals`; its own stay."""
+        outgoing = []
+        for route in [route for route in totals if route.piece.rank != self.rank]:
+            to = route.piece.rank if hop == route.last else self.rotation.holder(route, hop + 1)
+            outgoing.append(Message(totals.pop(route), self.peers[to], _gradient_tag(route)))
+        buffers = {r: like.new_empty(flat.numel(r.piece)) for r in self.rotation.returning(self.rank, hop)}
+        return collectives.rotate(
+            outgoing,
+            [Message(x, self.peers[self.rotation.holder(r, hop)], _gradient_tag(r)) for r, x in buffers.items()],
+            self.group,
+            buffers,
+        )
+
+    def _key_bytes(self, packing: _Packing, like: Tensor) -> int:
+        hops = range(1, self.rotation.hops + 1)
+        received = sum(packing.numel(r.piece) for hop in hops for r in self.rotation.held(self.rank, hop))
+        return received * like.element_size()
+
+    def _gradient_bytes(self, flat: _Packing, dtype: torch.dtype) -> int:
+        hops = range(1, self.rotation.hops + 1)
+        received = sum(flat.numel(r.piece) for hop in hops for r in self.rotation.returning(self.rank, hop))
+        return received * dtype.itemsize
+
+
+def _add(totals: Messages, arrived: Messages) -> None:
+    for route, gradient in arrived.items():
+        totals[route] += gradient
+
+
+def _key_tag(route: Route) -> int:
+    return 2 * route.piece.order
+
+
+def _gradient_tag(route: Route) -> int:
+    return 2 * route.piece.order + 1
+
+
+# Gather -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gather:
+    """One all-gather brings all keys of the sequence as one block (LASP-2H, arXiv:2502.07563, section 3.4).
+
+    pieces: of all ranks, by position; lengths: the ranks' numbers of tokens.
+    """
+
+    pieces: tuple[Piece, ...]
+    lengths: tuple[int, ...]
+    rank: int
+    group: dist.ProcessGroup
+
+    def forward(self, keys: Keys, visit: Visit) -> Keys:
+        parts = [keys.k.flatten(2), keys.v.flatten(2)]
+        if keys.mask is not None:
+            parts.append(keys.mask.unsqueeze(-1).to(keys.k.dtype))
+        rows = torch.cat(parts, -1).transpose(0, 1)
+        sent = pad(rows, (0, 0, 0, 0, 0, max(self.lengths) - rows.shape[0]))
+        ranks = collectives.all_gather(sent, self.group, "forward").wait()
+        whole = torch.cat([ranks[p.rank, p.offset : p.offset + p.stop - p.start] for p in self.pieces]).transpose(0, 1)
+        k, v, mask = whole.split([parts[0].shape[-1], parts[1].shape[-1], len(parts) - 2], -1)
+        shown = None if keys.mask is None else mask.squeeze(-1).bool()
+        heads = (keys.k.shape[2], -1)
+        block = Keys(Span(0, sum(self.lengths)), k.unflatten(-1, heads), v.unflatten(-1, heads), shown)
+        visit(block)
+        return block
+
+    def backward(self, kept: Keys, visit: VisitBack) -> tuple[Tensor, Tensor]:
+        dk, dv = (torch.zeros_like(x, dtype=compute_dtype(x)) for x in (kept.k, kept.v))
+        visit(kept._replace(span=Span(0, sum(self.lengths))), dk, dv)
+        whole = torch.cat([dk.flatten(2), dv.flatten(2)], -1).transpose(0, 1)
+        ranks = whole.new_zeros(len(self.lengths), max(self.lengths), *whole.shape[1:])
+        for p in self.pieces:
+            ranks[p.rank, p.offset : p.offset + p.stop - p.start] = whole[p.start : p.stop]
+        own = collectives.reduce_scatter(ranks, self.group, "backward").wait()[: self.lengths[self.rank]]
+        heads = (kept.k.shape[2], -1)
+        own_k, own_v = own.transpose(0, 1).split([dk.shape[2] * dk.shape[3], dv.shape[2] * dv.shape[3]], -1)
+        return own_k.unflatten(-1, heads), own_v.unflatten(-1, heads)

@@ -1,0 +1,188 @@
+"""Softmax attention with the sequence cut over ranks: three ways to bring queries and keys together.
+
+    ring     keys and values pass from rank to rank while each computes (Ring Attention, arXiv:2310.01889)
+    gather   every rank gathers all keys and values at once (LASP-2H, arXiv:2502.07563, section 3.4)
+    ulysses  ranks exchange tokens for heads, and each attends to the whole sequence (DeepSpeed Ulysses,
+             arXiv:2309.14509); where only the h neighbours of a group with `heads=h` exchange, rings do the rest (USP,
+             arXiv:2405.07719)
+
+Ring and gather differ in when a rank meets a block of keys: two ways to visit blocks, under one autograd.Function.
+Ulysses is an exchange before and after a ring, often of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels.precision import compute_dtype
+from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
+from lasp.kernels.softmax.mask import Mask, Span
+from lasp.parallel.group import SequenceGroup
+from lasp.parallel.heads import HeadExchange, heads_to_tokens, tokens_to_heads
+from lasp.parallel.keys import Gather, KeyExchange, Ring, span
+from lasp.parallel.layout import Piece, joined_pieces, pieces_of
+from lasp.parallel.rotation import Rotation, make_rotation
+
+METHODS = ("auto", "ring", "gather", "ulysses", "ulysses_ring")
+
+
+def check_method(name: str, group: SequenceGroup | None, query_heads: int, key_heads: int, window: int | None) -> str:
+    """The method that `name` stands for (`lasp.softmax_attention` documents the rule of "auto").
+
+    Raises ValueError when there is none of that name, or it does not fit the group or the number of heads.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    size, split = (1, 1) if group is None else (group.size, group.heads)
+    if name == "auto":
+        if split > 1 and query_heads % split == 0:
+            return "ulysses_ring"
+        return "gather" if window is None and size * key_heads <= query_heads else "ring"
+    if name == "ulysses_ring" and split == 1 and size > 1:
+        raise ValueError("method 'ulysses_ring' needs a group made with heads=h, the ranks that exchange heads")
+    exchanging = _exchanging(name, group)
+    if query_heads % exchanging:
+        raise ValueError(
+            f"method {name!r} deals out heads to {exchanging} ranks, which must divide their number, got {query_heads} "
+            "query heads; 'ring' and 'gather' take any number, 'ulysses_ring' a multiple of the group's heads=h"
+        )
+    return name
+
+
+def _exchanging(method: str, group: SequenceGroup | None) -> int:
+    """How many neighbouring ranks exchange heads."""
+    return 1 if group is None else {"ulysses": group.size, "ulysses_ring": group.heads}.get(method, 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about one call that is not a tensor. lengths: every rank's number of tokens."""
+
+    attention: BlockAttention
+    lengths: tuple[int, ...]
+    group: SequenceGroup | None
+    method: str
+
+
+def shared_attention(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None
+) -> Tensor:
+    """Attention of this rank's queries over the whole sequence.
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hk, V] and key_mask [B, T] of this rank's tokens; sinks [Hq].
+    Returns the output [B, T, Hq, V] in v's dtype.
+    """
+    group, members = call.group, _exchanging(call.method, call.group)
+    if group is None or members == 1:
+        return _attend(call, q, k, v, sinks, key_mask)
+    heads = _head_exchange(call, group, members)
+    # Each rank needs at least one head of keys and values, the one that its queries share.
+    copies = members // gcd(members, k.shape[2])
+    k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
+    q, k, v = tokens_to_heads(heads, q, k, v)
+    if key_mask is not None:
+        shown = key_mask.to(torch.uint8)[..., None, None].expand(-1, -1, members, 1)
+        key_mask = heads.scatter((shown,), "forward")[0][..., 0, 0].bool()
+    if sinks is not None:
+        sinks = sinks[heads.rank * q.shape[2] : (heads.rank + 1) * q.shape[2]]
+    return heads_to_tokens(heads, _attend(call, q, k, v, sinks, key_mask))[0]
+
+
+def _head_exchange(call: Call, group: SequenceGroup, members: int) -> HeadExchange:
+    """The exchange among this rank and its neighbours."""
+    first = group.rank - group.rank % members
+    pieces = [p for p in pieces_of(call.lengths, group.layout) if first <= p.rank < first + members]
+    return HeadExchange(
+        group.process_group,
+        tuple(range(first, first + members)),
+        group.rank - first,
+        call.lengths[first : first + members],
+        tuple(piece._replace(rank=piece.rank - first) for piece in pieces),
+    )
+
+
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """Attention by ring or gather, with queries and keys of all members of this rank's head exchange."""
+    group, members = call.group, _exchanging(call.method, call.group)
+    rank, layout = (0, "contiguous") if group is None else (group.rank // members, group.layout)
+    pieces = joined_pieces(call.lengths, layout, members)
+    ranks = len(call.lengths) // members
+    exchange: KeyExchange
+    if group is not None and ranks > 1 and call.method == "gather":
+        exchange = Gather(pieces, call.lengths, rank, group.process_group)
+    else:
+        # On the ring with this rank are those at its place among the members of their exchange.
+        peers = range(0 if group is None else group.rank % members, len(call.lengths), members)
+        rotation = plan_rotation(pieces, ranks, call.attention.mask)
+        exchange = Ring(rotation, peers, rank, None if group is None else group.process_group)
+    queries = tuple(piece for piece in pieces if piece.rank == rank)
+    output: Tensor = _Attention.apply(call.attention, queries, exchange, q, k, v, sinks, key_mask)
+    return output
+
+
+@lru_cache(maxsize=256)
+def plan_rotation(pieces: tuple[Piece, ...], ranks: int, mask: Mask) -> Rotation:
+    """How far each piece's keys must travel under a mask."""
+    return make_rotation(pieces, ranks, lambda own, other: mask.shows(span(own), span(other)))
+
+
+class _Attention(torch.autograd.Function):
+    """
+    inputs     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hk, V], sinks [Hq] or None, key_mask [B, T] or None
+    output     [B, T, Hq, V]
+    forward    ring: one hop of [B, T_r, Hk, K + V] after another; gather: one all-gather of the same
+    backward   ring: the same hops again, and the gradients of keys and values in fp32 after them and home;
+               gather: one reduce-scatter of the gradients of keys and values in fp32
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attention: BlockAttention,
+        pieces: tuple[Piece, ...],
+        exchange: KeyExchange,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        local = Span(0, q.shape[1])
+        queries = Queries(local, q, *empty_attention(q, v))
+
+        def visit(keys: Keys) -> None:
+            for piece in pieces:
+                attention.attend(queries.part(span(piece), piece.offset), keys)
+
+        kept = exchange.forward(Keys(local, k, v, key_mask), visit)
+        if sinks is not None:
+            merge_sinks(queries.output, queries.lse, sinks)
+        output = queries.output.to(v.dtype)
+        ctx.attention, ctx.pieces, ctx.exchange = attention, pieces, exchange
+        ctx.save_for_backward(q, kept.k, kept.v, kept.mask, sinks, output, queries.lse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, key_mask, sinks, output, lse = ctx.saved_tensors
+        # Of a query that saw nothing, exp(S - lse) must be 0.
+        queries = Queries(Span(0, q.shape[1]), q, output, lse.masked_fill(lse == -torch.inf, torch.inf))
+        dq = torch.zeros_like(q, dtype=compute_dtype(q))
+
+        def visit(keys: Keys, dk: Tensor, dv: Tensor) -> None:
+            for piece in ctx.pieces:
+                rows = slice(piece.offset, piece.offset + piece.stop - piece.start)
+                part = queries.part(span(piece), piece.offset)
+                ctx.attention.gradients(part, grad[:, rows], keys, (dq[:, rows], dk, dv))
+
+        dk, dv = ctx.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
+        dsinks = None if sinks is None else sinks_gradient(sinks, output, lse, grad)
+        return None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
