@@ -66,8 +66,8 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> 
 def _gradient_group(group: SequenceGroup) -> tuple[dist.ProcessGroup, int]:
     """The ranks that hold replicas or shares of one gradient, and how many of them are data-parallel replicas.
 
-    With a mesh it is a group of its own even for one replica: on the sequence's, the scans of earlier layers would queue
-    behind buckets of gradients.
+    With a mesh it is a group of its own even for one replica: on the sequence's, the scans of earlier layers would
+    queue behind buckets of gradients.
     """
     mesh, axis = group.mesh, group.axis
     if mesh is None or axis is None or "dp" not in (mesh.mesh_dim_names or ()):
