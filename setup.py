@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = ["transformers>=5.20", "safetensors", "tokenizers", "jsonargparse", "toml", "matplotlib"]
 HF = ["transformers>=5.20"]
 DEEPSPEED = ["deepspeed"]
-BENCH = HF
+BENCH = [*HF, "ring-attention-pytorch"]
 TEST = ["pytest", "pytest-timeout", "pytest-mpi", "mpi4py", "openmpi; sys_platform == 'linux'", "setuptools>=77"]
 DEV = ["ruff", "mypy", "import-linter"]
 

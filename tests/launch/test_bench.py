@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 import lasp
-from lasp.launch.bench import Shape, _inputs, main
+from lasp.launch.bench import main
+from lasp.launch.bench.kernels import Shape, _inputs
 
 
-def test_bench_kernels_writes_what_it_measured(tmp_path: Path, capsys) -> None:
+def test_bench_kernels_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
     assert (
         main(["kernels", "--tokens", "512", "--heads", "1", "--dim", "32", "--repeat", "1", "--json", str(file)]) == 0
@@ -34,3 +36,13 @@ def test_our_contestant_and_the_peer_compute_the_same() -> None:
         scan = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)
         peer = scan(v / -log_decay.unsqueeze(-1), -log_decay, -torch.ones(2), k, q, 64)
     torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-3)
+
+
+def test_bench_attention_measures_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    shape = ["--ranks", "2", "--tokens", "256", "--heads", "2", "--dim", "16", "--repeat", "1"]
+    assert main(["attention", *shape, "--json", str(file)]) == 0
+    run = json.loads(file.read_text())["ranks"]["2"]
+    assert run["times_faster"] == run["seconds"][run["best_peer"]] / run["seconds"]["lasp ring, zigzag"]
+    assert len(run["seconds"]) == 6
+    assert "2 ranks: our ring on zigzag is" in " ".join(capsys.readouterr().out.split())

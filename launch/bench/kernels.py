@@ -1,18 +1,13 @@
-"""`lasp bench kernels [--json FILE]`: our kernels against their peers, in one run on this machine.
+"""The decay kernel with one gate per token: ours and transformers' PyTorch fallback of Mamba-2.
 
-Times are medians of interleaved repetitions in one process, since a machine's speed drifts; peak memory is taken in a
-fresh process per contestant, since memory once touched stays. A table is printed last.
+Forward and backward, fp32. Times are medians of interleaved rounds in one process; peak memory is taken in a fresh
+process per contestant, since memory once touched stays.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 import lasp
+from lasp.launch.bench.timing import Contestant, interleave, machine
 
-Contestant = Callable[[], None]
+OURS = "lasp linear_attention"
 
 
 @dataclass(frozen=True)
@@ -45,57 +41,35 @@ class Shape:
         return 2 * self.batch * self.tokens * self.heads * (7 * chunk * self.dim + 6 * self.dim**2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark."""
-    parser = argparse.ArgumentParser(prog="lasp bench", description=__doc__)
-    parser.add_argument("what", choices=["kernels"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The shape, and how many threads."""
     parser.add_argument("--tokens", type=int, default=Shape.tokens)
     parser.add_argument("--heads", type=int, default=Shape.heads)
     parser.add_argument("--dim", type=int, default=Shape.dim)
-    parser.add_argument("--repeat", type=int, default=9, metavar="N", help="repetitions per contestant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    shape = Shape(tokens=arguments.tokens, heads=arguments.heads, dim=arguments.dim)
-    figures = bench_kernels(shape, arguments.repeat, arguments.threads)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _show(figures)
-    return 0
 
 
-def bench_kernels(shape: Shape, repeat: int, threads: int) -> dict[str, Any]:
-    """Forward and backward of a recurrence with one gate per token (Mamba-2's), ours and transformers'."""
-    contestants = {f"transformers mamba2_chunk_scan, chunk {chunk}": chunk for chunk in (64, 128, 256)}
-    prepared = {"lasp linear_attention": _ours(shape)}
-    prepared |= {name: _peer(shape, chunk) for name, chunk in contestants.items()}
-    seconds = interleave(prepared, repeat)
-    best = min(contestants, key=seconds.__getitem__)
-    memory = {name: _peak_memory(name, shape, threads) for name in ("lasp linear_attention", best)}
-    ours, peak = seconds["lasp linear_attention"], _matmul_flops()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory of ours and of the peer at its best chunk size, and what they amount to."""
+    torch.set_num_threads(options.threads)
+    shape = Shape(tokens=options.tokens, heads=options.heads, dim=options.dim)
+    peers = {f"transformers mamba2_chunk_scan, chunk {chunk}": chunk for chunk in (64, 128, 256)}
+    contestants = {OURS: _ours(shape)} | {name: _peer(shape, chunk) for name, chunk in peers.items()}
+    seconds = interleave(contestants, options.repeat)
+    best = min(peers, key=seconds.__getitem__)
+    memory = {name: _peak_memory(name, shape, options.threads) for name in (OURS, best)}
+    peak = _matmul_flops()
     return {
-        "machine": _machine(threads),
+        "machine": machine(options.threads),
         "shape": vars(shape),
         "seconds": seconds,
         "peak_bytes": memory,
         "matmul_gflops": peak / 1e9,
-        "share_of_matmul_peak": shape.flops(chunk=64) / ours / peak,
-        "times_faster": seconds[best] / ours,
-        "share_of_memory": memory["lasp linear_attention"] / memory[best],
+        "share_of_matmul_peak": shape.flops(chunk=64) / seconds[OURS] / peak,
+        "times_faster": seconds[best] / seconds[OURS],
+        "share_of_memory": memory[OURS] / memory[best],
         "best_peer": best,
     }
-
-
-def interleave(contestants: dict[str, Contestant], repeat: int) -> dict[str, float]:
-    """Median seconds of each contestant, all of them once per round, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeat + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
 
 
 # Contestants --------------------------------------------------------------------------------------------------------
@@ -174,13 +148,8 @@ def _matmul_flops(size: int = 2048) -> float:
     return 2 * size**3 / seconds
 
 
-def _machine(threads: int) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    chip = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"chip": chip, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _show(figures: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
+    """The table, and what it amounts to."""
     shape = figures["shape"]
     title = "forward + backward, " + ", ".join(f"{name} {value}" for name, value in shape.items()) + ", fp32"
     table = Table(title=title)
@@ -191,14 +160,10 @@ def _show(figures: dict[str, Any]) -> None:
         table.add_row(name, f"{seconds:.3f}", "" if peak is None else f"{peak / 1e6:.0f}")
     console = Console()
     console.print(table)
-    machine = figures["machine"]
+    told = figures["machine"]
     console.print(
         f"lasp is {figures['times_faster']:.2f} times faster than {figures['best_peer']} and takes "
         f"{figures['share_of_memory']:.2f} of its memory; {figures['share_of_matmul_peak']:.0%} of the "
         f"{figures['matmul_gflops']:.0f} GFLOP/s of this machine's matrix product "
-        f"({machine['chip']}, {machine['threads']} threads, torch {machine['torch']})."
+        f"({told['chip']}, {told['threads']} threads, torch {told['torch']})."
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
