@@ -30,7 +30,7 @@ class Segment:
 
     def then(self, later: Segment) -> Segment:
         """This stretch followed by `later`, as one stretch."""
-        return Segment(apply(later.transfer, self.transfer), later(self.state))
+        return Segment(compose(later.transfer, self.transfer), later(self.state))
 
     def adjoint(self, grad: Tensor) -> Segment:
         """The map of gradients, `dS_end -> A^T·dS_end + grad`; it runs backwards in time."""
@@ -45,6 +45,13 @@ class Segment:
 def apply(transfer: Tensor, state: Tensor) -> Tensor:
     """`A·S`; a transfer whose last dim is 1 is diagonal."""
     return transfer * state if transfer.shape[-1] == 1 else transfer @ state
+
+
+def compose(later: Tensor, first: Tensor) -> Tensor:
+    """`A2·A1`, where either may be diagonal."""
+    if first.shape[-1] == 1 and later.shape[-1] > 1:
+        return later * first.mT
+    return apply(later, first)
 
 
 def transpose(transfer: Tensor) -> Tensor:

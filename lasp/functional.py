@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -60,14 +62,16 @@ def linear_attention(
     """
 
     def check() -> Arguments:
-        options = {"scale": scale, "causal": causal, "scan": check_scan(scan), "final_state": output_final_state}
+        options = {"causal": causal, "scan": check_scan(scan), "final_state": output_final_state}
+        options["scale"] = _check_scale(scale)
         decay_stages(backend)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
         return _check_linear(q, k, v, log_decay, initial_state, cu_seqlens, options)
 
     lengths = begin_call(group, check)
 
+    @cache
     def plan() -> Plan:
         agreed = lengths()
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(agreed))
@@ -82,7 +86,7 @@ def linear_attention(
         decay_stages(backend),
         runs,
         heads,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=causal,
         chunk_size=chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE),
     )
@@ -297,14 +301,28 @@ def _check_decay(q: Tensor, log_decay: Tensor | None, causal: bool) -> None:
         raise ValueError(f"log_decay {shape} must share batch and tokens with q {list(q.shape)}")
     if log_decay.dim() == 4 and log_decay.shape[3] != q.shape[3]:
         raise ValueError(f"log_decay {shape} must share its last dim with q {list(q.shape)}")
-    if not log_decay.is_floating_point():
-        raise ValueError(f"log_decay must be floating, got {log_decay.dtype}")
+    _check_beside("log_decay", log_decay, q)
     # On an accelerator the check would wait for the device; `lasp.verify` makes it there.
     if log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
 
 
+def _check_scale(scale: float | None) -> float | None:
+    """The scale as a plain number, which a header can carry."""
+    if scale is None:
+        return None
+    if isinstance(scale, str) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    return float(scale)
+
+
+def _check_beside(name: str, x: Tensor, q: Tensor) -> None:
+    if not x.is_floating_point() or x.device != q.device:
+        raise ValueError(f"{name} must be floating and on the device of q, {q.device}, got {x.dtype} on {x.device}")
+
+
 def _check_state(state: Tensor, q: Tensor, v: Tensor, documents: int | None) -> None:
+    _check_beside("initial_state", state, q)
     rows, what = (q.shape[0], "B") if documents is None else (documents, "documents")
     if state.dim() != 4 or (state.shape[0], *state.shape[2:]) != (rows, q.shape[3], v.shape[3]):
         raise ValueError(

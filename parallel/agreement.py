@@ -41,12 +41,16 @@ class Agreement:
 
 
 def _pack(header: dict[str, Any]) -> bytes:
-    """The header as JSON. What does not fit is an error of this rank, told like any other."""
-    packed = json.dumps(header, ensure_ascii=False).encode()
+    """The header as JSON. What does not fit, or is no plain value, is an error of this rank, told like any other."""
+    try:
+        packed = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as problem:
+        return _pack({**header, "error": f"an argument that cannot be compared: {problem}", "fields": {}})
     if len(packed) <= HEADER_BYTES:
         return packed
     error = header["error"] or f"the header of this call takes {len(packed)} bytes, at most {HEADER_BYTES} fit"
-    shortened = error.encode()[:_ERROR_BYTES].decode(errors="ignore")
+    printable = "".join(c if c.isprintable() else " " for c in error)
+    shortened = printable.encode()[:_ERROR_BYTES].decode(errors="ignore")
     return json.dumps({"tokens": header["tokens"], "error": shortened, "fields": {}}, ensure_ascii=False).encode()
 
 

@@ -22,23 +22,32 @@ class Arguments(NamedTuple):
 def begin_call(group: SequenceGroup | None, check: Callable[[], Arguments]) -> Callable[[], tuple[int, ...]]:
     """Run `check`, start the agreement, and return what waits for it: every rank's number of tokens.
 
-    An error that `check` raises is raised as ValueError on every rank of the group. In a group without checks nothing
-    is exchanged: an error stays on its own rank, and the ranks are taken to hold the house's cut of the sequence.
+    Whatever `check` raises is raised as ValueError on every rank of the group. A group without checks compares nothing:
+    an error stays on its own rank, and only the numbers of tokens are exchanged, unless the arguments tell the whole
+    sequence's length and so the house's cut.
     """
     if group is None or group.size == 1:
-        tokens = check().tokens
+        tokens = _found(check).tokens
         return lambda: (tokens,)
     if not group.checks:
-        lengths = _trusted_lengths(group, check())
-        return lambda: lengths
+        return _trusted_lengths(group, _found(check))
     try:
-        arguments = check()
-    except Exception as error:  # any mistake of one rank must reach the others, which wait for its header
-        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        group.agree({}, told).wait()
+        arguments = _found(check)
+        agreement = group.agree(arguments.fields, tokens=arguments.tokens)
+    except ValueError as error:  # any mistake of one rank must reach the others, which wait for its header
+        group.agree({}, str(error)).wait()
         raise
-    agreement = group.agree(arguments.fields, tokens=arguments.tokens)
     return lambda: _enough(tuple(agreement.wait()))
+
+
+def _found(check: Callable[[], Arguments]) -> Arguments:
+    """What `check` finds. A mistake it did not foresee (None for a tensor) is one of the user's all the same."""
+    try:
+        return check()
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def fingerprint(values: tuple[int, ...]) -> str:
@@ -52,14 +61,15 @@ def _enough(lengths: tuple[int, ...]) -> tuple[int, ...]:
     return lengths
 
 
-def _trusted_lengths(group: SequenceGroup, arguments: Arguments) -> tuple[int, ...]:
-    """The house's cut; the whole length is W times the local one unless the arguments tell it."""
-    total = arguments.tokens * group.size if arguments.total is None else arguments.total
-    pieces = house_pieces(total, group.size, group.layout)
-    lengths = tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(group.size))
-    if lengths[group.rank] != arguments.tokens:
+def _trusted_lengths(group: SequenceGroup, arguments: Arguments) -> Callable[[], tuple[int, ...]]:
+    if arguments.total is None:
+        lengths = group.agree({}, tokens=arguments.tokens)
+        return lambda: tuple(lengths.wait())
+    pieces = house_pieces(arguments.total, group.size, group.layout)
+    house = tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(group.size))
+    if house[group.rank] != arguments.tokens:
         raise ValueError(
-            f"without checks, rank {group.rank} of {group.size} should hold {lengths[group.rank]} of {total} tokens in "
-            f"the {group.layout} layout, but holds {arguments.tokens}"
+            f"without checks, rank {group.rank} of {group.size} should hold {house[group.rank]} of {arguments.total} "
+            f"tokens in the {group.layout} layout, but holds {arguments.tokens}"
         )
-    return lengths
+    return lambda: house

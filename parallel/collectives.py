@@ -65,17 +65,17 @@ def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
 
 @dataclass
 class Pending(Generic[T]):
-    """An exchange in flight. `wait()` returns its result and may be called again."""
+    """An exchange in flight, with the buffers it needs. `wait()` returns its result and may be called again."""
 
     works: list[Any]
     result: T
     finish: Callable[[T], T] | None = None
-    sent: list[Message] = field(default_factory=list)  # kept until they have left
+    sent: Sequence[Any] = ()  # kept until they have left
 
     def wait(self) -> T:
         for work in self.works:
             work.wait()
-        self.works, self.sent = [], []
+        self.works, self.sent = [], ()
         if self.finish is not None:
             self.result, self.finish = self.finish(self.result), None
         return self.result
@@ -90,7 +90,8 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[
     result = tensor.new_empty(size, *tensor.shape)
     record("all_gather", phase, (size - 1) * tensor.nbytes, 1)
     # Flat on both sides: gloo wants the input's dims to match the output's.
-    return Pending([_all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
+    work = _all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)
+    return Pending([work], result, sent=[tensor])
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:

@@ -67,7 +67,8 @@ class SequenceGroup:
         axis: str | None = None,
     ) -> SequenceGroup:
         process_group = process_group or dist.group.WORLD
-        assert process_group is not None, "a world without a process group"
+        if process_group is None:
+            raise ValueError("there is no process group yet: lasp.init_mesh makes one")
         rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
         if rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
@@ -123,8 +124,8 @@ def _init_process_group() -> None:
     try:
         dist.init_process_group(backend)
     except ValueError as error:
-        if "environment variable" not in str(error):
-            raise
+        if "environment variable RANK" not in str(error):
+            raise  # a launcher was here, but did not say all
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 

@@ -112,27 +112,26 @@ class Ring:
 
     def backward(self, kept: Keys, visit: VisitBack) -> tuple[Tensor, Tensor]:
         packing, hops = _Packing.of(kept), self.rotation.hops
-        flat, dtype, own = packing.gradients, compute_dtype(kept.k), self.rotation.routes[self.rank]
+        flat, dtype = packing.gradients, compute_dtype(kept.k)
         if hops:
             num_bytes = self._key_bytes(packing, kept.k) + self._gradient_bytes(flat, dtype)
             collectives.record("ring", "backward", num_bytes, hops + 1)
-        dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (kept.k, kept.v))
-        totals: Messages = {}
+        home = Keys(kept.span, *(torch.zeros_like(x, dtype=dtype) for x in (kept.k, kept.v)))
         passing = Pending[Messages]([], {})
         for hop, blocks in self._turns(kept, packing):
+            sums: Messages = {}
             for route, block in blocks.items():
-                if hop == 0 or hop >= route.first:
-                    totals[route] = kept.k.new_zeros(flat.numel(route.piece), dtype=dtype)
-                    into = flat.unpack(totals[route], route.piece)
-                    visit(block, into.k, into.v)
-            _add(totals, passing.wait())
-            passing = self._pass_gradients(totals, flat, dk, hop)
-        _add(totals, passing.wait())
-        for route in own:
-            home, found = _local(Keys(kept.span, dk, dv), route.piece), flat.unpack(totals[route], route.piece)
-            home.k.copy_(found.k)
-            home.v.copy_(found.v)
-        return dk, dv
+                into = _local(home, route.piece)
+                if hop >= max(route.first, 1):
+                    sums[route] = home.k.new_zeros(flat.numel(route.piece))
+                    into = flat.unpack(sums[route], route.piece)
+                elif hop:
+                    continue  # on its way to a rank that needs it
+                visit(block, into.k, into.v)
+            self._add(passing.wait(), sums, home, flat)
+            passing = self._pass_gradients(sums, flat, home.k, hop)
+        self._add(passing.wait(), {}, home, flat)
+        return home.k, home.v
 
     def _turns(self, keys: Keys, packing: _Packing) -> Iterator[tuple[int, dict[Route, Keys]]]:
         """The blocks that this rank holds after each hop, while the next hop is in flight."""
@@ -146,30 +145,41 @@ class Ring:
 
     def _pass_keys(self, messages: Messages, packing: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
         """Start the next hop: send on what is needed further on, receive as much."""
-        step, ranks = self.rotation.step, self.rotation.ranks
-        after, before = self.peers[(self.rank + step) % ranks], self.peers[(self.rank - step) % ranks]
         buffers = {r: like.new_empty(packing.numel(r.piece)) for r in self.rotation.held(self.rank, hop + 1)}
         return collectives.rotate(
-            [Message(x, after, _key_tag(r)) for r, x in messages.items() if r.last > hop],
-            [Message(x, before, _key_tag(r)) for r, x in buffers.items()],
+            [Message(x, self._holder(r, hop + 1), _key_tag(r)) for r, x in messages.items() if r.last > hop],
+            [Message(x, self._holder(r, hop), _key_tag(r)) for r, x in buffers.items()],
             self.group,
             buffers,
         )
 
-    def _pass_gradients(self, totals: Messages, flat: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
-        """Start sending the gradients of others' keys after them, or home when no rank follows that needs the keys.
-        They leave `totals`; its own stay."""
+    def _pass_gradients(self, sums: Messages, flat: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
+        """Start sending the gradients of others' keys after them, or home where no rank follows that needs the keys."""
         outgoing = []
-        for route in [route for route in totals if route.piece.rank != self.rank]:
-            to = route.piece.rank if hop == route.last else self.rotation.holder(route, hop + 1)
-            outgoing.append(Message(totals.pop(route), self.peers[to], _gradient_tag(route)))
+        for route, x in sums.items():
+            to = self._holder(route, 0 if hop == route.last else hop + 1)
+            outgoing.append(Message(x, to, _gradient_tag(route)))
         buffers = {r: like.new_empty(flat.numel(r.piece)) for r in self.rotation.returning(self.rank, hop)}
         return collectives.rotate(
             outgoing,
-            [Message(x, self.peers[self.rotation.holder(r, hop)], _gradient_tag(r)) for r, x in buffers.items()],
+            [Message(x, self._holder(r, hop), _gradient_tag(r)) for r, x in buffers.items()],
             self.group,
             buffers,
         )
+
+    def _holder(self, route: Route, hop: int) -> int:
+        """The rank in the group that holds a route's keys after `hop` hops."""
+        return self.peers[route.holder(hop, self.rotation.ranks)]
+
+    def _add(self, arrived: Messages, sums: Messages, home: Keys, flat: _Packing) -> None:
+        """Add gradients that arrived: to the `sums` of others' keys, or to those of this rank, which came `home`."""
+        for route, gradient in arrived.items():
+            if route.piece.rank != self.rank:
+                sums[route] += gradient
+                continue
+            own, found = _local(home, route.piece), flat.unpack(gradient, route.piece)
+            own.k.add_(found.k)
+            own.v.add_(found.v)
 
     def _key_bytes(self, packing: _Packing, like: Tensor) -> int:
         hops = range(1, self.rotation.hops + 1)
@@ -180,11 +190,6 @@ class Ring:
         hops = range(1, self.rotation.hops + 1)
         received = sum(flat.numel(r.piece) for hop in hops for r in self.rotation.returning(self.rank, hop))
         return received * dtype.itemsize
-
-
-def _add(totals: Messages, arrived: Messages) -> None:
-    for route, gradient in arrived.items():
-        totals[route] += gradient
 
 
 def _key_tag(route: Route) -> int:

@@ -8,9 +8,9 @@ Zigzag balances causal softmax attention; a linear layer runs on either.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -158,7 +158,9 @@ def _runs(piece: Piece, bounds: tuple[int, ...], closes: bool) -> list[Run]:
     """The runs of a piece. An empty document belongs to the piece that holds its position, one at the very end of the
     sequence to the piece that `closes` it. An empty piece passes everything through: one empty run."""
     runs = []
-    for document, (start, stop) in enumerate(pairwise(bounds)):
+    nearest = max(bisect_left(bounds, piece.start) - 1, 0)
+    for document in range(nearest, min(bisect_right(bounds, piece.stop), len(bounds) - 1)):
+        start, stop = bounds[document], bounds[document + 1]
         first, end = max(start, piece.start), min(stop, piece.stop)
         empty_here = start == stop and (piece.start <= start < piece.stop or (closes and start == piece.stop))
         if first < end or empty_here:

@@ -40,6 +40,7 @@ class Chain(Protocol):
     def fill(self, runs: list[Tensor]) -> None: ...
     def starts(self) -> list[Tensor]: ...
     def ends(self) -> list[Tensor]: ...
+    def tensors(self) -> tuple[Tensor, ...]: ...
 
 
 class Recurrence(Protocol):
@@ -58,6 +59,7 @@ class Recurrence(Protocol):
     def backward(
         self, inputs: Any, grad: Tensor, entered: Any, incoming: list[Tensor | None]
     ) -> tuple[Inputs, list[Tensor]]: ...
+    def restore(self, inputs: Any, tensors: tuple[Tensor, ...]) -> Chain: ...
     def transfer_rule(self, inputs: Any) -> Callable[[int], Tensor] | None: ...
 
 
@@ -86,7 +88,8 @@ def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) 
     initial_state [documents, B, H, K, V] or None. Returns the local output [B, T, Ho, V] and, when the call asks for
     them, the final states [documents, B, H, K, V], the same on every rank.
     """
-    output, final = _CausalRecurrence.apply(call, initial_state, *inputs)
+    with _exact(inputs):
+        output, final = _CausalRecurrence.apply(call, initial_state, *inputs)
     return output, final if call.final else None
 
 
@@ -116,26 +119,54 @@ class _CausalRecurrence(torch.autograd.Function):
             chain.enter(_enter_runs(plan, scan.wait(), initial))
             output = recurrence.read_out(inputs, chain, output)
         final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
-        ctx.call, ctx.plan, ctx.chain, ctx.transfers = call, plan, chain, transfers
-        ctx.has_initial = initial_state is not None
-        ctx.save_for_backward(*inputs)
+        _save(ctx, call, plan, transfers, initial_state, inputs, chain)
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, plan, inputs, recurrence = ctx.call, ctx.plan, ctx.saved_tensors, ctx.call.recurrence
-        ends = _ends_grad(call, plan, grad_final)
-        if call.alone:
-            grads, starts = recurrence.backward(inputs, grad, ctx.chain, ends)
-        else:
-            adjoint = recurrence.adjoint(inputs, grad, ctx.chain)
-            maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
-            scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
-            total = recurrence.grad_outputs(inputs, grad, ctx.chain)
-            adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
-            grads, starts = recurrence.grad_states(inputs, ctx.chain, adjoint, total), adjoint.starts()
-        return None, _initial_grad(plan, starts) if ctx.has_initial else None, *grads
+        call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
+        inputs, entered = _saved(ctx)
+        with _exact(inputs):
+            ends = _ends_grad(call, plan, grad_final)
+            if call.alone:
+                grads, starts = recurrence.backward(inputs, grad, entered, ends)
+            else:
+                adjoint = recurrence.adjoint(inputs, grad, entered)
+                maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
+                scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
+                total = recurrence.grad_outputs(inputs, grad, entered)
+                adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
+                grads, starts = recurrence.grad_states(inputs, entered, adjoint, total), adjoint.starts()
+        begins = [start if run.reset else None for run, start in zip(plan.runs, starts, strict=True)]
+        return None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
+
+
+def _exact(inputs: Inputs) -> torch.autocast:
+    """Keep autocast away: states, decays and sums are in fp32 or fp64 whatever surrounds the call."""
+    return torch.autocast(next(x for x in inputs if x is not None).device.type, enabled=False)
+
+
+def _save(
+    ctx: Any,
+    call: Call,
+    plan: Plan,
+    transfers: Transfers,
+    initial_state: Tensor | None,
+    inputs: Inputs,
+    chain: Chain,
+) -> None:
+    """Keep what backward needs; tensors through autograd, so that checkpointing and offloading see them."""
+    ctx.call, ctx.plan, ctx.transfers, ctx.has_initial = call, plan, transfers, initial_state is not None
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(*inputs, *chain.tensors())
+
+
+def _saved(ctx: Any) -> tuple[Inputs, Chain]:
+    """The inputs, and the true states of the forward pass."""
+    tensors = ctx.saved_tensors
+    inputs = tensors[: ctx.num_inputs]
+    return inputs, ctx.call.recurrence.restore(inputs, tensors[ctx.num_inputs :])
 
 
 # Runs and links -----------------------------------------------------------------------------------------------------
@@ -193,16 +224,18 @@ def _ends_grad(call: Call, plan: Plan, grad_final: Tensor | None) -> list[Tensor
         return [None] * len(plan.runs)
     assert grad_final is not None, "autograd materialises the gradient of a returned final state"
     if call.group is not None:
-        grad_final = collectives.all_reduce(grad_final.clone(), call.group.process_group, "backward").wait()
+        grad_final = collectives.all_reduce(
+            grad_final.clone(memory_format=torch.contiguous_format), call.group.process_group, "backward"
+        ).wait()
     return [grad_final[run.document] if run.last else None for run in plan.runs]
 
 
-def _initial_grad(plan: Plan, starts: list[Tensor]) -> Tensor:
-    """This rank's part of the gradient of the initial states: the documents that begin in one of its runs."""
-    grad = starts[0].new_zeros(plan.documents, *starts[0].shape)
-    for run, start in zip(plan.runs, starts, strict=True):
-        if run.reset:
-            grad[run.document] = start
+def _initial_grad(plan: Plan, parts: list[Tensor | None], like: Tensor) -> Tensor:
+    """This rank's part of the gradient of the initial states, from what each run gives to its document's."""
+    grad = like.new_zeros(plan.documents, *like.shape)
+    for run, part in zip(plan.runs, parts, strict=True):
+        if part is not None:
+            grad[run.document] += part
     return grad
 
 
@@ -214,7 +247,8 @@ def bidirectional_recurrence(call: Call, initial_state: Tensor | None, inputs: I
 
     Arguments and results as in `causal_recurrence`.
     """
-    output, final = _BidirectionalRecurrence.apply(call, initial_state, *inputs)
+    with _exact(inputs):
+        output, final = _BidirectionalRecurrence.apply(call, initial_state, *inputs)
     return output, final if call.final else None
 
 
@@ -240,26 +274,23 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         chain.fill(totals)
         output = recurrence.read_out(inputs, chain, recurrence.inside(inputs))
         final = _share_ends(call, plan, totals, "forward") if call.final else None
-        ctx.call, ctx.plan, ctx.chain, ctx.transfers = call, plan, chain, transfers
-        ctx.has_initial = initial_state is not None
-        ctx.save_for_backward(*inputs)
+        _save(ctx, call, plan, transfers, initial_state, inputs, chain)
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, plan, inputs, recurrence = ctx.call, ctx.plan, ctx.saved_tensors, ctx.call.recurrence
-        adjoint = recurrence.adjoint(inputs, grad, ctx.chain)
-        ends = _ends_grad(call, plan, grad_final)
-        own = [start if end is None else start + end for start, end in zip(adjoint.starts(), ends, strict=True)]
-        initial = None
-        if ctx.has_initial:
-            initial = own[0].new_zeros(plan.documents, *own[0].shape)
-            for run, part in zip(plan.runs, own, strict=True):
-                initial[run.document] += part
-        adjoint.fill(_document_totals(call, plan, own, ctx.transfers, "backward"))
-        total = recurrence.grad_outputs(inputs, grad, ctx.chain)
-        return None, initial, *recurrence.grad_states(inputs, ctx.chain, adjoint, total)
+        call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
+        inputs, entered = _saved(ctx)
+        with _exact(inputs):
+            adjoint = recurrence.adjoint(inputs, grad, entered)
+            ends = _ends_grad(call, plan, grad_final)
+            own = [start if end is None else start + end for start, end in zip(adjoint.starts(), ends, strict=True)]
+            initial = _initial_grad(plan, list(own), own[0]) if ctx.has_initial else None
+            adjoint.fill(_document_totals(call, plan, own, ctx.transfers, "backward"))
+            total = recurrence.grad_outputs(inputs, grad, entered)
+            grads = recurrence.grad_states(inputs, entered, adjoint, total)
+        return None, initial, *grads
 
 
 def _document_totals(call: Call, plan: Plan, own: list[Tensor], transfers: Transfers, phase: str) -> list[Tensor]:

@@ -46,8 +46,8 @@ def cross_entropy(
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Arguments:
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {list(logits.shape)} need labels {list(logits.shape[:-1])}, got {list(labels.shape)}")
-    if labels.is_floating_point():
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
     if labels.device.type == "cpu" and labels.numel():
         counted = labels[labels != ignore_index]
         if counted.numel() and not 0 <= counted.min() <= counted.max() < logits.shape[-1]:

@@ -4,8 +4,8 @@
     ring    the folded state travels from link to link: one hop each (LASP-1, arXiv:2404.02882)
 
 A scan is started as soon as a rank knows its own maps, runs while the rank computes, and is awaited with `wait()`. In
-reverse it carries gradients from the last link to the first. Maps are those of whole links; `fold_runs` and its reverse
-make them from the maps of runs.
+reverse it carries gradients from the last link to the first. Maps are those of whole links; `parallel/linear.py` makes
+them from the maps of runs.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Transfers:
         return self._rule is None and not self._gathered
 
     def keep(self, link: Link, transfer: Tensor) -> None:
-        self._gathered[link] = transfer
+        self._gathered[link] = transfer.clone()  # not a view: that would keep the whole message until backward
 
     def of(self, link: Link) -> Tensor:
         return self._gathered[link] if self._rule is None else self._rule(link.length)
@@ -156,35 +156,40 @@ class _Ring:
         self._own, self._group = links, group
         chain = direction.links(plan)
         steps = [(before, link) for before, link in pairwise(chain) if before.rank != link.rank]
-        arrivals = [step for step in steps if step[1].rank == plan.rank]
-        collectives.record(
-            "ring", direction.phase, sum(links[link.place].state.nbytes for _, link in arrivals), len(steps)
-        )
-        self._arriving = {
-            link: collectives.receive(links[link.place].state, before.rank, group.process_group, link.order)
-            for before, link in arrivals
-        }
+        self._source = {link: before.rank for before, link in steps if link.rank == plan.rank}
+        received = sum(links[link.place].state.nbytes for link in self._source)
+        collectives.record("ring", direction.phase, received, len(steps))
         self._next = dict(pairwise(chain))
         self._todo = [link for link in chain if link.rank == plan.rank]
         self._incoming: list[Tensor | None] = [None] * len(links)
         self._here: Tensor | None = None  # the state that left this rank's previous link, if the next one is here too
         self._sent: list[collectives.Pending] = []
-        # What does not depend on an arrival leaves at once.
-        while self._todo and self._todo[0] not in self._arriving:
+        self._arriving: collectives.Pending | None = None
+        # What does not depend on an arrival leaves at once, and the first arrival is expected from now on.
+        while self._todo and self._todo[0] not in self._source:
             self._advance()
+        self._expect()
 
     def wait(self) -> list[Tensor | None]:
         while self._todo:
             self._advance()
+            self._expect()
         for message in self._sent:
             message.wait()
         return self._incoming
 
+    def _expect(self) -> None:
+        """Post the receive of the next link. No earlier: on NCCL it would hold up the sends to the same rank."""
+        link = self._todo[0] if self._todo else None
+        if link in self._source:
+            like = self._own[link.place].state
+            self._arriving = collectives.receive(like, self._source[link], self._group.process_group, link.order)
+
     def _advance(self) -> None:
         """Take the next of this rank's links: receive, apply its map, pass on."""
         link = self._todo.pop(0)
-        carry = self._arriving[link].wait() if link in self._arriving else self._here
-        self._incoming[link.place], self._here = carry, None
+        carry = self._arriving.wait() if self._arriving is not None else self._here
+        self._incoming[link.place], self._here, self._arriving = carry, None, None
         if link not in self._next:
             return
         after, own = self._next[link], self._own[link.place]

@@ -88,6 +88,10 @@ class ChunkStates:
         """The state [B, H, K, V] at the end of each run."""
         return [self.states[last] for _, last in self.geometry.table.runs]
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What the chain consists of, besides its geometry."""
+        return self.states, self.transfers
+
     def entering(self, block: Block) -> Tensor:
         """The states at the start of the block's chunks, [N, K, V]."""
         first = block.slot - self.base
@@ -233,13 +237,13 @@ def _grad_outputs(tiles: Tiles, entered: ChunkStates) -> BlockGradients:
     dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
     dq = tiles.scaled(dq, tiles.from_start, out=dq)
     dk = dv = dgates = None
-    if tiles.gates is not None:
+    if tiles.trains_gates:
         # A gate is passed by the state that entered the chunk, on its way to the queries at or after the gate.
         dgates = tiles.by_gate(tiles.times(tiles.q, dq)).flip(-2).cumsum(-2).flip(-2)
     if tiles.geometry.masked:
         p = _scores(tiles)
         dv = tiles.product(p.values.mT, tiles.grad)
-        dq_inside, dk, dgates_inside = p.backward(tiles.product(tiles.grad, tiles.v.mT))
+        dq_inside, dk, dgates_inside = p.backward(tiles.product(tiles.grad, tiles.v.mT), tiles.trains_gates)
         dq.add_(dq_inside)
         if dgates is not None and dgates_inside is not None:
             dgates.add_(dgates_inside.view_as(dgates))
@@ -252,7 +256,7 @@ def _grad_chunk_states(tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates)
     dk = tiles.scaled(dk, tiles.to_end, out=dk)
     dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate)
     dgates = None
-    if tiles.whole is not None:
+    if tiles.trains_gates and tiles.whole is not None:
         # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the chunk's
         # end. The latter, state times gradient at every chunk, stands for the boundary term of the identity over the
         # whole sequence (GLA, arXiv:2312.06635, appendix C).
@@ -313,7 +317,7 @@ def _new_chain(inputs: Inputs, geometry: Geometry, incoming: list[Tensor | None]
 def _new_gradients(inputs: Inputs, geometry: Geometry) -> Gradients:
     q, k, v, log_decay = inputs
     gates = None
-    if log_decay is not None:
+    if log_decay is not None and log_decay.requires_grad:
         heads = log_decay.shape[0] if log_decay.dim() == 1 else log_decay.shape[2]
         channels = log_decay.shape[3] if log_decay.dim() == 4 else 1
         gates = torch.empty((*q.shape[:2], heads, channels), dtype=geometry.dtype, device=q.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay.chunked import ChunkStates, Gradients
-from lasp.kernels.decay.scores import decay_factor
+from lasp.kernels.decay.scores import decay_factor, finite
 from lasp.kernels.decay.tiles import Geometry, Inputs
 from lasp.kernels.documents import chunk_table
 from lasp.kernels.precision import compute_dtype
@@ -81,6 +81,11 @@ class DecayRecurrence:
         total, starts = self.stages.backward(inputs, grad, entered, incoming, self._geometry(inputs))
         return _like_inputs(total, inputs), starts
 
+    def restore(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> ChunkStates:
+        """A chain from its tensors."""
+        states, transfers = tensors
+        return ChunkStates(self._geometry(inputs), states, transfers)
+
     def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
         """A link's transfer from its number of tokens: none where gates differ from token to token."""
         q, _, _, log_decay = inputs
@@ -90,7 +95,7 @@ class DecayRecurrence:
             return lambda length: one
         if log_decay.dim() > 1:
             return None
-        per_head = log_decay.to(dtype).repeat_interleave(self.heads // log_decay.shape[0]).view(1, -1, 1, 1)
+        per_head = finite(log_decay.to(dtype)).repeat_interleave(self.heads // log_decay.shape[0]).view(1, -1, 1, 1)
         return lambda length: decay_factor(per_head * length)
 
     def _geometry(self, inputs: Inputs) -> Geometry:

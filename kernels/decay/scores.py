@@ -24,8 +24,8 @@ class Scores(Protocol):
 
     values: Tensor  # P
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """From dP [N, R, C], which is overwritten, to dq, dk and dlog_decay [N, C, 1 or K]."""
+    def backward(self, grad: Tensor, gates: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From dP [N, R, C], which is overwritten, to dq, dk and, if wanted, dlog_decay [N, C, 1 or K]."""
         ...
 
 
@@ -45,9 +45,9 @@ class MaskedScores:
         self.values = scratch.product(q, k.mT)
         self._by_query(self.values).mul_(self.mask)
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(self, grad: Tensor, gates: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         dlog = None
-        if self.log_decay is not None:
+        if self.log_decay is not None and gates:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
             # never as a difference of two sums that share the pairs on one side.
             pairs = torch.mul(grad, self.values, out=self._scratch(*grad.shape))
@@ -86,7 +86,7 @@ class DyadicScores:
             _squares(values, half).copy_(q_later @ k_earlier.mT)
         self.values = values[..., : self.length, : self.length].flatten(1, 2)
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(self, grad: Tensor, gates: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         grad = grad.unflatten(1, (-1, self.length))
         grad = F.pad(grad, (0, self.padding, 0, self.padding)) if self.padding else grad
         diagonal = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
@@ -134,6 +134,11 @@ def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tens
     shape = (*sums.shape, sums.shape[-1])
     steps = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch(*shape, dtype=torch.float64))
     return decay_factor(scratch(*shape).copy_(steps).clamp_(max=0)).tril_().unsqueeze(2)
+
+
+def finite(log_decay: Tensor) -> Tensor:
+    """Log-decays without -inf, which no sum survives: exp(-750) is 0 in fp64 too, and sums of -750 keep their digits."""
+    return log_decay.clamp(min=-750)
 
 
 def decay_factor(log_decay: Tensor) -> Tensor:

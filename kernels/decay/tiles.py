@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels.decay.scores import decay_factor
+from lasp.kernels.decay.scores import decay_factor, finite
 from lasp.kernels.documents import Block, ChunkTable
 from lasp.kernels.scratch import Scratch
 
@@ -83,15 +83,19 @@ class Tiles:
         if log_decay is None:
             return None
         if log_decay.dim() == 1:
-            per_head = log_decay.to(geometry.dtype).repeat_interleave(geometry.heads // log_decay.shape[0])
+            per_head = finite(log_decay.to(geometry.dtype)).repeat_interleave(geometry.heads // log_decay.shape[0])
             return per_head.view(1, 1, -1, 1, 1).expand(-1, -1, -1, self.block.length, -1)
         view = block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, self.block, geometry.heads)
-        return view.to(geometry.dtype).flatten(2, 3)
+        return finite(view.to(geometry.dtype).flatten(2, 3))
+
+    @property
+    def trains_gates(self) -> bool:
+        """Whether the gates have a gradient: those of Lightning and RetNet are constants."""
+        return self._inputs[3] is not None and self._inputs[3].requires_grad
 
     @cached_property
     def from_start(self) -> Tensor:
         """The scale times the decay between the chunk's start and each token, its own included; the scale alone [1]."""
-        # A tensor, not a number: it lifts a product with bf16 to the compute dtype.
         scale = torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self._inputs[0].device)
         return scale if self.gates is None else decay_factor(self.gates.cumsum(-2)).mul_(scale)
 

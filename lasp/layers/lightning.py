@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.layers.mixer import Mixer
+from lasp.layers.recurrent import RecurrentMixer
 
 
-class Lightning(Mixer):
+class Lightning(RecurrentMixer):
     """SiLU on queries, keys and values, one fixed decay per head, and a sigmoid output gate.
 
     Head h = 1..H of layer l = 0..L-1 forgets with `log λ = -s_h (1 - l/L)` per token: lower layers look near, upper
@@ -26,6 +26,7 @@ class Lightning(Mixer):
         ValueError: an unknown kind of slopes; and what `Mixer` raises.
     """
 
+    causal_only = True
     gate = "sigmoid"
 
     def __init__(self, *args: Any, slopes: str = "alibi", **kwargs: Any) -> None:
@@ -34,7 +35,7 @@ class Lightning(Mixer):
             raise ValueError(f"slopes must be 'alibi' or 'linear', got {slopes!r}")
         self.slopes = slopes
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return F.silu(q), F.silu(k), F.silu(v)
 
     def log_decay(self, x: Tensor) -> Tensor:

@@ -5,24 +5,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.layers.mixer import Mixer
+from lasp.layers.recurrent import RecurrentMixer
+from lasp.layers.rotary import Rotary
 
 
-class LinearAttention(Mixer):
+class LinearAttention(RecurrentMixer):
     """Linear attention with the feature map elu + 1 on queries and keys, and no decay.
 
     "Transformers are RNNs" (arXiv 2006.16236, equation 7), with the output norm in the place of the denominator.
 
     Args:
-        causal: False lets every token see the whole sequence, as in an encoder.
+        rope_theta: turns the features by rotary positions of this base (RoFormer, arXiv 2104.09864, equation 19), which
+            a layer with causal=False needs to tell an order of tokens at all. None: no positions.
         *args, **kwargs: as for `Mixer`.
+
+    Raises:
+        ValueError: what `Mixer` and, with a rope_theta, `Rotary` raise.
     """
 
-    def __init__(self, *args: Any, causal: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rope_theta: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.causal = causal
+        if rope_theta is not None:
+            self.rotary = Rotary(self.head_dim, rope_theta)
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return elu_plus_one(q), elu_plus_one(k), v
 
 

@@ -1,50 +1,71 @@
-"""The part every token mixer shares: projections, heads, padding, and the way out.
+"""The part every token mixer shares: projections, heads, positions, and the way out.
 
-A mixer turns [B, T, hidden] into [B, T, hidden] in five steps,
+A mixer turns [B, T, hidden] into [B, T, hidden] in six steps,
 
     q, k, v = projections of x, split into heads
-    q, k, v = features(q, k, v)                      a feature map, a rotation
-    o, state = recurrence(q, k, v, log_decay(x))     lasp.functional, the only step that meets other tokens and ranks
-    o = norm(o) per head, times gate(g_proj(x))
+    q, k, v = features(q, k, v)                      a feature map
+    q, k = rotary(q, k, positions)                   where the mixer has one
+    o, state = mix(x, q, k, v, context)              lasp.functional, the only step that meets other tokens and ranks
+    o = norm(o) per head, times gate(g_proj(x))      where the mixer has them
     y = out_proj(o)
 
-and a subclass says only what is its own. The norm stands where older linear attention divides by q·Σk: it bounds the
-output for signed features too, where that denominator can cross zero (TransNormerLLM, arXiv 2307.14995).
+and a subclass says only what is its own.
 """
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.functional import linear_attention
+from lasp.layers.rotary import Rotary
+from lasp.layers.state import State
 from lasp.parallel.group import SequenceGroup
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
 
 
+@dataclass(frozen=True)
+class Context:
+    """What surrounds the tokens of one call; the fields are arguments of `Mixer.forward`."""
+
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: State | None
+    output_final_state: bool
+    group: SequenceGroup | None
+
+    @property
+    def group_size(self) -> int:
+        """How many ranks hold a part of the sequence."""
+        return 1 if self.group is None else self.group.size
+
+
 class Mixer(nn.Module):
-    """Base of the token mixers with a state `S_t = a_t S_{t-1} + k_t v_t^T`; by itself: no features, no decay, no gate.
+    """Base of the token mixers.
 
     Args:
         hidden_size: width of the residual stream.
         num_heads: heads of the queries, and of the output.
-        num_kv_heads: heads of the keys and values, and of the decays and states (default: num_heads). Must divide
-            num_heads; fewer of them make the states, and what ranks exchange, smaller.
+        num_kv_heads: heads of the keys and values, and of what the mixer keeps of them (default: num_heads). Must
+            divide num_heads; fewer of them make states, and what ranks exchange, smaller.
         head_dim: width of a head (default: hidden_size / num_heads).
-        norm_eps: epsilon of the output norm.
+        norm_eps: epsilon of the output norm, where there is one.
+        causal: False lets every token see its whole document, as in an encoder.
         layer_idx, num_layers: place of this layer in its model, 0 <= layer_idx < num_layers.
 
     Raises:
-        ValueError: head counts or widths that do not divide or are not positive, a place outside the model.
+        ValueError: head counts or widths that do not divide or are not positive, a place outside the model,
+            causal=False for a mixer that knows only the past.
     """
 
-    causal: bool = True
-    needs_positions: ClassVar[bool] = False
+    causal_only: ClassVar[bool] = False
+    output_norm: ClassVar[bool] = True
     gate: ClassVar[str | None] = None  # a name in GATES; None: no output gate
+    rotary: Rotary | None = None  # None: positions are not read
 
     def __init__(
         self,
@@ -54,6 +75,7 @@ class Mixer(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         norm_eps: float = 1e-5,
+        causal: bool = True,
         layer_idx: int = 0,
         num_layers: int = 1,
     ) -> None:
@@ -64,9 +86,12 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"layer_idx must lie in [0, num_layers), got layer_idx {layer_idx}, num_layers {num_layers}"
             )
+        if self.causal_only and not causal:
+            raise ValueError(f"{type(self).__name__} fades with time and knows only the past, got causal=False")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.causal = causal
         self.layer_idx = layer_idx
         self.num_layers = num_layers
 
@@ -75,7 +100,7 @@ class Mixer(nn.Module):
         self.k_proj = nn.Linear(hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(hidden_size, kv_width, bias=False)
         self.g_proj = None if self.gate is None else nn.Linear(hidden_size, width, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+        self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if self.output_norm else None
         self.out_proj = nn.Linear(width, hidden_size, bias=False)
 
     @classmethod
@@ -83,13 +108,13 @@ class Mixer(nn.Module):
         """Names of the keywords this mixer takes beyond those of every mixer."""
         return _keywords(cls) - _keywords(Mixer)
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the recurrence reads, from the projections: q [B, T, H, D], k and v [B, T, H_kv, D], shapes kept."""
+    def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is mixed, from the projections: q [B, T, H, D], k and v [B, T, H_kv, D], shapes kept."""
         return q, k, v
 
-    def log_decay(self, x: Tensor) -> Tensor | None:
-        """Logarithm of the decay, <= 0 and at least fp32: None | [H_kv] | [B, T, H_kv] | [B, T, H_kv, D]."""
-        return None
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        """The output [B, T, H, D] of each head, and the final state where the context asks for it."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -98,53 +123,44 @@ class Mixer(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: Tensor | None = None,
+        state: State | None = None,
         output_final_state: bool = False,
         group: SequenceGroup | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, State | None]:
         """Mix the tokens of x.
 
         Args:
             x: [B, T, hidden], this rank's tokens when a group is given.
-            position_ids: [B or 1, T], positions in the document; read by mixers with `needs_positions`, which count
-                from 0 in each document without them.
-            attention_mask: [B, T] bool, local; a False token leaves the state exactly as it found it. None: all True.
-                With a group, either every rank gives one or none does.
+            position_ids: [B or 1, T], positions in the document; read by mixers with rotary positions, which count from
+                0 in each document without them.
+            attention_mask: [B, T] bool, local; no other token sees a False one, and it leaves a state exactly as it
+                found it. None: all True. With a group, either every rank gives one or none does.
             cu_seqlens: [N + 1], ends of packed documents in the whole sequence (B = 1).
-            state: [B or N, H_kv, D, D], what `output_final_state` returned for the tokens before these.
+            state: what `output_final_state` returned for the tokens before these.
             output_final_state: whether to return the state after the last token.
             group: ranks that hold the rest of the sequence.
 
         Returns:
-            y [B, T, hidden] and the final state (fp32, or fp64 for fp64 inputs), None unless asked for.
+            y [B, T, hidden] and the final state of the mixer's kind, None unless asked for.
 
         Raises:
             ValueError: positions are needed and cannot be known (a state or other ranks came before these tokens), an
-                attention_mask that is not a [B, T] bool; and what `lasp.linear_attention` raises.
+                attention_mask that is not a [B, T] bool, a state of another kind of mixer; and what the function of
+                `lasp.functional` behind the mixer raises.
         """
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        if self.needs_positions and position_ids is None:
-            position_ids = self._first_positions(x, cu_seqlens, state, group)
-        q, k, v = self.features(q, k, v, position_ids)
-        log_decay = self.log_decay(x)
         if attention_mask is not None:
-            k, log_decay = skip_padding(k, log_decay, attention_mask)
-        result = linear_attention(
-            q,
-            k,
-            v,
-            log_decay,
-            initial_state=state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-            causal=self.causal,
-            group=group,
-        )
-        o, final_state = result if isinstance(result, tuple) else (result, None)
+            _check_mask(attention_mask, x)
+        context = Context(attention_mask, cu_seqlens, state, output_final_state, group)
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.features(q, k, v)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, self._first_positions(x, context) if position_ids is None else position_ids)
+        o, final_state = self.mix(x, q, k, v, context)
         return self._output(x, o), final_state
 
     def _output(self, x: Tensor, o: Tensor) -> Tensor:
-        o = self.norm(o)
+        if self.norm is not None:
+            o = self.norm(o)
         if self.g_proj is not None and self.gate is not None:
             o = o * GATES[self.gate](self._heads(self.g_proj(x)))
         return self.out_proj(o.flatten(-2))
@@ -152,45 +168,20 @@ class Mixer(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim))
 
-    def _first_positions(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, group: SequenceGroup | None
-    ) -> Tensor:
+    def _first_positions(self, x: Tensor, context: Context) -> Tensor:
         """Positions [1, T] counted from 0 in each document, for tokens with nothing before them."""
-        if state is not None:
+        if context.state is not None:
             raise ValueError(f"{type(self).__name__} needs position_ids to continue from a state")
-        if group is not None and group.size > 1:
+        if context.group is not None and context.group.size > 1:
             raise ValueError(
-                f"{type(self).__name__} needs position_ids: rank {group.rank} of {group.size}"
-                " sees only a part of it (lasp.shard_batch returns them)"
+                f"{type(self).__name__} needs position_ids: rank {context.group.rank} of {context.group.size}"
+                " sees only a part of the sequence (lasp.shard_batch returns them)"
             )
         positions = torch.arange(x.shape[1], device=x.device)
-        if cu_seqlens is not None:
-            ends = cu_seqlens.to(positions)
+        if context.cu_seqlens is not None:
+            ends = context.cu_seqlens.to(positions)
             positions = positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
         return positions.unsqueeze(0)
-
-
-def skip_padding(k: Tensor, log_decay: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Keys and decays with which a token of `attention_mask` False (padding) maps every state to itself.
-
-    It adds no key, and a decay that would fade the state while padding passes becomes 1. A decay per head therefore
-    becomes one per token.
-
-    Args:
-        k: [B, T, H, D].
-        log_decay: None | [H] | [B, T, H] | [B, T, H, D].
-        attention_mask: [B, T] bool.
-    """
-    if attention_mask.dtype != torch.bool or attention_mask.shape != k.shape[:2]:
-        raise ValueError(
-            f"attention_mask must be bool of shape {tuple(k.shape[:2])}, got {attention_mask.dtype}"
-            f" of shape {tuple(attention_mask.shape)}"
-        )
-    mask = attention_mask[..., None]
-    k = k.masked_fill(~mask[..., None], 0)
-    if log_decay is not None:
-        log_decay = torch.where(mask if log_decay.ndim < 4 else mask[..., None], log_decay, 0)
-    return k, log_decay
 
 
 def _keywords(mixer: type[Mixer]) -> set[str]:
@@ -205,3 +196,11 @@ def _check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: 
         raise ValueError(f"num_heads must divide hidden_size unless head_dim is given, got {num_heads}, {hidden_size}")
     if hidden_size < 1 or (head_dim is not None and head_dim < 1):
         raise ValueError(f"hidden_size and head_dim must be positive, got {hidden_size} and {head_dim}")
+
+
+def _check_mask(attention_mask: Tensor, x: Tensor) -> None:
+    if attention_mask.dtype != torch.bool or attention_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"attention_mask must be bool of shape {tuple(x.shape[:2])}, got {attention_mask.dtype}"
+            f" of shape {tuple(attention_mask.shape)}"
+        )

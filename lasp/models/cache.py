@@ -1,10 +1,12 @@
-"""What a generation remembers: one state per layer, of a size that does not grow with the sequence."""
+"""What a generation remembers: one state per layer, of a size that only softmax layers let grow with the sequence."""
 
 from torch import Tensor
 
+from lasp.layers.state import State, select_rows
+
 
 class RecurrentCache:
-    """The states of all layers after `seen_tokens` tokens, in the place of a cache of keys and values.
+    """The states of all layers after `seen_tokens` tokens, of whatever kind each mixer keeps.
 
     It offers what `generate()` asks of a cache: the length seen so far, and reordering for beam search. It cannot be
     shortened, since a state does not tell its last token apart.
@@ -13,7 +15,7 @@ class RecurrentCache:
         num_layers: layers of the model.
 
     Attributes:
-        states: one per layer, [B, H_kv, K, V] in fp32 (fp64), None before the first token.
+        states: one per layer, [B, H_kv, K, V] in fp32 (fp64) or `KeyValues`; None before the first token.
         seen_tokens: tokens the states have taken in, padding included.
     """
 
@@ -22,13 +24,13 @@ class RecurrentCache:
     is_croppable = False
 
     def __init__(self, num_layers: int) -> None:
-        self.states: list[Tensor | None] = [None] * num_layers
+        self.states: list[State | None] = [None] * num_layers
         self.seen_tokens = 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_layers={len(self.states)}, seen_tokens={self.seen_tokens})"
 
-    def update(self, states: list[Tensor | None], new_tokens: int) -> None:
+    def update(self, states: list[State | None], new_tokens: int) -> None:
         """Replace the states by those `new_tokens` tokens later."""
         self.states = states
         self.seen_tokens += new_tokens
@@ -39,7 +41,7 @@ class RecurrentCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i of the batch continue from what row beam_idx[i] was."""
-        self.states = [None if s is None else s.index_select(0, beam_idx.to(s.device)) for s in self.states]
+        self.states = [None if state is None else select_rows(state, beam_idx) for state in self.states]
 
     def reset(self) -> None:
         """Forget everything."""

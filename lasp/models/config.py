@@ -1,10 +1,10 @@
-"""The configuration of Linear-Llama3, and the sizes it is known in."""
+"""What a model made of mixers can be told; the configuration of Linear-Llama3, and the sizes it is known in."""
 
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from lasp.layers import mixer_class
+from lasp.layers import MIXERS, mixer_class
 
 # Shapes of "160m" and "410m" after Pythia (arXiv 2304.01373), of "1b" after LASP-2 (arXiv 2502.07563) with the
 # vocabulary of Llama 3; "tiny" is for tests and demonstrations, with a byte per token.
@@ -42,8 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class LinearLlamaConfig(PreTrainedConfig):
-    """Configuration of a Linear-Llama3: Llama 3 with linear mixers in the place of attention (LASP-2, section 4).
+class MixerConfig(PreTrainedConfig):
+    """What all models of this package are told: sizes, and which mixer each layer has.
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in Llama.
@@ -52,20 +52,19 @@ class LinearLlamaConfig(PreTrainedConfig):
         head_dim: width of a head (default: hidden_size / num_attention_heads).
         mixer: the linear mixer, a name in `lasp.layers.MIXERS`.
         pattern: which mixer each layer has, repeated until num_hidden_layers: a string of L (the linear mixer) and N
-            (softmax attention, not built yet) such as "LLLL", or a list of mixer names.
-        mixer_options: further keywords of a mixer by its name, such as `{"retention": {"rope_theta": 1e6}}`.
+            (softmax attention) such as "LLLN", or a list of mixer names.
+        mixer_options: further keywords of a mixer by its name, such as `{"softmax": {"window": 4096}}`.
         tie_word_embeddings: whether the head is the transposed embedding.
         initializer_range: standard deviation of the initial weights.
         rms_norm_eps: epsilon of all norms.
-        use_cache: whether a forward in evaluation mode returns the recurrent state.
         **kwargs: as for `transformers.PreTrainedConfig`.
 
     Raises:
-        ValueError: an unknown mixer or option, a pattern that does not fit, softmax layers.
+        ValueError: an unknown mixer or option, a pattern that does not fit, a mixer that knows only the past where
+            tokens see what comes after them.
     """
 
-    model_type = "linear_llama"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    causal: ClassVar[bool] = True  # of the family: False lets tokens see what comes after them
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -80,7 +79,6 @@ class LinearLlamaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
-    use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -88,7 +86,9 @@ class LinearLlamaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name in self.layer_mixers:
-            mixer_class(name)
+            if mixer_class(name).causal_only and not self.causal:
+                fit = sorted(other for other, mixer in MIXERS.items() if not mixer.causal_only)
+                raise ValueError(f"{name!r} knows only the past, an encoder needs one of: {', '.join(fit)}")
         for name, options in (self.mixer_options or {}).items():
             known = mixer_class(name).option_names()
             if unknown := set(options) - known:
@@ -106,12 +106,31 @@ class LinearLlamaConfig(PreTrainedConfig):
             )
         return list(names) * (self.num_hidden_layers // len(names))
 
+    def options_of(self, name: str) -> dict[str, Any]:
+        """The further keywords of the mixer called `name`."""
+        return (self.mixer_options or {}).get(name, {})
+
     def _mixer_of(self, symbol: str) -> str:
-        if symbol == "N":
-            raise ValueError(f"softmax layers (N) are not built yet, got pattern {self.pattern!r}")
-        if symbol != "L":
+        if symbol not in "LN":
             raise ValueError(f"pattern consists of L (linear) and N (softmax), got {symbol!r} in {self.pattern!r}")
-        return self.mixer
+        return self.mixer if symbol == "L" else "softmax"
+
+
+class LinearLlamaConfig(MixerConfig):
+    """Configuration of a Linear-Llama3: Llama 3 with linear mixers in the place of attention (LASP-2, section 4).
+
+    Args:
+        use_cache: whether a forward in evaluation mode returns the states.
+        **kwargs: as for `MixerConfig`.
+
+    Raises:
+        ValueError: what `MixerConfig` raises.
+    """
+
+    model_type = "linear_llama"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    use_cache: bool = True
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LinearLlamaConfig":

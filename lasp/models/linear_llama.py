@@ -1,19 +1,18 @@
 """Linear-Llama3: Llama's blocks around linear mixers, as a Hugging Face model (LASP-2, arXiv 2502.07563, section 4).
 
-Parallelism enters through one argument, `group`, on its way down to the mixers; nothing else here knows of ranks.
-Generation carries a `RecurrentCache`: one state per layer, however long the text.
+Hybrids have softmax attention in some layers (`pattern="LLLN"`: in every fourth). Parallelism enters through one
+argument, `group`, on its way down to the mixers; nothing else here knows of ranks. Generation carries a
+`RecurrentCache`: one state per layer.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from lasp.layers import Mixer, mixer_class
+from lasp.layers import State
+from lasp.models.blocks import build_blocks, embed, is_parallel, token_mask
 from lasp.models.cache import RecurrentCache
 from lasp.models.config import LinearLlamaConfig
 from lasp.parallel.group import SequenceGroup
@@ -22,60 +21,13 @@ from lasp.parallel.loss import cross_entropy
 IGNORE_INDEX = -100
 
 
-class SwiGLU(nn.Module):
-    """Llama's feed-forward: down(silu(gate(x)) * up(x)), [..., hidden] to [..., hidden]."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LinearLlamaBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: LinearLlamaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = build_mixer(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: Tensor | None,
-        output_final_state: bool,
-        group: SequenceGroup | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        mixed, final_state = self.mixer(
-            self.input_layernorm(x),
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            output_final_state=output_final_state,
-            group=group,
-        )
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), final_state
-
-
 class LinearLlamaPreTrainedModel(PreTrainedModel):
     """What transformers wants to know of the family."""
 
     config_class = LinearLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("LinearLlamaBlock",)
+    _no_split_modules = ("Block",)
     _skip_keys_device_placement = ("past_key_values",)
     _is_stateful = True  # generate() then refuses what would have to take tokens back
 
@@ -86,7 +38,7 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
     def __init__(self, config: LinearLlamaConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LinearLlamaBlock(config, index) for index in range(config.num_hidden_layers))
+        self.layers = build_blocks(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
@@ -103,16 +55,14 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
         group: SequenceGroup | None = None,
     ) -> BaseModelOutputWithPast:
         """Arguments and errors as for `LinearLlamaForCausalLM.forward`; last_hidden_state is [B, T, hidden]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = embed(self.embed_tokens, input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache, cu_seqlens, group)
         past = past_key_values.seen_tokens if past_key_values is not None else 0
         if position_ids is None and past:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
         mask = token_mask(attention_mask, x, past, group)
 
-        states: list[Tensor | None] = []
+        states: list[State | None] = []
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: tuple[Tensor, ...] = ()
         for index, block in enumerate(self.layers):
@@ -213,7 +163,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
             logits_to_keep: how many logits to compute, from the end (0: all), or the indices of their tokens.
             num_items_in_batch: what to divide the loss by (default: valid targets of the whole sequence).
             output_hidden_states: whether to return the embeddings and the output of every block.
-            output_attentions: must not be True: there are no attention weights.
+            output_attentions: must not be True: no attention weights are kept.
             return_dict: False for a tuple.
             group: ranks that hold the rest of the sequence.
 
@@ -227,7 +177,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
                 cu_seqlens or a group, output_attentions; and what the mixers raise.
         """
         if output_attentions:
-            raise ValueError("output_attentions: linear mixers have no attention weights")
+            raise ValueError("output_attentions: linear mixers have no attention weights, and softmax ones keep none")
         targets = next_tokens(labels, cu_seqlens, group) if shift_labels is None else shift_labels
         if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"a loss needs the logits of every token, got logits_to_keep={logits_to_keep}")
@@ -255,49 +205,6 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()
-
-
-def build_mixer(config: LinearLlamaConfig, layer_idx: int) -> Mixer:
-    """The mixer of one layer.
-
-    Raises:
-        ValueError: one that sees later tokens; and what the mixer raises.
-    """
-    name = config.layer_mixers[layer_idx]
-    build: Callable[..., Mixer] = mixer_class(name)
-    mixer = build(
-        config.hidden_size,
-        config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        norm_eps=config.rms_norm_eps,
-        layer_idx=layer_idx,
-        num_layers=config.num_hidden_layers,
-        **(config.mixer_options or {}).get(name, {}),
-    )
-    if not mixer.causal:
-        raise ValueError(f"a language model needs causal mixers, got {name!r} with {config.mixer_options}")
-    return mixer
-
-
-def is_parallel(group: SequenceGroup | None) -> bool:
-    """Whether other ranks hold a part of the sequence."""
-    return group is not None and group.size > 1
-
-
-def token_mask(attention_mask: Tensor | None, x: Tensor, past: int, group: SequenceGroup | None) -> Tensor | None:
-    """Which tokens of x [B, T, hidden] are not padding, bool [B, T]; None when all are."""
-    if attention_mask is None:
-        return None
-    batch, length = x.shape[:2]
-    if attention_mask.shape not in {(batch, length), (batch, past + length)}:
-        raise ValueError(
-            f"attention_mask must have shape {(batch, length)} or, with {past} cached tokens,"
-            f" {(batch, past + length)}, got {tuple(attention_mask.shape)}"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
-    # Padding turns a decay per head into one per token. All ranks must do so alike, so a rank may not look at its own.
-    return None if not is_parallel(group) and mask.all() else mask
 
 
 def next_tokens(labels: Tensor | None, cu_seqlens: Tensor | None, group: SequenceGroup | None) -> Tensor | None:

@@ -41,7 +41,14 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "bounds begin": (lambda a: {"cu_seqlens": [1, 24]}, "cu_seqlens must begin with 0"),
     "scan": (lambda a: {"scan": "star"}, "scan must be one of auto, gather, ring, got 'star'"),
     "backend": (lambda a: {"backend": "abacus"}, "backend must be one of auto, torch, got 'abacus'"),
-    "chunk size": (lambda a: {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+    "chunk size": (lambda a: {"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
+    "chunk of a float": (lambda a: {"chunk_size": 8.0}, "chunk_size must be a whole number of at least 1, got 8.0"),
+    "scale": (lambda a: {"scale": float("nan")}, "scale must be a finite number, got nan"),
+    "scale of text": (lambda a: {"scale": "x"}, "scale must be a finite number, got 'x'"),
+    "state of integers": (
+        lambda a: {"initial_state": a["q"].long()},
+        "initial_state must be floating and on the device",
+    ),
     "not a tensor": (lambda a: {"q": None}, "AttributeError"),
 }
 

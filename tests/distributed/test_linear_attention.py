@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import lasp
+from lasp.kernels import reference
 from lasp.kernels.documents import document_bounds
 from lasp.parallel.layout import house_pieces, make_plan, pieces_of
-from tests.oracle import DECAYS, Problem, assert_close, make_problem, solve
+from tests.oracle import DECAYS, Problem, assert_close, errors, make_problem, solve
 
 pytestmark = pytest.mark.mpi
 
@@ -22,6 +24,15 @@ CUTS = {1: [(37,)], 2: [(19, 18), (5, 32), (37, 0)], 4: [(10, 9, 9, 9), (1, 20, 
 CASES = [(size, lengths) for size, cuts in CUTS.items() for lengths in cuts]
 # Documents of one token, none, ending at a border of 10 | 9 | 9 | 9 and of 1 | 20 | 0 | 16, and across several ranks.
 DOCUMENTS = (0, 1, 10, 10, 21, 22, 36, 37, 37)
+
+
+CUT_RESULTS = 4  # output, dq, dk, dv
+
+
+def house_lengths(size: int, layout: str) -> tuple[int, ...]:
+    """How many of LENGTH tokens each rank holds in the house's cut."""
+    pieces = house_pieces(LENGTH, size, layout)
+    return tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(size))
 
 
 @lru_cache
@@ -80,9 +91,7 @@ def test_two_runs_per_rank(group_of, size: int, decay: str, scan: str, cu_seqlen
     """The zigzag layout: two links of the chain on every rank."""
     if (group := group_of(size, layout="zigzag")) is None:
         return
-    lengths = tuple(
-        sum(p.stop - p.start for p in house_pieces(LENGTH, size, "zigzag") if p.rank == rank) for rank in range(size)
-    )
+    lengths = house_lengths(size, "zigzag")
     problem, expected = case(decay, cu_seqlens=cu_seqlens)
     assert_close(solve_cut(problem, group, lengths, scan), expected, problem, 1e-10)
 
@@ -122,20 +131,74 @@ def test_grouped_heads(group_of, heads: tuple[int, int, int, int]) -> None:
     assert_close(solve_cut(problem, group, (10, 9, 9, 9), "gather"), expected, problem, 1e-10)
 
 
-def test_unchecked_group_gives_the_same(group_of) -> None:
-    group = group_of(4, checks=False)
-    for cu_seqlens, length in ((None, 36), (DOCUMENTS, LENGTH)):
-        problem = make_problem("head", length, cu_seqlens=cu_seqlens)
-        lengths = (9, 9, 9, 9) if length == 36 else (10, 9, 9, 9)
-        attention = partial(lasp.linear_attention, output_final_state=True, chunk_size=8, group=group)
-        local = cut_problem(problem, group, lengths)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_unchecked_group_gives_the_same(group_of, layout: str) -> None:
+    """37 tokens do not divide: what cu_seqlens do not tell, the ranks tell one another."""
+    group = group_of(4, layout=layout, checks=False)
+    lengths = house_lengths(4, layout)
+    for cu_seqlens in (None, DOCUMENTS):
+        problem, expected = case("head", cu_seqlens=cu_seqlens)
         with lasp.traffic() as ledger:
-            found = solve(local, attention)
-        assert not ledger.of("control")
-        expected = solve(problem)
-        torch.testing.assert_close(found["final_state"], expected["final_state"], rtol=0, atol=1e-12)
-        part = slice(sum(lengths[: group.rank]), sum(lengths[: group.rank + 1]))
-        torch.testing.assert_close(found["dv"], expected["dv"][:, part], rtol=0, atol=1e-12)
+            found = solve_cut(problem, group, lengths, "gather")
+        assert_close(found, expected, problem, 1e-10)
+        # Checks of `unshard` in this test are exchanges of lengths too; the attention itself adds one without bounds.
+        assert len(ledger.of("control")) == CUT_RESULTS + (cu_seqlens is None)
+
+
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_grouped_heads_without_states(group_of, decay: str, scan: str) -> None:
+    """No initial and no final state: the path of a model in training."""
+    group, lengths = group_of(4), (10, 9, 9, 9)
+    problem, _ = case(decay, heads=(4, 2, 1, 2), initial=False)
+    local = cut_problem(problem, group, lengths)
+
+    def attention(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        options.pop("initial_state")
+        output = lasp.linear_attention(*args, chunk_size=8, group=group, scan=scan, **options)
+        return output, output.new_zeros(local.grad_final.shape, requires_grad=True)
+
+    no_final = replace(problem, grad_final=torch.zeros_like(problem.grad_final))
+    found, expected = solve(replace(local, grad_final=no_final.grad_final), attention), solve(no_final)
+    part = slice(sum(lengths[: group.rank]), sum(lengths[: group.rank + 1]))
+    for name in ("output", "dq", "dk", "dv"):
+        torch.testing.assert_close(found[name], expected[name][:, part], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_bf16_is_within_twice_the_error_of_bf16_pytorch(group_of, decay: str) -> None:
+    group = group_of(4)
+    problem, exact = case(decay, 100, strength=0.1, dims=(32, 16), dtype=torch.bfloat16)
+
+    def all_in_bf16(*args: torch.Tensor, initial_state: torch.Tensor, **options: object) -> tuple:
+        return reference.linear_attention(*args, initial_state=initial_state.bfloat16(), **options)
+
+    ours = errors(solve_cut(problem, group, (25, 30, 20, 25), "gather"), exact, problem)
+    peer = errors(solve(problem, all_in_bf16), exact, problem)
+    worse = {name: (ours[name], peer[name]) for name in ours if ours[name] > 2 * peer[name]}
+    assert not worse
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_checkpointing_and_a_second_backward(group_of, decay: str) -> None:
+    """Recomputation exchanges again, and a kept graph can be walked twice."""
+    group, lengths = group_of(4), (10, 9, 9, 9)
+    problem, _ = case(decay, initial=False)
+    local = cut_problem(problem, group, lengths)
+    part = slice(sum(lengths[: group.rank]), sum(lengths[: group.rank + 1]))
+    no_final = solve(replace(problem, grad_final=torch.zeros_like(problem.grad_final)))
+    q = local.q.clone().requires_grad_()
+
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        return lasp.linear_attention(q, local.k, local.v, local.log_decay, group=group, chunk_size=8)
+
+    output = checkpoint(attention, q, use_reentrant=False)
+    (once,) = torch.autograd.grad(output, q, local.grad_output)
+    output = attention(q)
+    for _ in range(2):
+        (again,) = torch.autograd.grad(output, q, local.grad_output, retain_graph=True)
+        assert torch.equal(once, again)
+    torch.testing.assert_close(once, no_final["dq"][:, part], rtol=0, atol=1e-12)
 
 
 # The ledger ---------------------------------------------------------------------------------------------------------

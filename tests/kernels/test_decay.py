@@ -116,7 +116,7 @@ def test_a_sequence_in_two_calls_equals_one_call() -> None:
 
 
 def test_nothing_of_tokens_times_chunk_is_kept_for_backward() -> None:
-    """What a call saves grows with tokens x dim, however long the chunk."""
+    """What a call saves grows with tokens x dim, however long the chunk; and autograd knows all of it."""
     saved: list[int] = []
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -126,8 +126,42 @@ def test_nothing_of_tokens_times_chunk_is_kept_for_backward() -> None:
     problem = make_problem("token", 512, dims=(8, 8), heads=(1, 1, 1, 1))
     q = problem.q.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = lasp.linear_attention(q, problem.k, problem.v, problem.log_decay, chunk_size=256)
-    assert max(*saved, output.grad_fn.chain.states.numel()) <= problem.q.numel()
+        lasp.linear_attention(q, problem.k, problem.v, problem.log_decay, chunk_size=256)
+    assert len(saved) == 6  # q, k, v, log_decay, the states between chunks and their transfers
+    assert max(saved) <= problem.q.numel()
+
+
+@pytest.mark.parametrize("decay", DECAYS[1:])
+def test_a_gate_of_zero_forgets_everything(decay: str) -> None:
+    """exp(log_decay) = 0, as a sigmoid in fp32 may give: -inf is allowed, and no NaN comes of it."""
+    problem = make_problem(decay, 20)
+    gates = problem.log_decay
+    gates.view(-1)[:: 3 if gates.dim() > 1 else 2] = float("-inf")
+    args = [x.requires_grad_() for x in (problem.q, problem.k, problem.v, gates)]
+    output, final = attention(*args, initial_state=problem.initial_state)
+    expected, state = reference.linear_attention(*args, initial_state=problem.initial_state)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(final, state, rtol=0, atol=1e-12)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(output, args, problem.grad_output))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_autocast_does_not_reach_inside(decay: str) -> None:
+    problem = make_problem(decay, dtype=torch.float32)
+    plain = solve(problem, attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = solve(problem, attention)
+    assert all(torch.equal(plain[name], inside[name]) for name in plain)
+
+
+def test_constant_gates_cost_no_gradient() -> None:
+    problem = make_problem("head")
+    q = problem.q.requires_grad_()
+    output = lasp.linear_attention(q, problem.k, problem.v, problem.log_decay)
+    (dq,) = torch.autograd.grad(output, q, problem.grad_output)
+    gates = problem.log_decay.clone().requires_grad_()
+    output = lasp.linear_attention(q, problem.k, problem.v, gates)
+    assert torch.equal(dq, torch.autograd.grad(output, q, problem.grad_output)[0])
 
 
 def test_decay_factors_are_never_denormal() -> None:

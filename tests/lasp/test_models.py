@@ -1,4 +1,4 @@
-"""Linear-Llama3: configuration, forward and loss, generation from a constant-size state, saving and loading."""
+"""Linear-Llama3 and its hybrids: configuration, forward and loss, generation from states, saving and loading."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,17 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lasp.layers import MIXERS
+from lasp.layers import MIXERS, KeyValues
 
 transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("lasp.models")
 
 PROMPT, NEW = 7, 9
+# Models of every mixer, and hybrids.
+KINDS = {name: {"mixer": name} for name in MIXERS} | {
+    "LLLN": {"pattern": "LLLN"},
+    "LNLN": {"pattern": ["retention", "softmax"], "mixer_options": {"softmax": {"window": 5}}},
+    "NNNN": {"pattern": "NNNN", "num_key_value_heads": 2},
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def small(mixer: str = "lightning", **overrides: object) -> "models.LinearLlamaForCausalLM":
+def small(kind: str = "lightning", **overrides: object) -> "models.LinearLlamaForCausalLM":
     torch.manual_seed(0)
-    fields = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "mixer": mixer, **overrides}
+    fields = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, **KINDS[kind], **overrides}
     config = models.LinearLlamaConfig.preset("tiny", **fields)
     # Weights large enough for clear winners among the logits.
     config.initializer_range = 0.3
@@ -40,6 +47,10 @@ def test_pattern_is_repeated_over_the_layers() -> None:
     preset = models.LinearLlamaConfig.preset
     assert preset("tiny", pattern="LL", mixer="retention").layer_mixers == ["retention"] * 4
     assert preset("tiny", pattern=["lightning", "linear"]).layer_mixers == ["lightning", "linear"] * 2
+    assert preset("tiny", pattern="LLLN").layer_mixers == ["lightning"] * 3 + ["softmax"]
+    assert preset("tiny", pattern=["lightning"] * 3 + ["softmax"]).layer_mixers == ["lightning"] * 3 + ["softmax"]
+    eighth = preset("tiny", pattern="LLLLLLLN", num_hidden_layers=16, mixer="linear").layer_mixers
+    assert eighth == (["linear"] * 7 + ["softmax"]) * 2
 
 
 @pytest.mark.parametrize(
@@ -47,11 +58,11 @@ def test_pattern_is_repeated_over_the_layers() -> None:
     [
         ({"pattern": "LLL"}, "'LLL' \\(length 3\\) for 4 layers"),
         ({"pattern": ""}, "length 0"),
-        ({"pattern": "LLLN"}, "not built yet"),
         ({"pattern": "LLLX"}, "'X'"),
         ({"pattern": ["lightning", "mamba9"]}, "unknown mixer 'mamba9'"),
-        ({"mixer": "lightening"}, "known: lightning, linear, retention"),
+        ({"mixer": "lightening"}, "known: lightning, linear, retention, softmax"),
         ({"mixer_options": {"lightning": {"slope": 1}}}, "'slope'.*known: \\['slopes'\\]"),
+        ({"mixer_options": {"linear": {"causal": False}}}, "'causal'.*known: \\['rope_theta'\\]"),
         ({"hidden_sise": 3}, "'hidden_sise'"),
     ],
 )
@@ -65,13 +76,11 @@ def test_unknown_preset_lists_the_known_ones() -> None:
         models.LinearLlamaConfig.preset("7b")
 
 
-def test_a_language_model_refuses_mixers_that_see_the_future() -> None:
-    with pytest.raises(ValueError, match="causal"):
-        small("linear", mixer_options={"linear": {"causal": False}})
-
-
 def test_mixer_options_reach_the_layers() -> None:
-    assert small("retention", mixer_options={"retention": {"rope_theta": 5e5}}).model.layers[2].mixer.rope_theta == 5e5
+    options = {"retention": {"rope_theta": 3e5}, "softmax": {"window": 6}}
+    layers = small("retention", pattern="LN", mixer_options=options).model.layers
+    assert layers[2].mixer.rotary.theta == 3e5
+    assert layers[3].mixer.window == 6
 
 
 @pytest.mark.parametrize(("mixer", "projections"), [("lightning", 5), ("retention", 5), ("linear", 4)])
@@ -105,8 +114,9 @@ def test_loss_is_the_mean_over_next_tokens() -> None:
     close(model(ids, labels=ids, num_items_in_batch=24).loss, expected / 2)
 
 
-def test_packed_documents_have_no_target_across_their_ends() -> None:
-    model, ids = small(), text(batch=1, length=12)
+@kinds
+def test_packed_documents_have_no_target_across_their_ends(kind: str) -> None:
+    model, ids = small(kind), text(batch=1, length=12)
     ends = torch.tensor([0, 5, 5, 12])
     packed = model(ids, labels=ids, cu_seqlens=ends)
     first, second = model(ids[:, :5], labels=ids[:, :5]), model(ids[:, 5:], labels=ids[:, 5:])
@@ -114,9 +124,9 @@ def test_packed_documents_have_no_target_across_their_ends() -> None:
     close(packed.loss, (4 * first.loss + 6 * second.loss) / 10)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_padding_changes_no_real_token(mixer: str) -> None:
-    model, ids = small(mixer), text(batch=1)
+@kinds
+def test_padding_changes_no_real_token(kind: str) -> None:
+    model, ids = small(kind), text(batch=1)
     padded = torch.cat((ids[:, :1].expand(-1, 3), ids, ids[:, :2]), 1)
     mask = torch.tensor([[0] * 3 + [1] * PROMPT + [0] * 2])
     close(model(padded, attention_mask=mask).logits[:, 3:-2], model(ids).logits)
@@ -160,9 +170,9 @@ def test_unknown_arguments_are_not_swallowed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_gradient_checkpointing_changes_no_gradient(mixer: str) -> None:
-    model, ids = small(mixer).train(), text()
+@kinds
+def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
+    model, ids = small(kind).train(), text()
     gradients = []
     for enable in (False, True):
         if enable:
@@ -187,9 +197,9 @@ def test_bfloat16_follows_fp64() -> None:
 # Generation
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_states_step_by_step_equal_the_whole_forward(mixer: str) -> None:
-    model, ids = small(mixer), text(length=PROMPT + NEW)
+@kinds
+def test_states_step_by_step_equal_the_whole_forward(kind: str) -> None:
+    model, ids = small(kind), text(length=PROMPT + NEW)
     whole = model(ids).logits
     cache, pieces = None, []
     for piece in ids.split([PROMPT] + [1] * NEW, dim=1):
@@ -200,9 +210,9 @@ def test_states_step_by_step_equal_the_whole_forward(mixer: str) -> None:
     assert cache.get_seq_length() == PROMPT + NEW
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_greedy_generation_equals_the_parallel_forward(mixer: str) -> None:
-    model, ids = small(mixer), text()
+@kinds
+def test_greedy_generation_equals_the_parallel_forward(kind: str) -> None:
+    model, ids = small(kind), text()
     generated = model.generate(
         ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
@@ -214,9 +224,9 @@ def test_greedy_generation_equals_the_parallel_forward(mixer: str) -> None:
     assert generated.past_key_values.seen_tokens == PROMPT + NEW - 1
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_left_padded_prompts_generate_what_they_do_alone(mixer: str) -> None:
-    model, ids = small(mixer), text()
+@kinds
+def test_left_padded_prompts_generate_what_they_do_alone(kind: str) -> None:
+    model, ids = small(kind), text()
     batch = torch.stack((ids[0], torch.cat((torch.zeros(3, dtype=torch.long), ids[1, 3:]))))
     mask = torch.ones_like(batch)
     mask[1, :3] = 0
@@ -225,15 +235,16 @@ def test_left_padded_prompts_generate_what_they_do_alone(mixer: str) -> None:
         assert torch.equal(row, model.generate(prompt, max_new_tokens=NEW, do_sample=False)[0])
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_beam_search_reorders_the_states(mixer: str) -> None:
-    model, ids = small(mixer), text()
+@kinds
+def test_beam_search_reorders_the_states(kind: str) -> None:
+    model, ids = small(kind), text()
     options = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False, "num_return_sequences": 2}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
 
-def test_generation_continues_from_a_cache_in_chunks() -> None:
-    model, ids = small("retention"), text()
+@pytest.mark.parametrize("kind", ["retention", "LNLN"])
+def test_generation_continues_from_a_cache_in_chunks(kind: str) -> None:
+    model, ids = small(kind), text()
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
     cache = model(ids[:, :4], use_cache=True).past_key_values
     options = {"max_new_tokens": NEW, "do_sample": False}
@@ -242,7 +253,18 @@ def test_generation_continues_from_a_cache_in_chunks() -> None:
     assert torch.equal(model.generate(ids, past_key_values=fresh, prefill_chunk_size=3, **options), expected)
 
 
-def test_the_cache_does_not_grow_with_the_text() -> None:
+def test_only_keys_and_values_grow_with_the_text() -> None:
+    model = small("LLLN")
+    for length in (1, 5, 50):
+        *linear, softmax = model(text(length=length), use_cache=True).past_key_values.states
+        assert {tuple(state.shape) for state in linear} == {(2, 4, 8, 8)}
+        assert isinstance(softmax, KeyValues)
+        assert softmax.k.shape == softmax.v.shape == (2, length, 4, 8)
+    windowed = small("LNLN")(text(length=50), use_cache=True).past_key_values
+    assert windowed.states[1].k.shape == (2, 4, 4, 8)
+
+
+def test_the_cache_of_linear_layers_does_not_grow_with_the_text() -> None:
     model = small()
     sizes = set()
     for length in (1, 5, 50):
@@ -266,9 +288,9 @@ def test_a_cache_is_kept_only_where_it_is_of_use() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_saving_and_loading_is_bitwise(mixer: str, tied: bool, tmp_path: Path) -> None:
-    model = small(mixer, tie_word_embeddings=tied, pattern=[mixer, "linear"], num_key_value_heads=2).float()
+@kinds
+def test_saving_and_loading_is_bitwise(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = small(kind, tie_word_embeddings=tied, num_key_value_heads=2).float()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
     loaded = models.LinearLlamaForCausalLM.from_pretrained(tmp_path).eval()

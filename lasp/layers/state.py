@@ -1,0 +1,47 @@
+"""What a mixer remembers of the tokens before: a memory of fixed size, or all their keys and values."""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of N tokens, in order, as softmax attention keeps them."""
+
+    k: Tensor
+    """[B, N, H_kv, D], with their positions already in them."""
+
+    v: Tensor
+    """[B, N, H_kv, D]."""
+
+    shown: Tensor
+    """[B, N] bool; False for padding, which no token sees."""
+
+    def followed_by(self, later: Self) -> Self:
+        """These tokens and `later` ones.
+
+        Raises:
+            ValueError: batches, heads or dims that differ.
+        """
+        if self.k.shape[0] != later.k.shape[0] or self.k.shape[2:] != later.k.shape[2:]:
+            raise ValueError(
+                f"keys of shape {tuple(later.k.shape)} cannot continue from a state with keys {tuple(self.k.shape)}"
+            )
+        return type(self)(*(torch.cat(parts, 1) for parts in zip(self, later, strict=True)))
+
+    def last(self, tokens: int) -> Self:
+        """The last `tokens` tokens, or as many as there are."""
+        start = max(self.k.shape[1] - tokens, 0)
+        return type(self)(*(x[:, start:] for x in self))
+
+
+# A recurrence keeps [B or documents, H_kv, K, V] in fp32 (fp64), of a size that does not grow with the text.
+State = Tensor | KeyValues
+
+
+def select_rows(state: State, index: Tensor) -> State:
+    """The state whose row i of the batch is row index[i] of this one."""
+    if isinstance(state, KeyValues):
+        return KeyValues(*(x.index_select(0, index.to(x.device)) for x in state))
+    return state.index_select(0, index.to(state.device))
