@@ -43,11 +43,6 @@ class Block:
     run: int
 
     @property
-    def slots(self) -> range:
-        """The slots of the states that enter the chunks."""
-        return range(self.slot, self.slot + self.chunks)
-
-    @property
     def stop(self) -> int:
         return self.start + self.chunks * self.length
 

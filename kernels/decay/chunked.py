@@ -21,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.decay.scores import Scores, scores
-from lasp.kernels.decay.tiles import Geometry, Inputs, Tiles, Write, add, put
+from lasp.kernels.decay.tiles import Geometry, Inputs, Tiles, add, put
 from lasp.kernels.documents import Block
 from lasp.kernels.scratch import Scratch
 from lasp.kernels.segment import Segment
@@ -104,14 +105,16 @@ class ChunkStates:
 
     def link(self, block: Block, reverse: bool = False) -> None:
         """Carry the state across the block's chunks, each of which holds what it adds by itself."""
-        for slot in reversed(block.slots) if reverse else block.slots:
-            here = slot - self.base
-            source, target = (here + 1, here) if reverse else (here, here + 1)
-            self.states[target].addcmul_(self.transfers[slot], self.states[source])
+        first = block.slot - self.base
+        states = self.states[first : first + block.chunks + 1].unbind()
+        transfers = self.transfers[block.slot : block.slot + block.chunks].unbind()
+        steps = zip(states, transfers, states[1:], strict=False)
+        for before, transfer, after in reversed(list(steps)) if reverse else steps:
+            source, target = (after, before) if reverse else (before, after)
+            target.addcmul_(transfer, source)
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Accumulators in the compute dtype, shaped like the inputs; log_decay's is [B, T, H, 1 or K] or None."""
 
     q: Tensor
@@ -137,7 +140,7 @@ def inside(inputs: Inputs, geometry: Geometry) -> Tensor:
     if not geometry.masked:
         return output.zero_()
     for tiles in _blocks(inputs, geometry):
-        put(output, _inside(tiles), tiles.block)
+        put(output, [_inside(tiles)], tiles.block)
     return output
 
 
@@ -162,7 +165,7 @@ def grad_outputs(inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: G
     """Gradients of `inside` and `read_out`: all of dq, and of dk and dv what stays within chunks."""
     total = _new_gradients(inputs, geometry)
     for tiles in _blocks(inputs, geometry, grad):
-        _write(total, _grad_outputs(tiles, entered), tiles.block, put)
+        _put(total, tiles.block, *_grad_outputs(tiles, entered))
     if not geometry.masked:
         total.k.zero_()
         total.v.zero_()
@@ -174,7 +177,9 @@ def grad_chunk_states(
 ) -> None:
     """Add the gradients of `chunk_states`, given the true states and their true gradients."""
     for tiles in _blocks(inputs, geometry):
-        _write(total, _grad_chunk_states(tiles, entered, adjoint), tiles.block, add)
+        for target, tile in zip(total, _grad_chunk_states(tiles, entered, adjoint), strict=True):
+            if target is not None and tile is not None:
+                add(target, tile, tiles.block)
 
 
 # All stages at once -------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def forward(inputs: Inputs, incoming: list[Tensor | None], geometry: Geometry) -
     output, chain = _new_output(inputs, geometry), _new_chain(inputs, geometry, incoming)
     for tiles in _blocks(inputs, geometry):
         _chunk_states(tiles, chain)
-        put(output, _inside(tiles).add_(_read_out(tiles, chain)), tiles.block)
+        put(output, [_read_out(tiles, chain, _inside(tiles))], tiles.block)
     return output, chain
 
 
@@ -202,8 +207,7 @@ def backward(
         window[block.chunks] = starts[block.run]
         _adjoint_states(tiles, adjoint)
         starts[block.run].copy_(window[0])
-        within, across = _grad_outputs(tiles, entered), _grad_chunk_states(tiles, entered, adjoint)
-        _write(total, _sum(within, across), block, put)
+        _put(total, block, *_grad_outputs(tiles, entered), _grad_chunk_states(tiles, entered, adjoint))
     return total, starts
 
 
@@ -224,8 +228,12 @@ def _inside(tiles: Tiles) -> Tensor:
     return tiles.product(_scores(tiles).values, tiles.v)
 
 
-def _read_out(tiles: Tiles, entered: ChunkStates) -> Tensor:
-    return tiles.product(tiles.scaled(tiles.q, tiles.from_start), entered.entering(tiles.block))
+def _read_out(tiles: Tiles, entered: ChunkStates, within: Tensor | None = None) -> Tensor:
+    """What the queries read from the entering states, added to what they read `within` the chunks if that is given."""
+    queries = tiles.scaled(tiles.q, tiles.from_start)
+    if within is None:
+        return tiles.product(queries, entered.entering(tiles.block))
+    return torch.baddbmm(within, queries, entered.entering(tiles.block), out=within)
 
 
 def _adjoint_states(tiles: Tiles, chain: ChunkStates) -> None:
@@ -233,26 +241,26 @@ def _adjoint_states(tiles: Tiles, chain: ChunkStates) -> None:
     chain.link(tiles.block, reverse=True)
 
 
-def _grad_outputs(tiles: Tiles, entered: ChunkStates) -> BlockGradients:
+def _grad_outputs(tiles: Tiles, entered: ChunkStates) -> list[BlockGradients]:
+    """Gradients of reading the entering states, and of what stays within chunks."""
     dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
     dq = tiles.scaled(dq, tiles.from_start, out=dq)
-    dk = dv = dgates = None
+    dgates = None
     if tiles.trains_gates:
         # A gate is passed by the state that entered the chunk, on its way to the queries at or after the gate.
         dgates = tiles.by_gate(tiles.times(tiles.q, dq)).flip(-2).cumsum(-2).flip(-2)
-    if tiles.geometry.masked:
-        p = _scores(tiles)
-        dv = tiles.product(p.values.mT, tiles.grad)
-        dq_inside, dk, dgates_inside = p.backward(tiles.product(tiles.grad, tiles.v.mT), tiles.trains_gates)
-        dq.add_(dq_inside)
-        if dgates is not None and dgates_inside is not None:
-            dgates.add_(dgates_inside.view_as(dgates))
-    return dq, dk, dv, dgates
+    reads: BlockGradients = (dq, None, None, dgates)
+    if not tiles.geometry.masked:
+        return [reads]
+    p = _scores(tiles)
+    dv = tiles.product(p.values.mT, tiles.grad)
+    dq, dk, dgates = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.trains_gates)
+    return [reads, (dq, dk, dv, dgates)]
 
 
 def _grad_chunk_states(tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
     dstate = adjoint.leaving(tiles.block)
-    dk = tiles.product(tiles.v, dstate.mT)
+    dk = tiles.product(tiles.v_columns.mT, dstate.mT)
     dk = tiles.scaled(dk, tiles.to_end, out=dk)
     dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate)
     dgates = None
@@ -261,8 +269,7 @@ def _grad_chunk_states(tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates)
         # end. The latter, state times gradient at every chunk, stands for the boundary term of the identity over the
         # whole sequence (GLA, arXiv:2312.06635, appendix C).
         kept = tiles.by_gate(tiles.times(tiles.k, dk))
-        held = tiles.by_gate(tiles.times(entered.entering(tiles.block), dstate).sum(-1).unsqueeze(1))
-        passed = tiles.whole.flatten(0, 1) * held
+        passed = tiles.whole.flatten(0, 1) * tiles.held(entered.entering(tiles.block), dstate)
         dgates = passed + F.pad(kept.cumsum(-2), (0, 0, 1, -1))
     return None, dk, dv, dgates
 
@@ -282,16 +289,12 @@ def _blocks(inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reve
 # Accumulators -------------------------------------------------------------------------------------------------------
 
 
-def _sum(first: BlockGradients, second: BlockGradients) -> BlockGradients:
-    """Both sums of tiles, in the memory of the first."""
-    dq, dk, dv, dgates = (a if b is None else b if a is None else a.add_(b) for a, b in zip(first, second, strict=True))
-    return dq, dk, dv, dgates
-
-
-def _write(total: Gradients, grads: BlockGradients, block: Block, write: Write) -> None:
-    for target, tile in zip((total.q, total.k, total.v, total.log_decay), grads, strict=True):
-        if target is not None and tile is not None:
-            write(target, tile, block)
+def _put(total: Gradients, block: Block, *parts: BlockGradients) -> None:
+    """Put the sum of tiles into a block of each gradient."""
+    for target, *tiles in zip(total, *parts, strict=True):
+        found = [tile for tile in tiles if tile is not None]
+        if target is not None and found:
+            put(target, found, block)
 
 
 def _new_output(inputs: Inputs, geometry: Geometry) -> Tensor:

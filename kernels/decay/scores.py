@@ -133,11 +133,12 @@ def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tens
     sums = log_decay.flatten(0, 1).squeeze(-1).double().cumsum(-1)
     shape = (*sums.shape, sums.shape[-1])
     steps = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch(*shape, dtype=torch.float64))
-    return decay_factor(scratch(*shape).copy_(steps).clamp_(max=0)).tril_().unsqueeze(2)
+    # Above the diagonal the differences are positive: decay_factor makes 1 of them, and tril_ 0.
+    return decay_factor(scratch(*shape).copy_(steps)).tril_().unsqueeze(2)
 
 
 def finite(log_decay: Tensor) -> Tensor:
-    """Log-decays without -inf, which no sum survives: exp(-750) is 0 in fp64 too, and sums of -750 keep their digits."""
+    """Log-decays without -inf, which no sum survives. exp(-750) is 0 in fp64 too, and sums of -750 keep digits."""
     return log_decay.clamp(min=-750)
 
 
@@ -148,7 +149,7 @@ def decay_factor(log_decay: Tensor) -> Tensor:
     would join.
     """
     lowest = math.log(torch.finfo(log_decay.dtype).tiny) + 8
-    factor = log_decay.clamp_(min=lowest).exp_()
+    factor = log_decay.clamp_(min=lowest, max=0).exp_()
     return F.threshold(factor, math.exp(lowest + 1), 0.0, inplace=True)
 
 

@@ -6,7 +6,6 @@ than the states are repeated; of queries that are more, the G that share a state
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,6 +70,12 @@ class Tiles:
         return self._read(self._inputs[2])
 
     @cached_property
+    def v_columns(self) -> Tensor:
+        """Values [N, V, C]: a product with the transpose of short rows takes twice as long as copying them so."""
+        view = block_view(self._inputs[2], self.block, self.geometry.heads).mT
+        return self.scratch(*view.shape).copy_(view).flatten(0, 3)
+
+    @cached_property
     def grad(self) -> Tensor:
         """Gradients of the output [N, R, V]."""
         assert self._grad is not None, "the backward stages are given the output's gradient"
@@ -133,13 +138,22 @@ class Tiles:
         return out
 
     def by_gate(self, tile: Tensor) -> Tensor:
-        """A tile [N, R, K] summed over what shares one gate, as [n·B, H, C, 1 or K] (one row stays one)."""
+        """A tile [N, R, K] summed over what shares one gate, as [n·B, H, C, 1 or K]."""
         assert self.gates is not None, "only where there are gates"
         if self.gates.shape[-1] == 1:
             tile = tile.sum(-1, keepdim=True)
         if tile.shape[1] > self.block.length:
             tile = tile.unflatten(1, (-1, self.block.length)).sum(1)
         return tile.unflatten(0, (-1, self.geometry.heads))
+
+    def held(self, state: Tensor, dstate: Tensor) -> Tensor:
+        """States [N, K, V] times gradients of states, summed over what shares one gate, [n·B, H, 1, 1 or K]."""
+        assert self.gates is not None, "only where there are gates"
+        if self.gates.shape[-1] == 1:
+            product = self.product(state.flatten(1).unsqueeze(1), dstate.flatten(1).unsqueeze(2))
+        else:
+            product = self.times(state, dstate).sum(-1).unsqueeze(1)
+        return product.unflatten(0, (-1, self.geometry.heads))
 
     def _read(self, x: Tensor) -> Tensor:
         view = block_view(x, self.block, self.geometry.heads)
@@ -156,12 +170,15 @@ def block_view(x: Tensor, block: Block, states: int) -> Tensor:
     return part.unsqueeze(3).expand(-1, -1, -1, states // heads, -1, -1)
 
 
-Write = Callable[[Tensor, Tensor, Block], None]
-
-
-def put(total: Tensor, tile: Tensor, block: Block) -> None:
-    """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
-    _target(total, block).copy_(_by_head(tile, total, block))
+def put(total: Tensor, tiles: list[Tensor], block: Block) -> None:
+    """Put the sum of tiles into their block of [B, T, h, D], summed over the states that share one of the h heads."""
+    target, first, *others = _target(total, block), *(_by_head(tile, total, block) for tile in tiles)
+    if others:
+        torch.add(first, others[0], out=target)
+    else:
+        target.copy_(first)
+    for other in others[1:]:
+        target.add_(other)
 
 
 def add(total: Tensor, tile: Tensor, block: Block) -> None:
@@ -176,5 +193,5 @@ def _target(total: Tensor, block: Block) -> Tensor:
 def _by_head(tile: Tensor, total: Tensor, block: Block) -> Tensor:
     """A tile as [n, B, h, C, D]."""
     heads = total.shape[2]
-    tile = tile.view(block.chunks, total.shape[0], -1, block.length, tile.shape[-1])
+    tile = tile.reshape(block.chunks, total.shape[0], -1, block.length, tile.shape[-1])
     return tile if tile.shape[2] == heads else tile.unflatten(2, (heads, -1)).sum(3)
