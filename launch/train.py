@@ -7,6 +7,7 @@ On its own, the command checks all that can be checked, starts sp x dp ranks of 
 them. Started as one of several ranks, it trains.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lasp.launch.cli import INTERRUPTED, USER_ERROR, print_error
 from lasp.launch.torchrun import launched_rank, run_ranks
+from lasp.parallel.group import join_world
 from lasp.train.config import TrainConfig
 from lasp.train.loop import Summary, train
 from lasp.train.ranks import Ranks
@@ -34,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     rank = launched_rank()
     if rank is None:
         return _guarded(lambda: _start(arguments))
-    code = _guarded(lambda: _train(read_config(arguments)), quiet=rank != 0)
+    # A rank alone may have been given something else than the others: nobody goes on before all have agreed.
+    code = _guarded(lambda: _train(_agree_on_config(arguments)), quiet=rank != 0)
     if code:
         # The other ranks may be anywhere, and an orderly exit would wait for them (or be aborted by gloo).
         sys.stdout.flush()
@@ -55,6 +58,19 @@ def read_config(arguments: list[str]) -> TrainConfig:
         raise ValueError(str(error)) from error
     del values["config"]
     return TrainConfig(**values)
+
+
+def _agree_on_config(arguments: list[str]) -> TrainConfig:
+    """`read_config` on every rank: the same ValueError on all when one of them cannot, or when they differ."""
+    config, error = None, None
+    try:
+        config = read_config(arguments)
+    except ValueError as found:
+        error = str(found)
+    told = {"configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:8]}
+    join_world().agree(told, error).wait()
+    assert config is not None, "or there was an error, and everyone has raised it"
+    return config
 
 
 def _find_file(name: str) -> Path:

@@ -111,6 +111,13 @@ def init_mesh(
     return init_device_mesh(kind, (dp, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
 
 
+def join_world() -> SequenceGroup:
+    """All ranks in a row, for agreements and barriers. Creates the process group if there is none, as `init_mesh`."""
+    if not dist.is_initialized():
+        _init_process_group()
+    return SequenceGroup.from_group()
+
+
 def shutdown() -> None:
     """Leave the process group together: destroying it while a peer still sends aborts that peer."""
     if dist.is_initialized():

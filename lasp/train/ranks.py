@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel import collectives
 from lasp.parallel.gradients import data_parallel
-from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
+from lasp.parallel.group import SequenceGroup, init_mesh, join_world, shutdown
 from lasp.train.config import TrainConfig
 
 
@@ -29,8 +29,9 @@ class Ranks:
     @classmethod
     def join(cls, config: TrainConfig) -> Self:
         """Meet the other ranks. All of them call this; ValueError on each when sp x dp is not their number."""
+        everyone = join_world()
         mesh = init_mesh(sp=config.sp, dp=config.dp, device=config.device)
-        return cls(mesh, SequenceGroup.from_mesh(mesh, layout=config.layout), SequenceGroup.from_group())
+        return cls(mesh, SequenceGroup.from_mesh(mesh, layout=config.layout), everyone)
 
     def leave(self) -> None:
         """Part from the other ranks, together with them."""

@@ -1,6 +1,7 @@
 """`lasp train`: configuration files and overrides, one-line errors, and the ranks it starts."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,20 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     assert capsys.readouterr().err == "lasp: error: unknown command 'trian'; choose from train, bench\n"
     monkeypatch.setitem(cli.COMMANDS, "echo", ("lasp.launch.train", "for this test"))
     assert cli.main(["echo", "nowhere.toml"]) == 2
+
+
+def test_a_mistake_of_one_rank_ends_all_and_is_told_by_the_first(recipe):
+    """Two ranks started by hand, as under Slurm; only the second is given an unknown key."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank, extra in enumerate(([], ["--stepz", "3"])):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "lasp.launch.train", str(recipe), "--sp", "2", *extra]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    told = [rank.communicate(timeout=50)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "stepz" in told[0]
+    assert "(rank 1 of 2)" in told[0]
