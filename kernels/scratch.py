@@ -18,22 +18,31 @@ class Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._buffers: list[Tensor] = []
+        self._temporaries: dict[torch.dtype, Tensor] = {}
         self._used = 0
 
     def rewind(self) -> None:
         self._used = 0
 
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of this shape; the dtype is the scratch's unless given."""
-        dtype, numel = dtype or self._dtype, math.prod(shape)
+    def __call__(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of this shape, the caller's until the round ends."""
         if self._used == len(self._buffers):
-            self._buffers.append(torch.empty(0, dtype=dtype, device=self._device))
-        buffer = self._buffers[self._used]
-        if buffer.dtype != dtype or buffer.numel() < numel:
-            buffer = self._buffers[self._used] = torch.empty(numel, dtype=dtype, device=self._device)
+            self._buffers.append(torch.empty(0, dtype=self._dtype, device=self._device))
+        self._buffers[self._used] = buffer = _at_least(self._buffers[self._used], math.prod(shape))
         self._used += 1
-        return buffer[:numel].view(shape)
+        return buffer[: math.prod(shape)].view(shape)
+
+    def temporary(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor of this shape, the caller's until the next one is asked for."""
+        dtype = dtype or self._dtype
+        empty = torch.empty(0, dtype=dtype, device=self._device)
+        self._temporaries[dtype] = buffer = _at_least(self._temporaries.get(dtype, empty), math.prod(shape))
+        return buffer[: math.prod(shape)].view(shape)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """`a @ b` of batches of matrices [N, R, K] and [N, K, C]."""
         return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
+
+
+def _at_least(buffer: Tensor, numel: int) -> Tensor:
+    return buffer if buffer.numel() >= numel else buffer.new_empty(numel)

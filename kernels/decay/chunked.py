@@ -268,9 +268,9 @@ def _grad_chunk_states(tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates)
         # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the chunk's
         # end. The latter, state times gradient at every chunk, stands for the boundary term of the identity over the
         # whole sequence (GLA, arXiv:2312.06635, appendix C).
-        kept = tiles.by_gate(tiles.times(tiles.k, dk))
+        kept = F.pad(tiles.by_gate(tiles.times(tiles.k, dk)).cumsum(-2), (0, 0, 1, -1))
         passed = tiles.whole.flatten(0, 1) * tiles.held(entered.entering(tiles.block), dstate)
-        dgates = passed + F.pad(kept.cumsum(-2), (0, 0, 1, -1))
+        dgates = kept.add_(passed)
     return None, dk, dv, dgates
 
 

@@ -50,7 +50,7 @@ class MaskedScores:
         if self.log_decay is not None and gates:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
             # never as a difference of two sums that share the pairs on one side.
-            pairs = torch.mul(grad, self.values, out=self._scratch(*grad.shape))
+            pairs = torch.mul(grad, self.values, out=self._scratch.temporary(*grad.shape))
             earlier = torch.mm(
                 pairs.flatten(0, 1), _upper_ones(self.k).triu_(1), out=self._scratch(*grad.shape).flatten(0, 1)
             )
@@ -132,7 +132,7 @@ def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tens
         return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
     sums = log_decay.flatten(0, 1).squeeze(-1).double().cumsum(-1)
     shape = (*sums.shape, sums.shape[-1])
-    steps = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch(*shape, dtype=torch.float64))
+    steps = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch.temporary(*shape, dtype=torch.float64))
     # Above the diagonal the differences are positive: decay_factor makes 1 of them, and tril_ 0.
     return decay_factor(scratch(*shape).copy_(steps)).tril_().unsqueeze(2)
 

@@ -122,14 +122,14 @@ class Tiles:
         return self.scratch.product(a, b)
 
     def times(self, a: Tensor, b: Tensor) -> Tensor:
-        """`a * b` of equal tiles."""
-        return torch.mul(a, b, out=self.scratch(*a.shape))
+        """`a * b` of equal tiles, to be summed before the next product is made."""
+        return torch.mul(a, b, out=self.scratch.temporary(*a.shape))
 
     def scaled(self, tile: Tensor, factor: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """A tile [N, R, D] times a decay; into new memory unless `out` is given."""
+        """A tile [N, R, D] times a decay, to be used before the next product is made unless it goes to `out`."""
         if factor is None:
             return tile
-        out = self.scratch(*tile.shape) if out is None else out
+        out = self.scratch.temporary(*tile.shape) if out is None else out
         if factor.dim() == 1:
             return torch.mul(tile, factor, out=out)
         batch, heads, length = factor.shape[1:4]
@@ -149,10 +149,11 @@ class Tiles:
     def held(self, state: Tensor, dstate: Tensor) -> Tensor:
         """States [N, K, V] times gradients of states, summed over what shares one gate, [n·B, H, 1, 1 or K]."""
         assert self.gates is not None, "only where there are gates"
-        if self.gates.shape[-1] == 1:
-            product = self.product(state.flatten(1).unsqueeze(1), dstate.flatten(1).unsqueeze(2))
-        else:
-            product = self.times(state, dstate).sum(-1).unsqueeze(1)
+        product = self.times(state, dstate)
+        # One long sum is quicker than a sum of sums, and than a product of long vectors.
+        product = (
+            product.flatten(1).sum(1).view(-1, 1, 1) if self.gates.shape[-1] == 1 else product.sum(-1).unsqueeze(1)
+        )
         return product.unflatten(0, (-1, self.geometry.heads))
 
     def _read(self, x: Tensor) -> Tensor:
