@@ -11,7 +11,7 @@ from torch import Tensor
 class Scratch:
     """Hands out uninitialised tensors, the same memory in every round.
 
-    A fresh tensor of megabytes costs a page fault per 4 KB on CPU, ten times what the arithmetic on it costs.
+    A fresh tensor of megabytes costs a page fault per 4 KB on CPU, which takes longer than the arithmetic on it.
     `rewind()` begins a round: tensors of the round before must not be used any more.
     """
 

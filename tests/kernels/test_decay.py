@@ -154,7 +154,8 @@ def test_autocast_does_not_reach_inside(decay: str) -> None:
     assert all(torch.equal(plain[name], inside[name]) for name in plain)
 
 
-def test_constant_gates_cost_no_gradient() -> None:
+def test_constant_gates_change_no_other_gradient() -> None:
+    """Gates that are not trained skip their gradient; the others must not notice."""
     problem = make_problem("head")
     q = problem.q.requires_grad_()
     output = lasp.linear_attention(q, problem.k, problem.v, problem.log_decay)
