@@ -1,0 +1,59 @@
+"""Checks that more than one operation makes: a mistake is a ValueError with the offending values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from lasp.kernels.documents import document_bounds
+
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if any(x.dim() != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k, v must be [batch, tokens, heads, dim], got {shapes}")
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        raise ValueError(f"q, k, v must share batch and tokens, got {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must share their last dim, got {shapes}")
+    if min(*q.shape[2:], *v.shape[2:], k.shape[2], q.shape[0]) < 1:
+        raise ValueError(f"batch, heads and dims must be at least 1, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must share a device, got {q.device}, {k.device}, {v.device}")
+
+
+def check_documents(q: Tensor, cu_seqlens: Tensor | Sequence[int] | None) -> tuple[int, ...] | None:
+    """The bounds of packed documents; whether they end where the sequence does is known when the ranks have agreed."""
+    if cu_seqlens is None:
+        return None
+    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    bounds = document_bounds(cu_seqlens, values[-1] if values else 0)
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs documents into one sequence and needs B = 1, got B = {q.shape[0]}")
+    return bounds
+
+
+def check_heads(heads: dict[str, int]) -> None:
+    counts = sorted(set(heads.values()))
+    for fewer, more in pairwise(counts):
+        if more % fewer:
+            raise ValueError(f"numbers of heads must divide one another, got {heads}")
+
+
+def check_scale(scale: float | None) -> float | None:
+    """The scale as a plain number, which a header can carry."""
+    if scale is None:
+        return None
+    if isinstance(scale, str) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    return float(scale)
+
+
+def check_beside(name: str, x: Tensor, q: Tensor) -> None:
+    if not x.is_floating_point() or x.device != q.device:
+        raise ValueError(f"{name} must be floating and on the device of q, {q.device}, got {x.dtype} on {x.device}")

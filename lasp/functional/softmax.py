@@ -1,0 +1,128 @@
+"""Softmax attention, on one device or with the sequence cut over a group of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.functional.checks import check_documents, check_heads, check_tokens
+from lasp.kernels.documents import document_bounds
+from lasp.kernels.softmax.blocks import BlockAttention
+from lasp.kernels.softmax.mask import Mask
+from lasp.parallel import softmax
+from lasp.parallel.call import Arguments, begin_call, fingerprint
+from lasp.parallel.group import SequenceGroup
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    group: SequenceGroup | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """Softmax attention, `o_t = sum_i softmax(scale·q_t·k_i)_i v_i` over the keys that token t sees.
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], of one dtype. Each may have its own number of heads if every
+    count divides the next larger. Without a group T is the whole sequence; with one, q, k, v and key_mask are this
+    rank's tokens, and everything else speaks of the whole sequence.
+
+    scale: of the scores, K**-0.5 by default. causal: a token sees itself and what comes before it. window: it sees
+    itself and the window - 1 tokens before it, causal only. softcap c: scores become `c·tanh(scores / c)` (Gemma 2).
+    sinks [H], H the largest number of heads: one more score per head, of value 0 (gpt-oss). key_mask [B, T]: False
+    hides a key. cu_seqlens: bounds of packed documents [documents + 1], for B = 1; no token sees another document's.
+
+    method: "ring" (Ring Attention, arXiv:2310.01889) needs no more memory on more ranks and skips what the mask
+    empties; "gather" (LASP-2H, arXiv:2502.07563) is one message, and keeps all keys; "ulysses" (arXiv:2309.14509) deals
+    out heads, whose number the ranks must divide; "ulysses_ring" (arXiv:2405.07719) does so over the neighbours of a
+    group made with heads=h. "auto" is "ulysses_ring" in such a group if h divides the query heads; else "gather" if
+    there is no window and the keys of all ranks have no more heads together than the queries of one (few-headed keys);
+    else "ring". Causal work is even over ranks on the zigzag layout.
+
+    Returns the output [B, T, H, V] in v's dtype; 0 where a token sees nothing. Differentiable in q, k, v and sinks,
+    once. Raises ValueError, on every rank of the group, for arguments that do not fit.
+    """
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "method": method}
+
+    def check() -> Arguments:
+        return _check_softmax((q, k, v), sinks, key_mask, cu_seqlens, group, options)
+
+    lengths = begin_call(group, check)()
+    total = sum(lengths)
+    bounds = (0, total) if cu_seqlens is None else document_bounds(cu_seqlens, total)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    attention = BlockAttention(Mask(bounds, causal, window), scale, softcap)
+    heads, key_heads = _attention_heads(q, k, v)
+    chosen = softmax.check_method(method, group, heads, key_heads, window)
+    q, k, v = (_with_heads(x, count) for x, count in ((q, heads), (k, key_heads), (v, key_heads)))
+    return softmax.shared_attention(softmax.Call(attention, lengths, group, chosen), q, k, v, sinks, key_mask)
+
+
+def _with_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, h, D] with each head repeated until there are `heads`."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _attention_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Numbers of heads of queries, and of keys and values: those of few heads are shared."""
+    return max(x.shape[2] for x in (q, k, v)), max(k.shape[2], v.shape[2])
+
+
+# Checks -------------------------------------------------------------------------------------------------------------
+
+
+def _check_softmax(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    group: SequenceGroup | None,
+    options: dict[str, Any],
+) -> Arguments:
+    q, k, v = tokens
+    check_tokens(q, k, v)
+    bounds = check_documents(q, cu_seqlens)
+    heads = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]}
+    check_heads(heads)
+    _check_window(options["window"], options["causal"])
+    if options["softcap"] is not None and not options["softcap"] > 0:
+        raise ValueError(f"softcap must be positive, got {options['softcap']}")
+    query_heads, key_heads = _attention_heads(q, k, v)
+    if sinks is not None and (list(sinks.shape) != [query_heads] or not sinks.is_floating_point()):
+        raise ValueError(f"sinks must be floating [{query_heads}], got {sinks.dtype} {list(sinks.shape)}")
+    if key_mask is not None and (key_mask.shape != q.shape[:2] or key_mask.dtype != torch.bool):
+        raise ValueError(f"key_mask must be bool {list(q.shape[:2])}, got {key_mask.dtype} {list(key_mask.shape)}")
+    method = softmax.check_method(options["method"], group, query_heads, key_heads, options["window"])
+    tensors = [x for x in (q, k, v, sinks) if x is not None]
+    fields = options | {
+        "method": method,
+        "batch": q.shape[0],
+        "heads": heads,
+        "dims": [q.shape[3], v.shape[3]],
+        "dtype": str(q.dtype),
+        "sinks": sinks is not None,
+        "key_mask": key_mask is not None,
+        "cu_seqlens": None if bounds is None else fingerprint(bounds),
+        "backward": torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+    }
+    return Arguments(fields, q.shape[1], None if bounds is None else bounds[-1])
+
+
+def _check_window(window: int | None, causal: bool) -> None:
+    if window is None:
+        return
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be an integer of at least 1, got {window!r}")
+    if not causal:
+        raise ValueError(f"a window looks back and needs causal=True, got window={window} with causal=False")
