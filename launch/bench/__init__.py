@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lasp.launch.bench import attention, kernels
+from lasp.launch.bench import attention, convergence, kernels
 
-BENCHMARKS = {"kernels": kernels, "attention": attention}
+BENCHMARKS = {"kernels": kernels, "attention": attention, "convergence": convergence}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

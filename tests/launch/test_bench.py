@@ -46,3 +46,23 @@ def test_bench_attention_measures_every_method(tmp_path: Path, capsys: pytest.Ca
     assert run["times_faster"] == run["seconds"][run["best_peer"]] / run["seconds"]["lasp ring, zigzag"]
     assert len(run["seconds"]) == 6
     assert "2 ranks: our ring on zigzag is" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_bench_convergence_trains_every_mixer_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, plot = tmp_path / "figures.json", tmp_path / "losses.png"
+    assert main(["convergence", "--mixers", "linear", "--steps", "2", "--json", str(file), "--plot", str(plot)]) == 0
+    runs = json.loads(file.read_text())["runs"]
+    assert [(run["mixer"], run["pattern"]) for run in runs] == [
+        ("linear", "pure"),
+        ("linear", "1/4 hybrid"),
+        ("softmax", "pure"),
+    ]
+    assert all(len(run["curves"][0]) == 2 and 5 < run["loss"] < 6 for run in runs)  # about ln 257 before it has learnt
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert f"{runs[0]['loss']:.3f}" in capsys.readouterr().out
+
+
+def test_bench_convergence_says_why_a_run_failed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown mixer 'none'"):
+        main(["convergence", "--mixers", "none", "--steps", "1"])
