@@ -39,8 +39,10 @@ class Scratch:
         self._temporaries[dtype] = buffer = _at_least(self._temporaries.get(dtype, empty), math.prod(shape))
         return buffer[: math.prod(shape)].view(shape)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`a @ b` of batches of matrices [N, R, K] and [N, K, C]."""
+    def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`a @ b` of batches of matrices [N, R, K] and [N, K, C], added to `onto` [N, R, C] if that is given."""
+        if onto is not None:
+            return torch.baddbmm(onto, a, b, out=onto)
         return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
 
 

@@ -19,7 +19,7 @@ fp64 for fp64 inputs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,7 +140,7 @@ def inside(inputs: Inputs, geometry: Geometry) -> Tensor:
     if not geometry.masked:
         return output.zero_()
     for tiles in _blocks(inputs, geometry):
-        put(output, [_inside(tiles)], tiles.block)
+        put(output, _inside(tiles), tiles.block)
     return output
 
 
@@ -165,7 +165,7 @@ def grad_outputs(inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: G
     """Gradients of `inside` and `read_out`: all of dq, and of dk and dv what stays within chunks."""
     total = _new_gradients(inputs, geometry)
     for tiles in _blocks(inputs, geometry, grad):
-        _put(total, tiles.block, *_grad_outputs(tiles, entered))
+        _each(put, total, _grad_outputs(tiles, entered), tiles.block)
     if not geometry.masked:
         total.k.zero_()
         total.v.zero_()
@@ -177,9 +177,7 @@ def grad_chunk_states(
 ) -> None:
     """Add the gradients of `chunk_states`, given the true states and their true gradients."""
     for tiles in _blocks(inputs, geometry):
-        for target, tile in zip(total, _grad_chunk_states(tiles, entered, adjoint), strict=True):
-            if target is not None and tile is not None:
-                add(target, tile, tiles.block)
+        _each(add, total, _grad_chunk_states(tiles, entered, adjoint), tiles.block)
 
 
 # All stages at once -------------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def forward(inputs: Inputs, incoming: list[Tensor | None], geometry: Geometry) -
     output, chain = _new_output(inputs, geometry), _new_chain(inputs, geometry, incoming)
     for tiles in _blocks(inputs, geometry):
         _chunk_states(tiles, chain)
-        put(output, [_read_out(tiles, chain, _inside(tiles))], tiles.block)
+        put(output, _read_out(tiles, chain, _inside(tiles)), tiles.block)
     return output, chain
 
 
@@ -207,7 +205,7 @@ def backward(
         window[block.chunks] = starts[block.run]
         _adjoint_states(tiles, adjoint)
         starts[block.run].copy_(window[0])
-        _put(total, block, *_grad_outputs(tiles, entered), _grad_chunk_states(tiles, entered, adjoint))
+        _each(put, total, _grad_outputs(tiles, entered, _grad_chunk_states(tiles, entered, adjoint)), block)
     return total, starts
 
 
@@ -241,21 +239,25 @@ def _adjoint_states(tiles: Tiles, chain: ChunkStates) -> None:
     chain.link(tiles.block, reverse=True)
 
 
-def _grad_outputs(tiles: Tiles, entered: ChunkStates) -> list[BlockGradients]:
-    """Gradients of reading the entering states, and of what stays within chunks."""
+def _grad_outputs(
+    tiles: Tiles, entered: ChunkStates, later: BlockGradients = (None, None, None, None)
+) -> BlockGradients:
+    """Gradients of reading the entering states and of what stays within chunks, added to the tiles `later`."""
+    _, dk, dv, dgates = later
     dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
     dq = tiles.scaled(dq, tiles.from_start, out=dq)
-    dgates = None
     if tiles.trains_gates:
         # A gate is passed by the state that entered the chunk, on its way to the queries at or after the gate.
-        dgates = tiles.by_gate(tiles.times(tiles.q, dq)).flip(-2).cumsum(-2).flip(-2)
-    reads: BlockGradients = (dq, None, None, dgates)
+        passed = tiles.by_gate(tiles.times(tiles.q, dq)).flip(-2).cumsum(-2).flip(-2)
+        dgates = passed if dgates is None else passed.add_(dgates)
     if not tiles.geometry.masked:
-        return [reads]
+        return dq, dk, dv, dgates
     p = _scores(tiles)
-    dv = tiles.product(p.values.mT, tiles.grad)
-    dq, dk, dgates = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.trains_gates)
-    return [reads, (dq, dk, dv, dgates)]
+    dv = tiles.product(p.values.mT, tiles.grad, onto=dv)
+    dq, dk, within = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.trains_gates, dq, dk)
+    if dgates is not None and within is not None:
+        dgates.add_(within.view_as(dgates))
+    return dq, dk, dv, dgates
 
 
 def _grad_chunk_states(tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
@@ -289,12 +291,11 @@ def _blocks(inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reve
 # Accumulators -------------------------------------------------------------------------------------------------------
 
 
-def _put(total: Gradients, block: Block, *parts: BlockGradients) -> None:
-    """Put the sum of tiles into a block of each gradient."""
-    for target, *tiles in zip(total, *parts, strict=True):
-        found = [tile for tile in tiles if tile is not None]
-        if target is not None and found:
-            put(target, found, block)
+def _each(how: Callable[[Tensor, Tensor, Block], None], total: Gradients, tiles: BlockGradients, block: Block) -> None:
+    """Put or add each tile that there is into its block of its gradient."""
+    for target, tile in zip(total, tiles, strict=True):
+        if target is not None and tile is not None:
+            how(target, tile, block)
 
 
 def _new_output(inputs: Inputs, geometry: Geometry) -> Tensor:

@@ -24,8 +24,13 @@ class Scores(Protocol):
 
     values: Tensor  # P
 
-    def backward(self, grad: Tensor, gates: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-        """From dP [N, R, C], which is overwritten, to dq, dk and, if wanted, dlog_decay [N, C, 1 or K]."""
+    def backward(
+        self, grad: Tensor, gates: bool = True, dq: Tensor | None = None, dk: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From dP [N, R, C], which is overwritten, to dq, dk and, if wanted, dlog_decay [N, C, 1 or K].
+
+        dq and dk, where given, are tiles to add to, in place.
+        """
         ...
 
 
@@ -45,7 +50,9 @@ class MaskedScores:
         self.values = scratch.product(q, k.mT)
         self._by_query(self.values).mul_(self.mask)
 
-    def backward(self, grad: Tensor, gates: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(
+        self, grad: Tensor, gates: bool = True, dq: Tensor | None = None, dk: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         dlog = None
         if self.log_decay is not None and gates:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
@@ -56,7 +63,7 @@ class MaskedScores:
             )
             dlog = earlier.view(grad.shape[0], -1, *grad.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
         self._by_query(grad).mul_(self.mask)
-        return self._scratch.product(grad, self.k), self._scratch.product(grad.mT, self.q), dlog
+        return self._scratch.product(grad, self.k, dq), self._scratch.product(grad.mT, self.q, dk), dlog
 
     def _by_query(self, x: Tensor) -> Tensor:
         """[N, R, C] as [n·B, H, G, C, C], or with all heads in front where there is no decay."""
@@ -86,26 +93,29 @@ class DyadicScores:
             _squares(values, half).copy_(q_later @ k_earlier.mT)
         self.values = values[..., : self.length, : self.length].flatten(1, 2)
 
-    def backward(self, grad: Tensor, gates: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(
+        self, grad: Tensor, gates: bool = True, dq: Tensor | None = None, dk: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         grad = grad.unflatten(1, (-1, self.length))
         grad = F.pad(grad, (0, self.padding, 0, self.padding)) if self.padding else grad
         diagonal = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        dq, dk = diagonal * self.k, (diagonal * self.q).sum(1, keepdim=True)
-        dlog = torch.zeros_like(dk)
+        own_q, own_k = diagonal * self.k, (diagonal * self.q).sum(1, keepdim=True)
+        dlog = torch.zeros_like(own_k)
         for half in self._halves():
             q_later, k_earlier, to_query, to_border = self._carry_to_border(half)
             squares = _squares(grad, half)
             dq_later = (squares @ k_earlier).mul_(to_query)
             dk_earlier = (squares.mT @ q_later).sum(1, keepdim=True).mul_(to_border)
-            _later(dq, half).add_(dq_later)
-            _earlier(dk, half).add_(dk_earlier)
+            _later(own_q, half).add_(dq_later)
+            _earlier(own_k, half).add_(dk_earlier)
             # A gate of the later half is crossed by the queries at or after it, one of the earlier half by the keys
             # before it.
             ones = _upper_ones(dq_later)
             _later(dlog, half).add_(ones @ dq_later.mul_(_later(self.q, half)).sum(1, keepdim=True))
             _earlier(dlog, half).add_(ones.triu(1).mT @ dk_earlier.mul_(_earlier(self.k, half)))
         cut = slice(self.length)
-        return dq[:, :, cut].flatten(1, 2) * self.scale, dk[:, 0, cut], dlog[:, 0, cut]
+        own_q, own_k = own_q[:, :, cut].flatten(1, 2) * self.scale, own_k[:, 0, cut]
+        return own_q if dq is None else dq.add_(own_q), own_k if dk is None else dk.add_(own_k), dlog[:, 0, cut]
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, self.padding)) if self.padding else x

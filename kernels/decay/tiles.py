@@ -117,9 +117,9 @@ class Tiles:
         """The decay over the whole chunk, one row."""
         return None if self.gates is None else decay_factor(self.gates.sum(-2, keepdim=True))
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`a @ b` of batches of matrices."""
-        return self.scratch.product(a, b)
+    def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`a @ b` of batches of matrices, added to the tile `onto` if that is given."""
+        return self.scratch.product(a, b, onto)
 
     def times(self, a: Tensor, b: Tensor) -> Tensor:
         """`a * b` of equal tiles, to be summed before the next product is made."""
@@ -171,15 +171,9 @@ def block_view(x: Tensor, block: Block, states: int) -> Tensor:
     return part.unsqueeze(3).expand(-1, -1, -1, states // heads, -1, -1)
 
 
-def put(total: Tensor, tiles: list[Tensor], block: Block) -> None:
-    """Put the sum of tiles into their block of [B, T, h, D], summed over the states that share one of the h heads."""
-    target, first, *others = _target(total, block), *(_by_head(tile, total, block) for tile in tiles)
-    if others:
-        torch.add(first, others[0], out=target)
-    else:
-        target.copy_(first)
-    for other in others[1:]:
-        target.add_(other)
+def put(total: Tensor, tile: Tensor, block: Block) -> None:
+    """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
+    _target(total, block).copy_(_by_head(tile, total, block))
 
 
 def add(total: Tensor, tile: Tensor, block: Block) -> None:
