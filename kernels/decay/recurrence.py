@@ -21,7 +21,7 @@ CHUNK_SIZE = 64
 # Without a mask a chunk has no inside: long ones only save states.
 UNMASKED_CHUNK_SIZE = 1024
 # Rows (tokens x states) to a block: fewer cost more in calls than they save in cache misses.
-BLOCK_ROWS = 6144
+BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
