@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from lasp.kernels.decay import chunked
+from lasp.kernels.decay.chunked import DecayStages
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
 
 BACKENDS = ("auto", "torch")
 
 
-def decay_stages(backend: str) -> ModuleType:
-    """The staged functions of the decay family: a module with the six stages of `lasp.kernels.decay.chunked`."""
+def decay_stages(backend: str) -> DecayStages:
+    """The stages of the decay family."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return chunked
+    return DecayStages()
 
 
 def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Operator:

@@ -21,22 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels.decay.scores import Scores, scores
 from lasp.kernels.decay.tiles import Geometry, Inputs, Tiles, add, put
 from lasp.kernels.documents import Block
 from lasp.kernels.scratch import Scratch
-from lasp.kernels.segment import Segment
+from lasp.kernels.segment import Segment, apply, transpose
 
 
 @dataclass(frozen=True)
 class ChunkStates:
-    """States between chunks [slots, B, H, K, V] and each chunk's own transfer [slots, B or 1, H or 1, 1 or K, 1].
+    """States between chunks [slots, B, H, K, V] and each chunk's own transfer [slots, B or 1, H or 1, 1 or K, 1 or K].
 
     Where the chain runs backwards, `states` holds gradients. `base` is the slot of the first state held.
     """
@@ -56,7 +56,12 @@ class ChunkStates:
 
     def _transfer(self, run: int) -> Tensor:
         first, last = self.geometry.table.runs[run]
-        return self.transfers[first:last].prod(0)
+        if self.transfers.shape[-1] == 1:
+            return self.transfers[first:last].prod(0)
+        eye = torch.eye(self.transfers.shape[-1], dtype=self.transfers.dtype, device=self.transfers.device)
+        return reduce(
+            lambda before, own: own @ before, self.transfers[first:last], eye.expand(self.transfers.shape[1:])
+        )
 
     def enter(self, incoming: list[Tensor | None]) -> None:
         """Add to every state of each run what the state [B, H, K, V] entering the run has become by then, in place."""
@@ -64,7 +69,7 @@ class ChunkStates:
             if carry is not None:
                 self.states[first].add_(carry)
                 for slot in range(first, last):
-                    carry = carry * self.transfers[slot]
+                    carry = apply(self.transfers[slot], carry)
                     self.states[slot + 1].add_(carry)
 
     def enter_backwards(self, incoming: list[Tensor | None]) -> None:
@@ -73,7 +78,7 @@ class ChunkStates:
             if carry is not None:
                 self.states[last].add_(carry)
                 for slot in reversed(range(first, last)):
-                    carry = carry * self.transfers[slot]
+                    carry = apply(transpose(self.transfers[slot]), carry)
                     self.states[slot].add_(carry)
 
     def fill(self, runs: list[Tensor]) -> None:
@@ -111,7 +116,10 @@ class ChunkStates:
         steps = zip(states, transfers, states[1:], strict=False)
         for before, transfer, after in reversed(list(steps)) if reverse else steps:
             source, target = (after, before) if reverse else (before, after)
-            target.addcmul_(transfer, source)
+            if transfer.shape[-1] == 1:
+                target.addcmul_(transfer, source)
+            else:
+                target.add_((transfer.mT if reverse else transfer) @ source)
 
 
 class Gradients(NamedTuple):
@@ -121,174 +129,200 @@ class Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
+    beta: Tensor | None = None  # the delta family's, [B, T, H, 1]
 
 
-# Stages -------------------------------------------------------------------------------------------------------------
+class BlockGradients(NamedTuple):
+    """Tiles of one block's part of each gradient, None where there is none."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    log_decay: Tensor | None = None
+    beta: Tensor | None = None
 
 
-def chunk_states(inputs: Inputs, geometry: Geometry) -> ChunkStates:
-    """The states between chunks, each run from an empty memory, and the transfer of each chunk."""
-    chain = _new_chain(inputs, geometry, [None] * len(geometry.table.runs))
-    for tiles in _blocks(inputs, geometry):
-        _chunk_states(tiles, chain)
-    return chain
+class DecayStages:
+    """The stages, each over all blocks; the methods that take tiles do the same for one block."""
 
+    tiles: type[Tiles] = Tiles
 
-def inside(inputs: Inputs, geometry: Geometry) -> Tensor:
-    """Outputs [B, T, Ho, V] of attention within each chunk, in the compute dtype."""
-    output = _new_output(inputs, geometry)
-    if not geometry.masked:
-        return output.zero_()
-    for tiles in _blocks(inputs, geometry):
-        put(output, _inside(tiles), tiles.block)
-    return output
+    # Stages ---------------------------------------------------------------------------------------------------------
 
+    def chunk_states(self, inputs: Inputs, geometry: Geometry) -> ChunkStates:
+        """The states between chunks, each run from an empty memory, and the transfer of each chunk."""
+        chain = self._new_chain(inputs, geometry, [None] * len(geometry.table.runs))
+        for tiles in self._blocks(inputs, geometry):
+            self._chunk_states(tiles, chain)
+        return chain
 
-def read_out(inputs: Inputs, entered: ChunkStates, output: Tensor, geometry: Geometry) -> None:
-    """Add to `output` what each chunk's queries read from the state that entered the chunk."""
-    for tiles in _blocks(inputs, geometry):
-        add(output, _read_out(tiles, entered), tiles.block)
+    def inside(self, inputs: Inputs, geometry: Geometry) -> Tensor:
+        """Outputs [B, T, Ho, V] of attention within each chunk, in the compute dtype."""
+        output = _new_output(inputs, geometry)
+        if not geometry.masked:
+            return output.zero_()
+        for tiles in self._blocks(inputs, geometry):
+            put(output, self._inside(tiles), tiles.block)
+        return output
 
+    def read_out(self, inputs: Inputs, entered: ChunkStates, output: Tensor, geometry: Geometry) -> None:
+        """Add to `output` what each chunk's queries read from the state that entered the chunk."""
+        for tiles in self._blocks(inputs, geometry):
+            add(output, self._read_out(tiles, entered), tiles.block)
 
-def adjoint_states(inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: Geometry) -> ChunkStates:
-    """Gradients of the states between chunks, each run with nothing after it. grad: of the output, [B, T, Ho, V]."""
-    states = geometry.new_states(geometry.table.slots, grad)
-    chain = ChunkStates(geometry, states, entered.transfers)
-    for _, last in geometry.table.runs:
-        states[last].zero_()
-    for tiles in _blocks(inputs, geometry, grad, reverse=True):
-        _adjoint_states(tiles, chain)
-    return chain
+    def adjoint_states(self, inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: Geometry) -> ChunkStates:
+        """Gradients of the states between chunks, each run with nothing after it. grad: of the output."""
+        states = geometry.new_states(geometry.table.slots, grad)
+        chain = ChunkStates(geometry, states, entered.transfers)
+        for _, last in geometry.table.runs:
+            states[last].zero_()
+        for tiles in self._blocks(inputs, geometry, grad, reverse=True):
+            self._adjoint_states(tiles, chain)
+        return chain
 
+    def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: Geometry) -> Gradients:
+        """Gradients of `inside` and `read_out`: all of dq, and of dk and dv what stays within chunks."""
+        total = self._new_gradients(inputs, geometry)
+        for tiles in self._blocks(inputs, geometry, grad):
+            _each(put, total, self._grad_outputs(tiles, entered), tiles.block)
+        if not geometry.masked:
+            total.k.zero_()
+            total.v.zero_()
+        return total
 
-def grad_outputs(inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: Geometry) -> Gradients:
-    """Gradients of `inside` and `read_out`: all of dq, and of dk and dv what stays within chunks."""
-    total = _new_gradients(inputs, geometry)
-    for tiles in _blocks(inputs, geometry, grad):
-        _each(put, total, _grad_outputs(tiles, entered), tiles.block)
-    if not geometry.masked:
-        total.k.zero_()
-        total.v.zero_()
-    return total
+    def grad_chunk_states(
+        self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients, geometry: Geometry
+    ) -> None:
+        """Add the gradients of `chunk_states`, given the true states and their true gradients."""
+        for tiles in self._blocks(inputs, geometry):
+            _each(add, total, self._grad_chunk_states(tiles, entered, adjoint), tiles.block)
 
+    # All stages at once ---------------------------------------------------------------------------------------------
 
-def grad_chunk_states(
-    inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients, geometry: Geometry
-) -> None:
-    """Add the gradients of `chunk_states`, given the true states and their true gradients."""
-    for tiles in _blocks(inputs, geometry):
-        _each(add, total, _grad_chunk_states(tiles, entered, adjoint), tiles.block)
+    def forward(self, inputs: Inputs, incoming: list[Tensor | None], geometry: Geometry) -> tuple[Tensor, ChunkStates]:
+        """Output and true states, given the state [B, H, K, V] that enters each run."""
+        output, chain = _new_output(inputs, geometry), self._new_chain(inputs, geometry, incoming)
+        for tiles in self._blocks(inputs, geometry):
+            self._chunk_states(tiles, chain)
+            put(output, self._outputs(tiles, chain), tiles.block)
+        return output, chain
 
+    def backward(
+        self,
+        inputs: Inputs,
+        grad: Tensor,
+        entered: ChunkStates,
+        incoming: list[Tensor | None],
+        geometry: Geometry,
+    ) -> tuple[Gradients, list[Tensor]]:
+        """All gradients, and that of the state entering each run, given the gradient entering each run at its end."""
+        total, table = self._new_gradients(inputs, geometry), geometry.table
+        window = geometry.new_states(max((block.chunks for block in table.blocks), default=0) + 1, grad)
+        starts = [torch.zeros_like(window[0]) if end is None else end.clone() for end in incoming]
+        for tiles in self._blocks(inputs, geometry, grad, reverse=True):
+            block = tiles.block
+            adjoint = ChunkStates(geometry, window, entered.transfers, base=block.slot)
+            window[block.chunks] = starts[block.run]
+            self._adjoint_states(tiles, adjoint)
+            starts[block.run].copy_(window[0])
+            _each(put, total, self._gradients(tiles, entered, adjoint), block)
+        return total, starts
 
-# All stages at once -------------------------------------------------------------------------------------------------
+    # One block ------------------------------------------------------------------------------------------------------
 
-
-def forward(inputs: Inputs, incoming: list[Tensor | None], geometry: Geometry) -> tuple[Tensor, ChunkStates]:
-    """Output and true states, given the state [B, H, K, V] that enters each run."""
-    output, chain = _new_output(inputs, geometry), _new_chain(inputs, geometry, incoming)
-    for tiles in _blocks(inputs, geometry):
-        _chunk_states(tiles, chain)
-        put(output, _read_out(tiles, chain, _inside(tiles)), tiles.block)
-    return output, chain
-
-
-def backward(
-    inputs: Inputs, grad: Tensor, entered: ChunkStates, incoming: list[Tensor | None], geometry: Geometry
-) -> tuple[Gradients, list[Tensor]]:
-    """All gradients, and that of the state entering each run, given the gradient entering each run at its end."""
-    total, table = _new_gradients(inputs, geometry), geometry.table
-    window = geometry.new_states(max((block.chunks for block in table.blocks), default=0) + 1, grad)
-    starts = [torch.zeros_like(window[0]) if end is None else end.clone() for end in incoming]
-    for tiles in _blocks(inputs, geometry, grad, reverse=True):
+    def _chunk_states(self, tiles: Tiles, chain: ChunkStates) -> None:
         block = tiles.block
-        adjoint = ChunkStates(geometry, window, entered.transfers, base=block.slot)
-        window[block.chunks] = starts[block.run]
-        _adjoint_states(tiles, adjoint)
-        starts[block.run].copy_(window[0])
-        _each(put, total, _grad_outputs(tiles, entered, _grad_chunk_states(tiles, entered, adjoint)), block)
-    return total, starts
+        torch.bmm(tiles.scaled(tiles.k, tiles.to_end).mT, tiles.v, out=chain.leaving(block))
+        if tiles.whole is not None:
+            chain.transfers[block.slot : block.slot + block.chunks] = tiles.whole.mT
+        chain.link(block)
 
+    def _inside(self, tiles: Tiles) -> Tensor:
+        return tiles.product(tiles.scores.values, tiles.v)
 
-# Stages of one block ------------------------------------------------------------------------------------------------
+    def _read_out(self, tiles: Tiles, entered: ChunkStates, onto: Tensor | None = None) -> Tensor:
+        """What the queries read from the entering states, added to the tile `onto` if that is given."""
+        queries = tiles.scaled(tiles.q, tiles.from_start)
+        return tiles.product(queries, entered.entering(tiles.block), onto)
 
-BlockGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # tiles of q, k, v, log_decay
+    def _outputs(self, tiles: Tiles, entered: ChunkStates) -> Tensor:
+        return self._read_out(tiles, entered, self._inside(tiles))
 
+    def _adjoint_states(self, tiles: Tiles, chain: ChunkStates) -> None:
+        torch.bmm(tiles.scaled(tiles.q, tiles.from_start).mT, tiles.grad, out=chain.entering(tiles.block))
+        chain.link(tiles.block, reverse=True)
 
-def _chunk_states(tiles: Tiles, chain: ChunkStates) -> None:
-    block = tiles.block
-    torch.bmm(tiles.scaled(tiles.k, tiles.to_end).mT, tiles.v, out=chain.leaving(block))
-    if tiles.whole is not None:
-        chain.transfers[block.slot : block.slot + block.chunks] = tiles.whole.mT
-    chain.link(block)
+    def _grad_outputs(self, tiles: Tiles, entered: ChunkStates, later: BlockGradients | None = None) -> BlockGradients:
+        """Gradients of reading the entering states and of what stays within chunks, added to the tiles `later`."""
+        _, dk, dv, dgates, _ = BlockGradients() if later is None else later
+        dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
+        dq = tiles.scaled(dq, tiles.from_start, out=dq)
+        if tiles.trains_gates:
+            dgates = tiles.passed_from_start(tiles.q, dq, dgates)
+        if not tiles.geometry.masked:
+            return BlockGradients(dq, dk, dv, dgates)
+        p = tiles.scores
+        dv = tiles.product(p.values.mT, tiles.grad, dv)
+        dq, dk, within = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.trains_gates, dq, dk)
+        if dgates is not None and within is not None:
+            dgates.add_(within.view_as(dgates))
+        return BlockGradients(dq, dk, dv, dgates)
 
+    def _grad_chunk_states(self, tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
+        dstate = adjoint.leaving(tiles.block)
+        dk = tiles.product(tiles.v_columns.mT, dstate.mT)
+        dk = tiles.scaled(dk, tiles.to_end, out=dk)
+        dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate)
+        dgates = None
+        if tiles.trains_gates and tiles.whole is not None:
+            # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the
+            # chunk's end. The latter, state times gradient at every chunk, stands for the boundary term of the
+            # identity over the whole sequence (GLA, arXiv:2312.06635, appendix C).
+            kept = F.pad(tiles.by_gate(tiles.times(tiles.k, dk)).cumsum(-2), (0, 0, 1, -1))
+            passed = tiles.whole.flatten(0, 1) * tiles.held(entered.entering(tiles.block), dstate)
+            dgates = kept.add_(passed)
+        return BlockGradients(None, dk, dv, dgates)
 
-def _inside(tiles: Tiles) -> Tensor:
-    return tiles.product(_scores(tiles).values, tiles.v)
+    def _gradients(self, tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
+        return self._grad_outputs(tiles, entered, self._grad_chunk_states(tiles, entered, adjoint))
 
+    def _blocks(
+        self, inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reverse: bool = False
+    ) -> Iterator[Tiles]:
+        """The blocks in order of time, or against it, in the same memory one after the other."""
+        scratch = Scratch(geometry.dtype, inputs[0].device)
+        for block in reversed(geometry.table.blocks) if reverse else geometry.table.blocks:
+            scratch.rewind()
+            yield self.tiles(inputs, block, geometry, scratch, grad)
 
-def _read_out(tiles: Tiles, entered: ChunkStates, within: Tensor | None = None) -> Tensor:
-    """What the queries read from the entering states, added to what they read `within` the chunks if that is given."""
-    queries = tiles.scaled(tiles.q, tiles.from_start)
-    if within is None:
-        return tiles.product(queries, entered.entering(tiles.block))
-    return torch.baddbmm(within, queries, entered.entering(tiles.block), out=within)
+    # Memory ---------------------------------------------------------------------------------------------------------
 
+    def _new_chain(self, inputs: Inputs, geometry: Geometry, incoming: list[Tensor | None]) -> ChunkStates:
+        """States whose runs begin with `incoming`, and transfers of 1."""
+        states = geometry.new_states(geometry.table.slots, inputs[0])
+        for (first, _), state in zip(geometry.table.runs, incoming, strict=True):
+            states[first] = 0 if state is None else state
+        shape = self._transfer_shape(inputs, geometry)
+        transfers = torch.ones((geometry.table.slots, *shape), dtype=geometry.dtype, device=inputs[0].device)
+        return ChunkStates(geometry, states, transfers)
 
-def _adjoint_states(tiles: Tiles, chain: ChunkStates) -> None:
-    torch.bmm(tiles.scaled(tiles.q, tiles.from_start).mT, tiles.grad, out=chain.entering(tiles.block))
-    chain.link(tiles.block, reverse=True)
+    def _transfer_shape(self, inputs: Inputs, geometry: Geometry) -> tuple[int, ...]:
+        """The smallest shape of a chunk's transfer that the kind of decay allows."""
+        log_decay = inputs[3]
+        if log_decay is None:
+            return (1, 1, 1, 1)
+        batch = 1 if log_decay.dim() == 1 else geometry.batch
+        return (batch, geometry.heads, log_decay.shape[3] if log_decay.dim() == 4 else 1, 1)
 
-
-def _grad_outputs(
-    tiles: Tiles, entered: ChunkStates, later: BlockGradients = (None, None, None, None)
-) -> BlockGradients:
-    """Gradients of reading the entering states and of what stays within chunks, added to the tiles `later`."""
-    _, dk, dv, dgates = later
-    dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
-    dq = tiles.scaled(dq, tiles.from_start, out=dq)
-    if tiles.trains_gates:
-        # A gate is passed by the state that entered the chunk, on its way to the queries at or after the gate.
-        passed = tiles.by_gate(tiles.times(tiles.q, dq)).flip(-2).cumsum(-2).flip(-2)
-        dgates = passed if dgates is None else passed.add_(dgates)
-    if not tiles.geometry.masked:
-        return dq, dk, dv, dgates
-    p = _scores(tiles)
-    dv = tiles.product(p.values.mT, tiles.grad, onto=dv)
-    dq, dk, within = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.trains_gates, dq, dk)
-    if dgates is not None and within is not None:
-        dgates.add_(within.view_as(dgates))
-    return dq, dk, dv, dgates
-
-
-def _grad_chunk_states(tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
-    dstate = adjoint.leaving(tiles.block)
-    dk = tiles.product(tiles.v_columns.mT, dstate.mT)
-    dk = tiles.scaled(dk, tiles.to_end, out=dk)
-    dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate)
-    dgates = None
-    if tiles.trains_gates and tiles.whole is not None:
-        # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the chunk's
-        # end. The latter, state times gradient at every chunk, stands for the boundary term of the identity over the
-        # whole sequence (GLA, arXiv:2312.06635, appendix C).
-        kept = F.pad(tiles.by_gate(tiles.times(tiles.k, dk)).cumsum(-2), (0, 0, 1, -1))
-        passed = tiles.whole.flatten(0, 1) * tiles.held(entered.entering(tiles.block), dstate)
-        dgates = kept.add_(passed)
-    return None, dk, dv, dgates
-
-
-def _scores(tiles: Tiles) -> Scores:
-    return scores(tiles.q, tiles.k, tiles.gates, tiles.geometry.scale, tiles.scratch)
-
-
-def _blocks(inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reverse: bool = False) -> Iterator[Tiles]:
-    """The blocks in order of time, or against it, in the same memory one after the other."""
-    scratch = Scratch(geometry.dtype, inputs[0].device)
-    for block in reversed(geometry.table.blocks) if reverse else geometry.table.blocks:
-        scratch.rewind()
-        yield Tiles(inputs, block, geometry, scratch, grad)
-
-
-# Accumulators -------------------------------------------------------------------------------------------------------
+    def _new_gradients(self, inputs: Inputs, geometry: Geometry) -> Gradients:
+        q, k, v, log_decay = inputs[:4]
+        gates = None
+        if log_decay is not None and log_decay.requires_grad:
+            heads = log_decay.shape[0] if log_decay.dim() == 1 else log_decay.shape[2]
+            channels = log_decay.shape[3] if log_decay.dim() == 4 else 1
+            gates = torch.empty((*q.shape[:2], heads, channels), dtype=geometry.dtype, device=q.device)
+        dq, dk, dv = (torch.empty_like(x, dtype=geometry.dtype) for x in (q, k, v))
+        return Gradients(dq, dk, dv, gates)
 
 
 def _each(how: Callable[[Tensor, Tensor, Block], None], total: Gradients, tiles: BlockGradients, block: Block) -> None:
@@ -302,28 +336,3 @@ def _new_output(inputs: Inputs, geometry: Geometry) -> Tensor:
     q = inputs[0]
     shape = (*q.shape[:2], max(geometry.heads, q.shape[2]), geometry.value_dim)
     return torch.empty(shape, dtype=geometry.dtype, device=q.device)
-
-
-def _new_chain(inputs: Inputs, geometry: Geometry, incoming: list[Tensor | None]) -> ChunkStates:
-    """States whose runs begin with `incoming`, and transfers of the smallest shape that the kind of decay allows."""
-    q, _, _, log_decay = inputs
-    states = geometry.new_states(geometry.table.slots, q)
-    for (first, _), state in zip(geometry.table.runs, incoming, strict=True):
-        states[first] = 0 if state is None else state
-    shape = (1, 1, 1)
-    if log_decay is not None:
-        batch = 1 if log_decay.dim() == 1 else geometry.batch
-        shape = (batch, geometry.heads, log_decay.shape[3] if log_decay.dim() == 4 else 1)
-    transfers = torch.ones((geometry.table.slots, *shape, 1), dtype=geometry.dtype, device=q.device)
-    return ChunkStates(geometry, states, transfers)
-
-
-def _new_gradients(inputs: Inputs, geometry: Geometry) -> Gradients:
-    q, k, v, log_decay = inputs
-    gates = None
-    if log_decay is not None and log_decay.requires_grad:
-        heads = log_decay.shape[0] if log_decay.dim() == 1 else log_decay.shape[2]
-        channels = log_decay.shape[3] if log_decay.dim() == 4 else 1
-        gates = torch.empty((*q.shape[:2], heads, channels), dtype=geometry.dtype, device=q.device)
-    dq, dk, dv = (torch.empty_like(x, dtype=geometry.dtype) for x in (q, k, v))
-    return Gradients(dq, dk, dv, gates)

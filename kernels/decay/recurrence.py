@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lasp.kernels.decay.chunked import ChunkStates, Gradients
+from lasp.kernels.decay.chunked import ChunkStates, DecayStages, Gradients
 from lasp.kernels.decay.scores import decay_factor, finite
 from lasp.kernels.decay.tiles import Geometry, Inputs
 from lasp.kernels.documents import chunk_table
@@ -28,11 +27,11 @@ BLOCK_ROWS = 8192
 class DecayRecurrence:
     """`S_t = diag(exp(log_decay_t))·S_{t-1} + k_t v_t^T`, `o_t = scale·S_t^T q_t`, over runs of local tokens.
 
-    stages: the module of the staged functions; runs: (offset, length) each; heads: the number of states; causal: a
+    stages: how each stage is computed; runs: (offset, length) each; heads: the number of states; causal: a
     token reads the state up to itself, else that of its whole document.
     """
 
-    stages: ModuleType
+    stages: DecayStages
     runs: tuple[tuple[int, int], ...]
     heads: int
     scale: float

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels.decay.scores import decay_factor, finite
+from lasp.kernels.decay.scores import Scores, decay_factor, finite, scores
 from lasp.kernels.documents import Block, ChunkTable
 from lasp.kernels.scratch import Scratch
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
+Inputs = tuple[Any, ...]  # q, k, v, log_decay or None, and what else a family has
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Tiles:
         view = block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, self.block, geometry.heads)
         return finite(view.to(geometry.dtype).flatten(2, 3))
 
+    @cached_property
+    def scores(self) -> Scores:
+        """The decayed products of queries and keys within the chunks, [N, R, C]."""
+        return scores(self.q, self.k, self.gates, self.geometry.scale, self.scratch)
+
     @property
     def trains_gates(self) -> bool:
         """Whether the gates have a gradient: those of Lightning and RetNet are constants."""
@@ -116,6 +122,14 @@ class Tiles:
     def whole(self) -> Tensor | None:
         """The decay over the whole chunk, one row."""
         return None if self.gates is None else decay_factor(self.gates.sum(-2, keepdim=True))
+
+    def passed_from_start(self, rows: Tensor, grad: Tensor, onto: Tensor | None) -> Tensor:
+        """Gradients of the gates from those of `rows` [N, R, K] decayed from the chunk's start, added to `onto`.
+
+        A gate is passed by the state that entered the chunk, on its way to the tokens at or after the gate.
+        """
+        passed = self.by_gate(self.times(rows, grad)).flip(-2).cumsum(-2).flip(-2)
+        return passed if onto is None else passed.add_(onto)
 
     def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
         """`a @ b` of batches of matrices, added to the tile `onto` if that is given."""
