@@ -103,6 +103,34 @@ def softmax_attention(
     return torch.einsum("bhti,bihv->bthv", columns.softmax(-1)[..., :-1], v)
 
 
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y_t = sum_i weight[:, i]·x_{t-W+1+i} + bias`, and silu of it (Mamba, arXiv:2312.00752).
+
+    x [B, T, D], weight [D, W], bias [D]; initial_state [B or N, D, W - 1]: the tokens before the first, oldest first.
+    Returns the output [B, T, D] and the last W - 1 tokens [B or N, D, W - 1].
+    """
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise([0, x.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
+        if initial_state is not None:
+            state = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+        for t in range(start, stop):
+            window = torch.cat([state, x[:, t].unsqueeze(-1)], -1)
+            outputs.append((window * weight).sum(-1) + (0 if bias is None else bias))
+            state = window[..., 1:]
+        finals.append(state)
+    output = torch.stack(outputs, 1) if outputs else x[:, :0]
+    return output * output.sigmoid() if activation == "silu" else output, torch.cat(finals)
+
+
 def expand_decay(log_decay: Tensor | None, like: Tensor) -> Tensor:
     """Any kind of log-decay as [B, T, H, 1 or K]; `like` [B, T, ...] says how many tokens there are."""
     if log_decay is None:

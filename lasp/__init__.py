@@ -1,6 +1,6 @@
 """lasp: train linear-attention, state-space, softmax and hybrid models with the sequence cut over ranks."""
 
-from lasp.functional import linear_attention, softmax_attention
+from lasp.functional import causal_conv1d, linear_attention, softmax_attention
 from lasp.parallel.collectives import traffic
 from lasp.parallel.gradients import data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh
@@ -9,6 +9,7 @@ from lasp.parallel.sharding import shard, shard_batch, unshard
 
 __all__ = [
     "SequenceGroup",
+    "causal_conv1d",
     "cross_entropy",
     "data_parallel",
     "init_mesh",

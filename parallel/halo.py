@@ -1,0 +1,207 @@
+"""Halos: the few tokens ahead of each of this rank's runs, from the ranks that hold them.
+
+Who sends what follows from the cut and the documents, integers that all ranks know. A halo ends where its document
+begins, and reaches over several ranks where their parts are shorter than it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels.precision import compute_dtype
+from lasp.parallel import collectives
+from lasp.parallel.group import SequenceGroup
+from lasp.parallel.layout import Plan, pieces_of
+
+
+class Move(NamedTuple):
+    """Consecutive tokens of one rank that stand, in their document, ahead of another piece."""
+
+    source: int
+    target: int
+    offset: int  # of the first token in the source's local tensor
+    length: int
+    order: int  # of the piece ahead of which they stand
+
+
+@lru_cache(maxsize=256)
+def halo_moves(lengths: tuple[int, ...], layout: str, bounds: tuple[int, ...] | None, size: int) -> tuple[Move, ...]:
+    """What must pass so that every piece knows the `size` tokens ahead of it in its document; in order of position."""
+    pieces = pieces_of(lengths, layout) if sum(lengths) else ()
+    bounds = (0, sum(lengths)) if bounds is None else bounds
+    stops = [piece.stop for piece in pieces]
+    moves = []
+    for piece in pieces:
+        if piece.start == piece.stop:
+            continue
+        first = max(bounds[bisect_right(bounds, piece.start) - 1], piece.start - size)
+        for other in pieces[bisect_right(stops, first) : piece.order]:
+            start = max(first, other.start)
+            if start < other.stop:
+                offset = other.offset + start - other.start
+                moves.append(Move(other.rank, piece.rank, offset, other.stop - start, piece.order))
+    return tuple(moves)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """The exchange of halos of `size` tokens among the ranks of a group, as one rank takes part in it."""
+
+    plan: Plan
+    group: SequenceGroup | None
+    size: int
+    moves: tuple[Move, ...]  # to or from this rank
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        group: SequenceGroup | None,
+        lengths: tuple[int, ...],
+        bounds: tuple[int, ...] | None,
+        size: int,
+    ) -> Halo:
+        """The halo of a call. lengths: every rank's number of tokens; bounds: cu_seqlens, None for one document."""
+        moves = halo_moves(lengths, "contiguous" if group is None else group.layout, bounds, size)
+        return cls(plan, group, size, tuple(m for m in moves if plan.rank in (m.source, m.target)))
+
+    @property
+    def sent(self) -> list[Move]:
+        return [move for move in self.moves if move.source == self.plan.rank]
+
+    @property
+    def received(self) -> list[Move]:
+        return [move for move in self.moves if move.target == self.plan.rank]
+
+    def exchange(
+        self, outgoing: list[Block], incoming: list[tuple[int, int]], like: Sequence[Tensor], phase: str
+    ) -> list[tuple[Tensor, ...]]:
+        """Send blocks, and return those of `incoming` (rank, number of tokens): one all-to-all. like: tensors whose
+        batch, feature dims and dtype those of the blocks are."""
+        if self.group is None or self.group.size == 1:
+            return []
+        peers = sorted({self.plan.rank, *(b.peer for b in outgoing), *(peer for peer, _ in incoming)})
+        nothing = like[0].new_empty(0)
+        parts = [
+            torch.cat([nothing, *(x.flatten() for b in outgoing if b.peer == peer for x in b.tensors)])
+            for peer in peers
+        ]
+        widths = [x.shape[0] * prod(x.shape[2:]) for x in like]
+        sizes = [[n * width for source, n in incoming if source == peer for width in widths] for peer in peers]
+        arrived = collectives.all_to_all(parts, [sum(s) for s in sizes], peers, self.group.process_group, phase).wait()
+        found = {p: iter(flat.split(size)) for p, flat, size in zip(peers, arrived, sizes, strict=True)}
+        return [tuple(next(found[peer]).view(x.shape[0], n, *x.shape[2:]) for x in like) for peer, n in incoming]
+
+
+class Block(NamedTuple):
+    """Tokens of every tensor on their way to a rank of the group."""
+
+    peer: int
+    tensors: tuple[Tensor, ...]
+
+
+class _Bring(torch.autograd.Function):
+    """
+    inputs     tensors [B, T, ...] of this rank's tokens
+    outputs    the same, and of each the tokens that this rank's moves bring, [B, n, ...] by position
+    forward    one all-to-all of at most `size` tokens of every tensor per piece
+    backward   one all-to-all of their gradients, back to the ranks they came from
+    """
+
+    @staticmethod
+    def forward(ctx: Any, halo: Halo, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.halo = halo
+        outgoing = [Block(m.target, tuple(x[:, m.offset : m.offset + m.length] for x in tensors)) for m in halo.sent]
+        blocks = halo.exchange(outgoing, [(m.source, m.length) for m in halo.received], tensors, "forward")
+        nothing = tuple(x[:, :0] for x in tensors)
+        # The tensors pass through, so that every rank comes by here on its way back.
+        return *(x.view_as(x) for x in tensors), *(torch.cat(parts, 1) for parts in zip(nothing, *blocks, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        halo, count = ctx.halo, len(grads) // 2
+        lengths = [move.length for move in halo.received]
+        parts = [grad.split(lengths, 1) for grad in grads[count:]] if lengths else []
+        outgoing = [Block(m.source, block) for m, block in zip(halo.received, zip(*parts, strict=True), strict=True)]
+        blocks = halo.exchange(outgoing, [(m.target, m.length) for m in halo.sent], grads[:count], "backward")
+        own = tuple(grad.clone() if blocks else grad for grad in grads[:count])
+        for move, block in zip(halo.sent, blocks, strict=True):
+            for x, part in zip(own, block, strict=True):
+                x[:, move.offset : move.offset + move.length] += part
+        return None, *own
+
+
+def bring_halo(
+    halo: Halo, tensors: Sequence[Tensor], initial: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Of each tensor [B, T, ...] and each of this rank's runs the `halo.size` tokens ahead of it, [B, size, ...].
+
+    initial: of each tensor what stands ahead of every document, [documents, B, size, ...]; 0 if None. Also returns the
+    tensors, to be used in place of those given. Differentiable in both, with one exchange either way.
+    """
+    passed = _Bring.apply(halo, *tensors)
+    count = len(tensors)
+    own, brought = list(passed[:count]), passed[count:]
+    return own, [_ahead(halo, *given) for given in zip(brought, initial, strict=True)]
+
+
+def _ahead(halo: Halo, brought: Tensor, initial: Tensor | None) -> list[Tensor]:
+    nothing = brought.new_zeros(brought.shape[0], halo.size, *brought.shape[2:])
+    orders = [move.order for move in halo.received]
+    starts = {order: sum(m.length for m in halo.received if m.order < order) for order in orders}
+    found = []
+    for run in halo.plan.runs:
+        past = nothing if initial is None else initial[run.document]
+        if not run.reset and run.order in starts:
+            stop = starts[run.order] + sum(m.length for m in halo.received if m.order == run.order)
+            tokens = brought[:, starts[run.order] : stop]
+            past = torch.cat([past[:, tokens.shape[1] :], tokens], 1)
+        found.append(past)
+    return found
+
+
+# Final states -------------------------------------------------------------------------------------------------------
+
+
+def share_ends(halo: Halo, output: Tensor, ends: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What stands at the end of every document [documents, B, size, ...], on every rank, from that of this rank's runs.
+
+    Takes and returns the output of the call, so that every rank comes by on its way back, whichever it used.
+    """
+    own = {run.document: end for run, end in zip(halo.plan.runs, ends, strict=True) if run.last}
+    nothing = torch.zeros_like(ends[0])
+    final = torch.stack([own.get(document, nothing) for document in range(halo.plan.documents)])
+    if halo.group is None or halo.group.size == 1:
+        return output, final
+    output, shared = _ShareEnds.apply(halo.group, output, final.to(compute_dtype(final)))
+    return output, shared.to(final.dtype)
+
+
+class _ShareEnds(torch.autograd.Function):
+    """
+    inputs     output [B, T, ...]; this rank's ends [documents, B, size, ...], 0 where a document ends on another
+    outputs    the same output; the ends of all documents
+    forward    one all-reduce of the ends
+    backward   one all-reduce of their gradients
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: SequenceGroup, output: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        return output.view_as(output), collectives.all_reduce(ends.clone(), group.process_group, "forward").wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_ends: Tensor) -> tuple[None, Tensor, Tensor]:
+        total = grad_ends.clone(memory_format=torch.contiguous_format)
+        return None, grad, collectives.all_reduce(total, ctx.group.process_group, "backward").wait()
