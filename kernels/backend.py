@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay.chunked import DecayStages
+from lasp.kernels.delta.chunked import DeltaStages
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
 
 BACKENDS = ("auto", "torch")
@@ -13,9 +14,14 @@ BACKENDS = ("auto", "torch")
 
 def decay_stages(backend: str) -> DecayStages:
     """The stages of the decay family."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check_backend(backend)
     return DecayStages()
+
+
+def delta_stages(backend: str) -> DeltaStages:
+    """The stages of the delta family."""
+    _check_backend(backend)
+    return DeltaStages()
 
 
 def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Operator:
@@ -26,3 +32,8 @@ def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) 
     if softcap is None and k.is_cuda and half and not masked and k.shape[3] == v.shape[3] <= 256:
         return CudaFlash()
     return Plain(softcap)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

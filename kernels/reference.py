@@ -58,6 +58,48 @@ def linear_attention(
     return output, torch.cat(finals)
 
 
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t))·S_{t-1} + beta_t k_t v_t^T`, `o_t = scale·S_t^T q_t`.
+
+    (Gated DeltaNet, arXiv:2412.06464, eq. 10; Kimi Linear, arXiv:2510.26692, eq. 1: first the gate, then the erasure.)
+    beta [B, T, H]; log_decay None, [B, T, H] or [B, T, H, K]; all else as in `linear_attention`.
+    """
+    gates = expand_decay(log_decay, q)
+    beta = beta.unsqueeze(-1)
+    heads = max(x.shape[2] for x in (q, k, v, gates, beta))
+    states = max(x.shape[2] for x in (k, v, gates, beta))
+    if initial_state is not None:
+        states = max(states, initial_state.shape[1])
+    q, k, v, gates, beta = (repeat_heads(x, heads) for x in (q, k, v, gates, beta))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds = [0, q.shape[1]] if cu_seqlens is None else list(cu_seqlens)
+
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise(bounds)):
+        state = q.new_zeros(q.shape[0], heads, q.shape[-1], v.shape[-1])
+        if initial_state is not None:
+            given = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+            state = state + repeat_heads(given, heads, dim=1)
+        for t in range(start, stop):
+            state = gates[:, t].exp().unsqueeze(-1) * state
+            held = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+            state = state + (beta[:, t] * k[:, t]).unsqueeze(-1) * (v[:, t] - held).unsqueeze(-2)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        finals.append(state[:, :: heads // states])
+    output = torch.stack(outputs, 1) if outputs else v[:, :0]
+    return output, torch.cat(finals)
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,

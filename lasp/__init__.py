@@ -1,6 +1,6 @@
 """lasp: train linear-attention, state-space, softmax and hybrid models with the sequence cut over ranks."""
 
-from lasp.functional import causal_conv1d, linear_attention, softmax_attention
+from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.parallel.collectives import traffic
 from lasp.parallel.gradients import data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh
@@ -12,6 +12,7 @@ __all__ = [
     "causal_conv1d",
     "cross_entropy",
     "data_parallel",
+    "delta_rule",
     "init_mesh",
     "linear_attention",
     "shard",

@@ -194,7 +194,7 @@ def _link_adjoint(link: Link, plan: Plan, adjoint: Chain, ends: list[Tensor | No
     state = segment.state if end is None else segment(end)
     if run.reset:
         state = torch.zeros_like(state)
-    return segment.adjoint(state) if not link.reset else Segment(torch.zeros_like(segment.transfer), state)
+    return Segment(torch.zeros_like(segment.transfer) if link.reset else segment.transfer, state)
 
 
 def _enter_runs(plan: Plan, links: list[Tensor | None], initial: list[Tensor | None]) -> list[Tensor | None]:

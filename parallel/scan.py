@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lasp.kernels.segment import Segment, apply
+from lasp.kernels.segment import Segment, apply, transpose
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
@@ -139,7 +139,10 @@ class _Gather:
                 incoming[link.place], left = carry, left - 1
             if not left:
                 break  # what comes after this rank's last link is for others
-            carry = _pass(link, self._transfers.of(link), ranks[link.rank][link.place], carry)
+            transfer = self._transfers.of(link)
+            if self._direction.reverse:
+                transfer = transpose(transfer)
+            carry = _pass(link, transfer, ranks[link.rank][link.place], carry)
         return incoming
 
     def _unpack(self, row: Tensor) -> list[Tensor]:

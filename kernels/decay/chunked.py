@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,8 @@ class ChunkStates:
         return Segment(self._transfer(run), self.states[self.geometry.table.runs[run][1]])
 
     def adjoint(self, run: int) -> Segment:
-        """The map of a whole run, backwards."""
-        return Segment(self._transfer(run), self.states[self.geometry.table.runs[run][0]])
+        """The map of a whole run, backwards: of the gradient that enters at its end."""
+        return Segment(transpose(self._transfer(run)), self.states[self.geometry.table.runs[run][0]])
 
     def _transfer(self, run: int) -> Tensor:
         first, last = self.geometry.table.runs[run]
@@ -142,10 +142,13 @@ class BlockGradients(NamedTuple):
     beta: Tensor | None = None
 
 
-class DecayStages:
+BlockTiles = TypeVar("BlockTiles", bound=Tiles)
+
+
+class DecayStages(Generic[BlockTiles]):
     """The stages, each over all blocks; the methods that take tiles do the same for one block."""
 
-    tiles: type[Tiles] = Tiles
+    tiles: type[Any] = Tiles
 
     # Stages ---------------------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class DecayStages:
         """Gradients of `inside` and `read_out`: all of dq, and of dk and dv what stays within chunks."""
         total = self._new_gradients(inputs, geometry)
         for tiles in self._blocks(inputs, geometry, grad):
-            _each(put, total, self._grad_outputs(tiles, entered), tiles.block)
+            each(put, total, self._grad_outputs(tiles, entered), tiles.block)
         if not geometry.masked:
             total.k.zero_()
             total.v.zero_()
@@ -195,7 +198,7 @@ class DecayStages:
     ) -> None:
         """Add the gradients of `chunk_states`, given the true states and their true gradients."""
         for tiles in self._blocks(inputs, geometry):
-            _each(add, total, self._grad_chunk_states(tiles, entered, adjoint), tiles.block)
+            each(add, total, self._grad_chunk_states(tiles, entered, adjoint), tiles.block)
 
     # All stages at once ---------------------------------------------------------------------------------------------
 
@@ -225,34 +228,36 @@ class DecayStages:
             window[block.chunks] = starts[block.run]
             self._adjoint_states(tiles, adjoint)
             starts[block.run].copy_(window[0])
-            _each(put, total, self._gradients(tiles, entered, adjoint), block)
+            each(put, total, self._gradients(tiles, entered, adjoint), block)
         return total, starts
 
     # One block ------------------------------------------------------------------------------------------------------
 
-    def _chunk_states(self, tiles: Tiles, chain: ChunkStates) -> None:
+    def _chunk_states(self, tiles: BlockTiles, chain: ChunkStates) -> None:
         block = tiles.block
         torch.bmm(tiles.scaled(tiles.k, tiles.to_end).mT, tiles.v, out=chain.leaving(block))
         if tiles.whole is not None:
             chain.transfers[block.slot : block.slot + block.chunks] = tiles.whole.mT
         chain.link(block)
 
-    def _inside(self, tiles: Tiles) -> Tensor:
+    def _inside(self, tiles: BlockTiles) -> Tensor:
         return tiles.product(tiles.scores.values, tiles.v)
 
-    def _read_out(self, tiles: Tiles, entered: ChunkStates, onto: Tensor | None = None) -> Tensor:
+    def _read_out(self, tiles: BlockTiles, entered: ChunkStates, onto: Tensor | None = None) -> Tensor:
         """What the queries read from the entering states, added to the tile `onto` if that is given."""
         queries = tiles.scaled(tiles.q, tiles.from_start)
         return tiles.product(queries, entered.entering(tiles.block), onto)
 
-    def _outputs(self, tiles: Tiles, entered: ChunkStates) -> Tensor:
+    def _outputs(self, tiles: BlockTiles, entered: ChunkStates) -> Tensor:
         return self._read_out(tiles, entered, self._inside(tiles))
 
-    def _adjoint_states(self, tiles: Tiles, chain: ChunkStates) -> None:
+    def _adjoint_states(self, tiles: BlockTiles, chain: ChunkStates) -> None:
         torch.bmm(tiles.scaled(tiles.q, tiles.from_start).mT, tiles.grad, out=chain.entering(tiles.block))
         chain.link(tiles.block, reverse=True)
 
-    def _grad_outputs(self, tiles: Tiles, entered: ChunkStates, later: BlockGradients | None = None) -> BlockGradients:
+    def _grad_outputs(
+        self, tiles: BlockTiles, entered: ChunkStates, later: BlockGradients | None = None
+    ) -> BlockGradients:
         """Gradients of reading the entering states and of what stays within chunks, added to the tiles `later`."""
         _, dk, dv, dgates, _ = BlockGradients() if later is None else later
         dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
@@ -268,7 +273,7 @@ class DecayStages:
             dgates.add_(within.view_as(dgates))
         return BlockGradients(dq, dk, dv, dgates)
 
-    def _grad_chunk_states(self, tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
+    def _grad_chunk_states(self, tiles: BlockTiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
         dstate = adjoint.leaving(tiles.block)
         dk = tiles.product(tiles.v_columns.mT, dstate.mT)
         dk = tiles.scaled(dk, tiles.to_end, out=dk)
@@ -283,12 +288,12 @@ class DecayStages:
             dgates = kept.add_(passed)
         return BlockGradients(None, dk, dv, dgates)
 
-    def _gradients(self, tiles: Tiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
+    def _gradients(self, tiles: BlockTiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
         return self._grad_outputs(tiles, entered, self._grad_chunk_states(tiles, entered, adjoint))
 
     def _blocks(
         self, inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reverse: bool = False
-    ) -> Iterator[Tiles]:
+    ) -> Iterator[BlockTiles]:
         """The blocks in order of time, or against it, in the same memory one after the other."""
         scratch = Scratch(geometry.dtype, inputs[0].device)
         for block in reversed(geometry.table.blocks) if reverse else geometry.table.blocks:
@@ -302,17 +307,15 @@ class DecayStages:
         states = geometry.new_states(geometry.table.slots, inputs[0])
         for (first, _), state in zip(geometry.table.runs, incoming, strict=True):
             states[first] = 0 if state is None else state
-        shape = self._transfer_shape(inputs, geometry)
-        transfers = torch.ones((geometry.table.slots, *shape), dtype=geometry.dtype, device=inputs[0].device)
-        return ChunkStates(geometry, states, transfers)
+        return ChunkStates(geometry, states, self._new_transfers(inputs, geometry))
 
-    def _transfer_shape(self, inputs: Inputs, geometry: Geometry) -> tuple[int, ...]:
-        """The smallest shape of a chunk's transfer that the kind of decay allows."""
-        log_decay = inputs[3]
-        if log_decay is None:
-            return (1, 1, 1, 1)
-        batch = 1 if log_decay.dim() == 1 else geometry.batch
-        return (batch, geometry.heads, log_decay.shape[3] if log_decay.dim() == 4 else 1, 1)
+    def _new_transfers(self, inputs: Inputs, geometry: Geometry) -> Tensor:
+        """Memory for the transfers, all 1, of the smallest shape that the kind of decay allows."""
+        log_decay, shape = inputs[3], (1, 1, 1)
+        if log_decay is not None:
+            batch = 1 if log_decay.dim() == 1 else geometry.batch
+            shape = (batch, geometry.heads, log_decay.shape[3] if log_decay.dim() == 4 else 1)
+        return torch.ones((geometry.table.slots, *shape, 1), dtype=geometry.dtype, device=inputs[0].device)
 
     def _new_gradients(self, inputs: Inputs, geometry: Geometry) -> Gradients:
         q, k, v, log_decay = inputs[:4]
@@ -325,7 +328,7 @@ class DecayStages:
         return Gradients(dq, dk, dv, gates)
 
 
-def _each(how: Callable[[Tensor, Tensor, Block], None], total: Gradients, tiles: BlockGradients, block: Block) -> None:
+def each(how: Callable[[Tensor, Tensor, Block], None], total: Gradients, tiles: BlockGradients, block: Block) -> None:
     """Put or add each tile that there is into its block of its gradient."""
     for target, tile in zip(total, tiles, strict=True):
         if target is not None and tile is not None:

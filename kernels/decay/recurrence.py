@@ -14,7 +14,7 @@ from lasp.kernels.decay.tiles import Geometry, Inputs
 from lasp.kernels.documents import chunk_table
 from lasp.kernels.precision import compute_dtype
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of q, k, v, log_decay
+Grads = tuple[Tensor | None, ...]  # of q, k, v, log_decay and what else a family has
 
 CHUNK_SIZE = 64
 # Without a mask a chunk has no inside: long ones only save states.
@@ -71,14 +71,14 @@ class DecayRecurrence:
     def grad_states(self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients) -> Grads:
         """All gradients, each in its input's shape and dtype. `total` is overwritten."""
         self.stages.grad_chunk_states(inputs, entered, adjoint, total, self._geometry(inputs))
-        return _like_inputs(total, inputs)
+        return self._like_inputs(total, inputs)
 
     def backward(
         self, inputs: Inputs, grad: Tensor, entered: ChunkStates, incoming: list[Tensor | None]
     ) -> tuple[Grads, list[Tensor]]:
         """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
         total, starts = self.stages.backward(inputs, grad, entered, incoming, self._geometry(inputs))
-        return _like_inputs(total, inputs), starts
+        return self._like_inputs(total, inputs), starts
 
     def restore(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> ChunkStates:
         """A chain from its tensors."""
@@ -87,7 +87,7 @@ class DecayRecurrence:
 
     def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
         """A link's transfer from its number of tokens: none where gates differ from token to token."""
-        q, _, _, log_decay = inputs
+        q, log_decay = inputs[0], inputs[3]
         dtype = compute_dtype(q)
         if log_decay is None:
             one = torch.ones(1, 1, 1, 1, dtype=dtype, device=q.device)
@@ -98,7 +98,7 @@ class DecayRecurrence:
         return lambda length: decay_factor(per_head * length)
 
     def _geometry(self, inputs: Inputs) -> Geometry:
-        q, _, v, _ = inputs
+        q, v = inputs[0], inputs[2]
         block_chunks = max(1, BLOCK_ROWS // (self.chunk_size * q.shape[0] * self.heads))
         return Geometry(
             chunk_table(self.runs, self.chunk_size, block_chunks),
@@ -111,11 +111,11 @@ class DecayRecurrence:
             masked=self.causal,
         )
 
-
-def _like_inputs(total: Gradients, inputs: Inputs) -> Grads:
-    q, k, v, log_decay = inputs
-    dgates = None
-    if log_decay is not None and total.log_decay is not None:
-        dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
-        dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
-    return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates
+    def _like_inputs(self, total: Gradients, inputs: Inputs) -> Grads:
+        """The gradients in the shape and dtype of the inputs."""
+        q, k, v, log_decay = inputs[:4]
+        dgates = None
+        if log_decay is not None and total.log_decay is not None:
+            dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
+            dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
+        return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates

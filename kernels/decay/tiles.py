@@ -37,9 +37,9 @@ class Geometry:
     dtype: torch.dtype
     masked: bool
 
-    def new_states(self, slots: int, like: Tensor) -> Tensor:
-        """Memory for states [slots, B, H, K, V]."""
-        shape = (slots, self.batch, self.heads, self.key_dim, self.value_dim)
+    def new_states(self, slots: int, like: Tensor, columns: int | None = None) -> Tensor:
+        """Memory for states [slots, B, H, K, V], or for matrices [slots, B, H, K, columns]."""
+        shape = (slots, self.batch, self.heads, self.key_dim, self.value_dim if columns is None else columns)
         return torch.empty(shape, dtype=self.dtype, device=like.device)
 
 
@@ -105,10 +105,15 @@ class Tiles:
         return self._inputs[3] is not None and self._inputs[3].requires_grad
 
     @cached_property
+    def decay_from_start(self) -> Tensor | None:
+        """The decay between the chunk's start and each token, its own included."""
+        return None if self.gates is None else decay_factor(self.gates.cumsum(-2))
+
+    @cached_property
     def from_start(self) -> Tensor:
-        """The scale times the decay between the chunk's start and each token, its own included; the scale alone [1]."""
+        """The same times the scale of the queries; the scale alone [1] without decay."""
         scale = torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self._inputs[0].device)
-        return scale if self.gates is None else decay_factor(self.gates.cumsum(-2)).mul_(scale)
+        return scale if self.decay_from_start is None else self.decay_from_start * scale
 
     @cached_property
     def to_end(self) -> Tensor | None:
