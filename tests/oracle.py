@@ -11,17 +11,21 @@ from torch import Tensor
 from lasp.kernels import reference
 
 DECAYS = ("none", "head", "token", "channel")
-NAMES = ("q", "k", "v", "log_decay", "initial_state")
+NAMES = ("q", "k", "v", "log_decay", "beta", "initial_state")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of a linear attention over a whole sequence, and the gradients of its two outputs."""
+    """Inputs of a recurrence over a whole sequence, and the gradients of its two outputs.
+
+    With beta it is a delta rule, without one a linear attention.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
+    beta: Tensor | None
     initial_state: Tensor | None
     cu_seqlens: Sequence[int] | None
     causal: bool
@@ -45,8 +49,13 @@ def make_problem(
     heads: tuple[int, int, int, int] = (4, 2, 2, 2),
     dims: tuple[int, int] = (6, 5),
     dtype: torch.dtype = torch.float64,
+    beta: float | None = None,
 ) -> Problem:
-    """A random problem. decay: one of DECAYS, log-decays in [-strength, 0]; heads: of q, k, v and gates."""
+    """A random problem. decay: one of DECAYS, log-decays in [-strength, 0]; heads: of q, k, v and gates.
+
+    beta: the largest, which every fifth token has; every seventh has 0. Keys are then of length 1, and betas have as
+    many heads as v. None: a linear attention.
+    """
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -58,14 +67,20 @@ def make_problem(
     log_decay = None
     if decay != "none":
         log_decay = (-strength * torch.rand(*shapes[decay], generator=rng, dtype=torch.float64)).to(dtype)
+    k, betas = normal(batch, length, hk, key_dim), None
+    if beta is not None:
+        k = torch.nn.functional.normalize(k, dim=-1)
+        betas = (beta * torch.rand(batch, length, hv, generator=rng, dtype=torch.float64)).to(dtype)
+        betas[:, ::5], betas[:, 3::7] = beta, 0
     states = max(hk, hv) if decay == "none" else max(hk, hv, hg)
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return Problem(
         normal(batch, length, hq, key_dim),
-        normal(batch, length, hk, key_dim),
+        k,
         normal(batch, length, hv, value_dim),
         log_decay,
+        betas,
         normal(rows, states, key_dim, value_dim).to(state_dtype) if initial else None,
         cu_seqlens,
         causal,
@@ -75,19 +90,19 @@ def make_problem(
 
 
 def solve(problem: Problem, attention: Callable[..., tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
-    """Output, final state and all gradients of `attention`, in fp64 by the reference if none is given."""
+    """Output, final state and all gradients of `attention`, in fp64 by the reference if none is given.
+
+    attention: called as `lasp.linear_attention`, or as `lasp.delta_rule` where the problem has a beta.
+    """
     kind = torch.float64 if attention is None else None
     inputs = {name: x.detach().to(kind or x.dtype).requires_grad_() for name, x in problem.inputs.items()}
-    gates = inputs.get("log_decay")
-    output, final = (attention or reference.linear_attention)(
-        inputs["q"],
-        inputs["k"],
-        inputs["v"],
-        gates,
-        initial_state=inputs.get("initial_state"),
-        cu_seqlens=problem.cu_seqlens,
-        causal=problem.causal,
-    )
+    tokens, gates = (inputs["q"], inputs["k"], inputs["v"]), inputs.get("log_decay")
+    whole = {"initial_state": inputs.get("initial_state"), "cu_seqlens": problem.cu_seqlens}
+    if problem.beta is None:
+        run = attention or reference.linear_attention
+        output, final = run(*tokens, gates, causal=problem.causal, **whole)
+    else:
+        output, final = (attention or reference.delta_rule)(*tokens, inputs["beta"], gates, **whole)
     grads = torch.autograd.grad(
         [output, final],
         list(inputs.values()),

@@ -3,73 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.kernels import reference
 from lasp.kernels.documents import document_bounds
-from lasp.parallel.layout import house_pieces, make_plan, pieces_of
-from tests.oracle import DECAYS, Problem, assert_close, errors, make_problem, solve
+from lasp.parallel.layout import make_plan
+from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
+from tests.oracle import DECAYS, assert_close, errors, make_problem, solve
 
 pytestmark = pytest.mark.mpi
 
-LENGTH = 37
-CUTS = {1: [(37,)], 2: [(19, 18), (5, 32), (37, 0)], 4: [(10, 9, 9, 9), (1, 20, 0, 16)]}
-CASES = [(size, lengths) for size, cuts in CUTS.items() for lengths in cuts]
-# Documents of one token, none, ending at a border of 10 | 9 | 9 | 9 and of 1 | 20 | 0 | 16, and across several ranks.
-DOCUMENTS = (0, 1, 10, 10, 21, 22, 36, 37, 37)
-
-
 CUT_RESULTS = 4  # output, dq, dk, dv
-
-
-def house_lengths(size: int, layout: str) -> tuple[int, ...]:
-    """How many of LENGTH tokens each rank holds in the house's cut."""
-    pieces = house_pieces(LENGTH, size, layout)
-    return tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(size))
-
-
-@lru_cache
-def case(decay: str, length: int = LENGTH, **options: Any) -> tuple[Problem, dict[str, torch.Tensor]]:
-    """A problem and what the reference makes of it; the reference is slow, and the same for every cut and scan."""
-    problem = make_problem(decay, length, **options)
-    return problem, solve(problem)
-
-
-def cut_problem(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int, ...]) -> Problem:
-    """This rank's part of a problem; what speaks of the whole sequence stays whole."""
-    pieces = [p for p in pieces_of(lengths, group.layout) if p.rank == group.rank]
-
-    def part(x: torch.Tensor | None) -> torch.Tensor | None:
-        if x is None or x.dim() == 1:
-            return x
-        return torch.cat([x[:, p.start : p.stop] for p in pieces], 1)
-
-    tokens = {name: part(getattr(problem, name)) for name in ("q", "k", "v", "log_decay", "grad_output")}
-    # A replicated output receives the sum over the ranks of their gradients.
-    return replace(problem, **tokens, grad_final=problem.grad_final / group.size)
-
-
-def solve_cut(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int, ...], scan: str) -> dict:
-    """The cut problem's results, put together again."""
-    attention = partial(lasp.linear_attention, output_final_state=True, chunk_size=8, group=group, scan=scan)
-    local = solve(cut_problem(problem, group, lengths), attention)
-    whole = {}
-    for name, value in local.items():
-        if name == "final_state":
-            whole[name] = value
-        elif name == "dinitial_state" or (name == "dlog_decay" and value.dim() == 1):
-            whole[name] = value.clone()
-            dist.all_reduce(whole[name], group=group.process_group)
-        else:
-            whole[name] = lasp.unshard(value, group)
-    return whole
 
 
 @pytest.mark.parametrize(("size", "lengths"), CASES)

@@ -1,0 +1,103 @@
+"""The delta rule with the sequence cut over 1, 2 and 4 ranks, against the token-by-token reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mpi4py import MPI
+
+import lasp
+from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
+from tests.oracle import assert_close, make_problem
+
+pytestmark = pytest.mark.mpi
+
+DECAYS = ("none", "token", "channel")
+
+
+@pytest.mark.parametrize(("size", "lengths"), CASES)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan: str, cu_seqlens) -> None:
+    if (group := group_of(size)) is None:
+        return
+    problem, expected = case(decay, cu_seqlens=cu_seqlens, beta=2.0)
+    assert_close(solve_cut(problem, group, lengths, scan), expected, problem, 1e-10)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+def test_zigzag(group_of, size: int, decay: str, scan: str, cu_seqlens) -> None:
+    if (group := group_of(size, layout="zigzag")) is None:
+        return
+    problem, expected = case(decay, cu_seqlens=cu_seqlens, beta=2.0)
+    assert_close(solve_cut(problem, group, house_lengths(size, "zigzag"), scan), expected, problem, 1e-10)
+
+
+@pytest.mark.parametrize("decay", DECAYS[1:])
+@pytest.mark.parametrize("strength", [0.0, 50.0])
+def test_strong_decays(group_of, decay: str, strength: float) -> None:
+    """The third rank's tokens are all of one document, which begins and ends elsewhere."""
+    group = group_of(4)
+    problem, expected = case(decay, strength=strength, cu_seqlens=(0, 5, 31, 37), beta=2.0)
+    assert_close(solve_cut(problem, group, (10, 9, 9, 9), "gather"), expected, problem, 1e-10)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 2, 1), (1, 1, 4, 2)])
+def test_grouped_heads(group_of, heads: tuple[int, int, int, int]) -> None:
+    problem, expected = case("token", heads=heads, beta=2.0)
+    assert_close(solve_cut(problem, group_of(4), (10, 9, 9, 9), "gather"), expected, problem, 1e-10)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+def test_long_chains(group_of, decay: str, scan: str) -> None:
+    """512 chunks on each of two ranks."""
+    if (group := group_of(2)) is None:
+        return
+    problem, expected = case(decay, 2048, heads=(1, 1, 1, 1), dims=(3, 2), strength=0.01, beta=2.0)
+    assert_close(solve_cut(problem, group, (1024, 1024), scan, chunk_size=2), expected, problem, 1e-10)
+
+
+# The ledger ---------------------------------------------------------------------------------------------------------
+
+STATE = 2 * 2 * 6 * 5 * 8  # bytes: two batches, two heads, K = 6, V = 5, fp64
+TRANSFER = 2 * 2 * 6 * 6 * 8
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("scan", ["gather", "ring"])
+def test_only_the_gather_sends_transfers_and_only_forward(group_of, size: int, scan: str) -> None:
+    if (group := group_of(size)) is None:
+        return
+    problem = make_problem("token", 36, initial=False, beta=2.0)
+    local = cut_problem(problem, group, (36 // size,) * size)
+    q = local.q.requires_grad_()
+    with lasp.traffic() as ledger:
+        lasp.delta_rule(q, local.k, local.v, local.beta, local.log_decay, group=group, scan=scan).backward(
+            local.grad_output
+        )
+    if scan == "gather":
+        assert ledger.of("forward") == [("all_gather", "forward", (size - 1) * (STATE + TRANSFER), 1)]
+        assert ledger.of("backward") == [("all_gather", "backward", (size - 1) * STATE, 1)]
+    else:
+        first, last = group.rank == 0, group.rank == size - 1
+        assert ledger.of("forward") == [("ring", "forward", 0 if first else STATE, size - 1)]
+        assert ledger.of("backward") == [("ring", "backward", 0 if last else STATE, size - 1)]
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [(2,), (0, 1, 2, 3)], ids=["one rank", "all ranks"])
+def test_every_rank_refuses_what_one_rank_gives(group_of, world: MPI.Comm, wrong: tuple[int, ...]) -> None:
+    group = group_of(4)
+    local = cut_problem(make_problem("token", 36, beta=2.0), group, (9, 9, 9, 9))
+    k = local.k * 2 if group.rank in wrong else local.k
+    with pytest.raises(ValueError, match=r"beta·\|k\|\^2 must not exceed 2") as error:
+        lasp.delta_rule(local.q, k, local.v, local.beta, local.log_decay, group=group)
+    assert len(set(world.allgather(str(error.value)))) == 1
+    assert torch.isfinite(lasp.delta_rule(local.q, local.k, local.v, local.beta, group=group)).all()
