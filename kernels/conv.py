@@ -22,8 +22,9 @@ def causal_convolution(
     # One convolution for all runs: each stands behind its own past, so none reads another's tokens.
     stretch = torch.cat([part for pair in zip(before, x.split(list(lengths), 1), strict=True) for part in pair], 1)
     ends = [run[:, run.shape[1] - halo :] for run in stretch.split([halo + length for length in lengths], 1)]
-    if not x.shape[1]:  # conv1d wants tokens; weight and bias get a gradient of 0
-        return x * weight.sum(1) if bias is None else x * weight.sum(1) + bias, ends
+    if not x.shape[1]:  # conv1d wants tokens; everything gets a gradient of 0, not none at all
+        nothing = stretch[:, :0] * weight.sum(1)
+        return nothing if bias is None else nothing + bias, ends
     output = conv1d(stretch.mT, weight.unsqueeze(1), bias, groups=weight.shape[0]).mT
     if len(lengths) == 1:
         return output, ends

@@ -106,7 +106,7 @@ class Block(NamedTuple):
     """Tokens of every tensor on their way to a rank of the group."""
 
     peer: int
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
 
 
 class _Bring(torch.autograd.Function):
@@ -120,19 +120,17 @@ class _Bring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, halo: Halo, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.halo = halo
-        outgoing = [Block(m.target, tuple(x[:, m.offset : m.offset + m.length] for x in tensors)) for m in halo.sent]
+        outgoing = [Block(m.target, [x[:, m.offset : m.offset + m.length] for x in tensors]) for m in halo.sent]
         blocks = halo.exchange(outgoing, [(m.source, m.length) for m in halo.received], tensors, "forward")
         nothing = tuple(x[:, :0] for x in tensors)
-        # The tensors pass through, so that every rank comes by here on its way back.
         return *(x.view_as(x) for x in tensors), *(torch.cat(parts, 1) for parts in zip(nothing, *blocks, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         halo, count = ctx.halo, len(grads) // 2
-        lengths = [move.length for move in halo.received]
-        parts = [grad.split(lengths, 1) for grad in grads[count:]] if lengths else []
-        outgoing = [Block(m.source, block) for m, block in zip(halo.received, zip(*parts, strict=True), strict=True)]
+        parts = (grad.split([move.length for move in halo.received], 1) for grad in grads[count:])
+        outgoing = [Block(m.source, block) for m, *block in zip(halo.received, *parts, strict=True)]
         blocks = halo.exchange(outgoing, [(m.target, m.length) for m in halo.sent], grads[:count], "backward")
         own = tuple(grad.clone() if blocks else grad for grad in grads[:count])
         for move, block in zip(halo.sent, blocks, strict=True):
@@ -146,8 +144,9 @@ def bring_halo(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Of each tensor [B, T, ...] and each of this rank's runs the `halo.size` tokens ahead of it, [B, size, ...].
 
-    initial: of each tensor what stands ahead of every document, [documents, B, size, ...]; 0 if None. Also returns the
-    tensors, to be used in place of those given. Differentiable in both, with one exchange either way.
+    initial: of each tensor what stands ahead of every document, [documents, B, size, ...]; 0 if None. The tensors, which
+    share a dtype, are returned too and used in place of those given: so every rank takes part on the way back, even one
+    that no halo reached. Differentiable in tensors and initial, with one exchange either way.
     """
     passed = _Bring.apply(halo, *tensors)
     count = len(tensors)
@@ -156,17 +155,15 @@ def bring_halo(
 
 
 def _ahead(halo: Halo, brought: Tensor, initial: Tensor | None) -> list[Tensor]:
+    parts = brought.split([move.length for move in halo.received], 1)
     nothing = brought.new_zeros(brought.shape[0], halo.size, *brought.shape[2:])
-    orders = [move.order for move in halo.received]
-    starts = {order: sum(m.length for m in halo.received if m.order < order) for order in orders}
+    pasts = [nothing] * halo.plan.documents if initial is None else initial.unbind()
     found = []
     for run in halo.plan.runs:
-        past = nothing if initial is None else initial[run.document]
-        if not run.reset and run.order in starts:
-            stop = starts[run.order] + sum(m.length for m in halo.received if m.order == run.order)
-            tokens = brought[:, starts[run.order] : stop]
-            past = torch.cat([past[:, tokens.shape[1] :], tokens], 1)
-        found.append(past)
+        # A run that does not begin its document is the first of its piece.
+        arrived = [p for p, m in zip(parts, halo.received, strict=True) if m.order == run.order and not run.reset]
+        past = torch.cat([pasts[run.document], *arrived], 1)
+        found.append(past[:, past.shape[1] - halo.size :])
     return found
 
 
