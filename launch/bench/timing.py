@@ -15,21 +15,25 @@ Contestant = Callable[[], None]
 
 
 def interleave(
-    contestants: dict[str, Contestant], repeat: int, together: Callable[[], None] = lambda: None
+    contestants: dict[str, Contestant],
+    repeat: int,
+    together: Callable[[], None] = lambda: None,
+    warm: bool = True,
 ) -> dict[str, float]:
-    """Median seconds of each contestant, all of them once per round, after one round that is not counted.
+    """Median seconds of each contestant, all of them once per round.
 
     together: called before each run, and within its time at its end: ranks begin together, and the slowest counts.
+    warm: begin with a round that is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeat + 1):
+    for _ in range(repeat + warm):
         for name, run in contestants.items():
             together()
             start = time.perf_counter()
             run()
             together()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
+    return {name: statistics.median(measured[warm:]) for name, measured in times.items()}
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -7,35 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-import lasp
 from lasp.launch.bench import main
-from lasp.launch.bench.kernels import Shape, _inputs
+from lasp.launch.bench.kernels import RECURRENCES, Shape
+
+SMALL = Shape(tokens=256, heads=2, dim=32)
 
 
 def test_bench_kernels_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    assert (
-        main(["kernels", "--tokens", "512", "--heads", "1", "--dim", "32", "--repeat", "1", "--json", str(file)]) == 0
-    )
-    figures = json.loads(file.read_text())
-    ours, peer = figures["seconds"]["lasp linear_attention"], figures["seconds"][figures["best_peer"]]
-    assert figures["times_faster"] == peer / ours
-    assert set(figures["peak_bytes"]) == {"lasp linear_attention", figures["best_peer"]}
-    assert 0 < figures["share_of_matmul_peak"] < 1
+    shape = ["--tokens", "512", "--heads", "1", "--dim", "32", "--repeat", "1"]
+    assert main(["kernels", "--recurrences", "linear_attention", *shape, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["recurrences"]["linear_attention"]
+    assert found["times_faster"] == found["seconds"][found["best_peer"]] / found["seconds"]["lasp"]
+    assert set(found["peak_bytes"]) == {"lasp", found["best_peer"]}
+    assert 0 < found["share_of_matmul_peak"] < 1
     assert "times faster than transformers" in " ".join(capsys.readouterr().out.split())
 
 
-def test_our_contestant_and_the_peer_compute_the_same() -> None:
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_our_contestant_and_the_peer_compute_the_same(name: str) -> None:
     """A benchmark of two different things would measure nothing."""
-    (q, k, v, log_decay), _ = _inputs(Shape(tokens=256, heads=2, dim=32))
-    with torch.no_grad():
-        ours = lasp.linear_attention(q, k, v, log_decay, scale=1.0)
-        # Mamba-2 multiplies the values by dt = -log_decay.
-        scan = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)
-        peer = scan(v / -log_decay.unsqueeze(-1), -log_decay, -torch.ones(2), k, q, 64)
-    torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-3)
+    recurrence = RECURRENCES[name]
+    inputs = recurrence.inputs(SMALL)
+    ours, (peer, *_) = recurrence.ours(*inputs), (recurrence.peer(*inputs, chunk) for chunk in recurrence.chunks)
+    if name == "linear_attention":  # Mamba-2 multiplies the values by dt = -log_decay
+        ours = recurrence.ours(*inputs[:2], inputs[2] * -inputs[3].unsqueeze(-1), inputs[3])
+    torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-4)
 
 
 def test_bench_attention_measures_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
