@@ -144,8 +144,8 @@ def bring_halo(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Of each tensor [B, T, ...] and each of this rank's runs the `halo.size` tokens ahead of it, [B, size, ...].
 
-    initial: of each tensor what stands ahead of every document, [documents, B, size, ...]; 0 if None. The tensors, which
-    share a dtype, are returned too and used in place of those given: so every rank takes part on the way back, even one
+    initial: of each tensor what stands ahead of every document, [documents, B, size, ...]; 0 if None. The tensors, of
+    one dtype, are returned too and used in place of those given: so every rank takes part on the way back, even one
     that no halo reached. Differentiable in tensors and initial, with one exchange either way.
     """
     passed = _Bring.apply(halo, *tensors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lasp
+from lasp.kernels.precision import compute_dtype
 from lasp.kernels.softmax import blocks, mask
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge, merge_sinks
 from lasp.kernels.softmax.mask import Mask, Span, tiles
@@ -52,16 +53,35 @@ def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def attend_in_blocks(problem: AttentionProblem, cuts: tuple[int, ...]) -> Tensor:
     """The output of blocks of queries over blocks of keys, last block of keys first."""
+    return solve_in_blocks(problem, cuts)["output"]
+
+
+def solve_in_blocks(problem: AttentionProblem, cuts: tuple[int, ...], backward: bool = False) -> dict[str, Tensor]:
+    """The output, and all gradients where `backward` asks for them, of blocks of queries over blocks of keys: what the
+    ranks of a ring compute, last block of keys first."""
     q, k, v = (problem.inputs[name] for name in "qkv")
-    queries = Queries(Span(0, q.shape[1]), q, *empty_attention(q, v))
+    output, lse = empty_attention(q, v)
     attention = BlockAttention(mask_of(problem), q.shape[3] ** -0.5, problem.options.get("softcap"))
     spans = [Span(*pair) for pair in pairwise(cuts)]
+    blocks = []
     for span in reversed(spans):
         part = slice(*span)
         shown = None if problem.key_mask is None else problem.key_mask[:, part]
-        for rows in spans:
-            attention.attend(queries.part(rows, rows.start), Keys(span, k[:, part], v[:, part], shown))
-    return queries.output
+        blocks.append(Keys(span, k[:, part], v[:, part], shown))
+    queries = Queries(Span(0, q.shape[1]), q, output, lse)
+    for rows in spans:
+        for keys in blocks:
+            attention.attend(queries.part(rows, rows.start), keys)
+    if not backward:
+        return {"output": output}
+    output = output.to(v.dtype)
+    queries = Queries(Span(0, q.shape[1]), q, output, lse)
+    dq, dk, dv = (torch.zeros_like(x, dtype=compute_dtype(x)) for x in (q, k, v))
+    for rows in spans:
+        for keys in blocks:
+            grads = dq[:, slice(*rows)], dk[:, slice(*keys.span)], dv[:, slice(*keys.span)]
+            attention.gradients(queries.part(rows, rows.start), problem.grad[:, slice(*rows)], keys, grads)
+    return {"output": output, "dq": dq.to(q.dtype), "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}
 
 
 def mask_of(problem: AttentionProblem) -> Mask:
@@ -151,21 +171,18 @@ def test_rows_that_see_nothing() -> None:
 
 
 def test_bf16_in_eight_blocks() -> None:
-    """Merging in fp32: at most twice the error of bf16 attention over all keys at once."""
+    """Merging and sums of gradients in fp32: at most twice the error of bf16 attention over all keys at once."""
     problem = make_attention(512, heads=(4, 4, 4), dims=(32, 32), dtype=torch.bfloat16)
-    expected = {"output": solve_attention(problem)["output"]}
-    q, k, v = (problem.inputs[name].transpose(1, 2) for name in "qkv")
-    once = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    found = attend_in_blocks(problem, tuple(range(0, 513, 64))).bfloat16()
-    assert largest_error({"output": found}, expected) <= 2 * largest_error({"output": once}, expected)
-    # All gradients: the same bound against attention by autograd.
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    inputs = [problem.inputs[name].transpose(1, 2).detach().requires_grad_() for name in "qkv"]
     output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
     grads = torch.autograd.grad(output, inputs, problem.grad.transpose(1, 2))
-    ours, exact = solve_attention(problem, lasp.softmax_attention), solve_attention(problem)
-    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
-        limit = 2 * largest_error({name: grad.transpose(1, 2)}, {name: exact[name]})
-        assert largest_error({name: ours[name]}, {name: exact[name]}) <= limit
+    once = {name: x.transpose(1, 2) for name, x in zip(("output", "dq", "dk", "dv"), (output, *grads), strict=True)}
+    in_blocks = solve_in_blocks(problem, tuple(range(0, 513, 64)), backward=True)
+    expected = solve_attention(problem)
+    for found in (in_blocks, solve_attention(problem, lasp.softmax_attention)):
+        for name, value in expected.items():
+            limit = 2 * largest_error({name: once[name]}, {name: value})
+            assert largest_error({name: found[name]}, {name: value}) <= limit, name
 
 
 def test_fp32() -> None:
