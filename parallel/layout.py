@@ -67,6 +67,12 @@ class Plan:
         """The indices of the runs in one of this rank's links."""
         return [i for i, run in enumerate(self.runs) if (run.chain, run.order) == (link.chain, link.order)]
 
+    def times(self, steps: int) -> Plan:
+        """The plan of a sequence in which every token takes `steps` steps (DeltaProduct)."""
+        runs = (run._replace(offset=run.offset * steps, length=run.length * steps) for run in self.runs)
+        links = (link._replace(length=link.length * steps) for link in self.links)
+        return Plan(self.rank, tuple(runs), tuple(links), self.documents)
+
     @property
     def local_runs(self) -> tuple[tuple[int, int], ...]:
         """(offset, length) of every run: all that a kernel is told."""

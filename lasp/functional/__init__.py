@@ -1,8 +1,8 @@
 """The token-mixing operations of lasp, on one device or with the sequence cut over a group of ranks."""
 
 from lasp.functional.conv import causal_conv1d
-from lasp.functional.delta import delta_rule
+from lasp.functional.delta import delta_product, delta_rule
 from lasp.functional.linear import linear_attention
 from lasp.functional.softmax import softmax_attention
 
-__all__ = ["causal_conv1d", "delta_rule", "linear_attention", "softmax_attention"]
+__all__ = ["causal_conv1d", "delta_product", "delta_rule", "linear_attention", "softmax_attention"]

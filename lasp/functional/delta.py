@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -58,14 +59,95 @@ def delta_rule(
     log_decay and initial_state, once. On accelerators the ranges of beta and log_decay are not checked.
     """
 
+    options: dict[str, Any] = {"scale": scale, "scan": scan, "backend": backend, "chunk_size": chunk_size}
+    states: dict[str, Any] = {
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    return _delta(q, k, v, beta, log_decay, 1, group, **states, **options)
+
+
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    group: SequenceGroup | None = None,
+    scan: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The delta rule with n steps to a token (DeltaProduct, arXiv:2502.10297): products of n Householder matrices.
+
+    q [B, T, Hq, K], k [B, T, n, Hk, K], v [B, T, n, Hv, V], beta [B, T, n, H]; log_decay as in `delta_rule`. The first
+    step of a token decays, and the state after its last is read. chunk_size counts steps. Everything else, the
+    results and the errors are as in `delta_rule`, of which this is a call over n·T rows.
+    """
+    if not (k.dim() == v.dim() == 5 and beta.dim() == 4 and k.shape[2] == v.shape[2] == beta.shape[2] >= 1):
+        shapes = f"k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
+
+        def refuse() -> Arguments:
+            raise ValueError(f"k, v and beta must be [B, T, n, H, ...] with the same n >= 1, got {shapes}")
+
+        begin_call(group, refuse)  # the other ranks must hear of it
+    steps = k.shape[2]
+    q = _on_step(q, steps, -1)
+    if log_decay is not None and log_decay.dim() in (3, 4):
+        log_decay = _on_step(log_decay, steps, 0)
+    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    options: dict[str, Any] = {"scale": scale, "scan": scan, "backend": backend, "chunk_size": chunk_size}
+    states: dict[str, Any] = {
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    result = _delta(q, k, v, beta, log_decay, steps, group, **states, **options)
+    if isinstance(result, tuple):
+        return result[0][:, steps - 1 :: steps], result[1]
+    return result[:, steps - 1 :: steps]
+
+
+def _on_step(x: Tensor, steps: int, step: int) -> Tensor:
+    """[B, T, ...] as [B, n·T, ...], each token's row at one of its steps, and 0 at the others."""
+    rows = x.new_zeros(x.shape[0], x.shape[1], steps, *x.shape[2:])
+    rows[:, :, step] = x
+    return rows.flatten(1, 2)
+
+
+def _delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    steps: int,
+    group: SequenceGroup | None,
+    *,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    scan: str,
+    backend: str,
+    chunk_size: int | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`delta_rule` over rows of which each token of the sequence has `steps`."""
+
     def check() -> Arguments:
         if log_decay is not None and log_decay.dim() == 1:
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
         delta_stages(backend)
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
-        return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options)
+        return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options, steps)
 
-    plan, runs = plan_call(begin_call(group, check), q.shape[1], cu_seqlens, group)
+    plan, runs = plan_call(begin_call(group, check), q.shape[1] // steps, cu_seqlens, group, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
     recurrence = DeltaRecurrence(

@@ -25,19 +25,23 @@ def plan_call(
     tokens: int,
     cu_seqlens: Tensor | Sequence[int] | None,
     group: SequenceGroup | None,
+    steps: int = 1,
 ) -> tuple[Callable[[], Plan], Runs]:
-    """What waits for the agreed `lengths` and makes the plan, and the (offset, length) of this rank's runs."""
+    """What waits for the agreed `lengths` and makes the plan, and the (offset, length) of this rank's runs.
+
+    tokens: this rank's number of them; steps: how many steps of the recurrence each takes.
+    """
 
     @cache
     def plan() -> Plan:
         agreed = lengths()
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(agreed))
         rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
-        return make_plan(agreed, rank, layout, bounds)
+        return make_plan(agreed, rank, layout, bounds).times(steps)
 
     # Contiguous and in one document, the runs are known before the ranks have agreed.
     one_run = cu_seqlens is None and (group is None or group.layout == "contiguous")
-    return plan, ((0, tokens),) if one_run else plan().local_runs
+    return plan, ((0, tokens * steps),) if one_run else plan().local_runs
 
 
 def by_document(state: Tensor | None, heads: int, packed: bool, dtype: torch.dtype) -> Tensor | None:
@@ -84,8 +88,12 @@ def check_recurrence(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | Sequence[int] | None,
     options: dict[str, Any],
+    steps: int = 1,
 ) -> Arguments:
-    """Check q, k, v, the gates and the initial state of a recurrence, and tell what all ranks must share of them."""
+    """Check q, k, v, the gates and the initial state of a recurrence, and tell what all ranks must share of them.
+
+    steps: rows of the tensors to each token of the sequence.
+    """
     q, k, v = tokens
     check_tokens(q, k, v)
     _check_decay(q, log_decay)
@@ -112,7 +120,7 @@ def check_recurrence(
         "cu_seqlens": None if bounds is None else fingerprint(bounds),
         "backward": torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
     }
-    return Arguments(fields, q.shape[1], None if bounds is None else bounds[-1])
+    return Arguments(fields | {"steps": steps}, q.shape[1] // steps, None if bounds is None else bounds[-1])
 
 
 def _check_decay(q: Tensor, log_decay: Tensor | None) -> None:

@@ -1,19 +1,38 @@
 """Token mixers as nn.Modules, one file each, thin over `lasp.functional`."""
 
+from lasp.layers.based import Based
+from lasp.layers.deltanet import DeltaNet
+from lasp.layers.gated_deltanet import GatedDeltaNet
+from lasp.layers.gla import GatedLinearAttention
+from lasp.layers.hedgehog import Hedgehog
+from lasp.layers.hgrn2 import Hgrn2
+from lasp.layers.kda import KimiDeltaAttention
 from lasp.layers.lightning import Lightning
 from lasp.layers.linear import LinearAttention
+from lasp.layers.mamba2 import Mamba2
 from lasp.layers.mixer import Mixer
+from lasp.layers.rebased import Rebased
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.retention import Retention
 from lasp.layers.softmax import SoftmaxAttention
-from lasp.layers.state import KeyValues, State
+from lasp.layers.state import ConvolvedMemory, KeyValues, State
 
 __all__ = [
     "MIXERS",
+    "Based",
+    "ConvolvedMemory",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "Hedgehog",
+    "Hgrn2",
     "KeyValues",
+    "KimiDeltaAttention",
     "Lightning",
     "LinearAttention",
+    "Mamba2",
     "Mixer",
+    "Rebased",
     "RecurrentMixer",
     "Retention",
     "SoftmaxAttention",
@@ -25,6 +44,15 @@ MIXERS: dict[str, type[Mixer]] = {
     "linear": LinearAttention,
     "lightning": Lightning,
     "retention": Retention,
+    "gla": GatedLinearAttention,
+    "hgrn2": Hgrn2,
+    "mamba2": Mamba2,
+    "based": Based,
+    "rebased": Rebased,
+    "hedgehog": Hedgehog,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
     "softmax": SoftmaxAttention,
 }
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lasp.layers.features import elu_plus_one
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.rotary import Rotary
 
@@ -30,8 +30,3 @@ class LinearAttention(RecurrentMixer):
 
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return elu_plus_one(q), elu_plus_one(k), v
-
-
-def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 above zero, exp(x) below: elu(x) + 1 without rounding small values of exp(x) against the 1."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())

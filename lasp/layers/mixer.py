@@ -2,7 +2,7 @@
 
 A mixer turns [B, T, hidden] into [B, T, hidden] in six steps,
 
-    q, k, v = projections of x, split into heads
+    q, k, v = short_conv(projections of x)           where the mixer has one; then split into heads
     q, k, v = features(q, k, v)                      a feature map
     q, k = rotary(q, k, positions)                   where the mixer has one
     o, state = mix(x, q, k, v, context)              lasp.functional, the only step that meets other tokens and ranks
@@ -14,7 +14,7 @@ and a subclass says only what is its own.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.rotary import Rotary
-from lasp.layers.state import State
+from lasp.layers.short_conv import ShortConv
+from lasp.layers.state import ConvolvedMemory, State
 from lasp.parallel.group import SequenceGroup
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
@@ -66,6 +67,7 @@ class Mixer(nn.Module):
     output_norm: ClassVar[bool] = True
     gate: ClassVar[str | None] = None  # a name in GATES; None: no output gate
     rotary: Rotary | None = None  # None: positions are not read
+    conv_size: ClassVar[int | None] = None  # tokens that the short convolution sees; None: there is none
 
     def __init__(
         self,
@@ -102,14 +104,19 @@ class Mixer(nn.Module):
         self.g_proj = None if self.gate is None else nn.Linear(hidden_size, width, bias=False)
         self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if self.output_norm else None
         self.out_proj = nn.Linear(width, hidden_size, bias=False)
+        self.short_conv = self._new_conv()
 
     @classmethod
     def option_names(cls) -> set[str]:
         """Names of the keywords this mixer takes beyond those of every mixer."""
         return _keywords(cls) - _keywords(Mixer)
 
+    def split(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections [B, T, width] as heads."""
+        return self._heads(q), self._heads(k), self._heads(v)
+
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is mixed, from the projections: q [B, T, H, D], k and v [B, T, H_kv, D], shapes kept."""
+        """What is mixed, from the heads of the projections: q [B, T, H, D], k and v [B, T, H_kv, D]."""
         return q, k, v
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State | None]:
@@ -151,12 +158,34 @@ class Mixer(nn.Module):
         if attention_mask is not None:
             _check_mask(attention_mask, x)
         context = Context(attention_mask, cu_seqlens, state, output_final_state, group)
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = self.features(q, k, v)
+        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        tail = None
+        if self.short_conv is not None:
+            projected, tail, context = self._convolve(projected, context)
+        q, k, v = self.features(*self.split(*projected))
         if self.rotary is not None:
             q, k = self.rotary(q, k, self._first_positions(x, context) if position_ids is None else position_ids)
         o, final_state = self.mix(x, q, k, v, context)
+        if tail is not None and isinstance(final_state, Tensor):
+            final_state = ConvolvedMemory(final_state, tail)
         return self._output(x, o), final_state
+
+    def _new_conv(self) -> ShortConv | None:
+        """The short convolution of the projections' channels, where the mixer has one."""
+        if self.conv_size is None:
+            return None
+        return ShortConv(sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj)), self.conv_size)
+
+    def _convolve(self, projected: list[Tensor], context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
+        """The projections after the short convolution, its tail, and the context of what follows it."""
+        assert self.short_conv is not None, "only mixers with a short convolution come here"
+        state = context.state
+        if state is not None and not isinstance(state, ConvolvedMemory):
+            raise ValueError(f"{type(self).__name__} continues from a ConvolvedMemory, got {type(state).__name__}")
+        # All channels at once: one exchange of halos.
+        x, tail = self.short_conv(torch.cat(projected, -1), **(vars(context) | {"state": state}))
+        parts = list(x.split([part.shape[-1] for part in projected], -1))
+        return parts, tail, replace(context, state=None if state is None else state.memory)
 
     def _output(self, x: Tensor, o: Tensor) -> Tensor:
         if self.norm is not None:

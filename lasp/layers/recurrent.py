@@ -1,43 +1,69 @@
 """The part every linear mixer shares: a recurrence on a memory of fixed size."""
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.functional import linear_attention
 from lasp.layers.mixer import Context, Mixer
 
+EPSILON = 1e-10  # beside a denominator of positive features
+
 
 class RecurrentMixer(Mixer):
-    """Base of the token mixers with a state `S_t = a_t S_{t-1} + k_t v_t^T`; by itself: no features, no decay, no gate.
+    """Base of the token mixers with a state `S_t = A_t S_{t-1} + k_t v_t^T`; by itself: no features, no decay, no gate.
 
     The norm stands where older linear attention divides by q·Σk: it bounds the output for signed features too, where
-    that denominator can cross zero (TransNormerLLM, arXiv 2307.14995).
+    that denominator can cross zero (TransNormerLLM, arXiv 2307.14995). Mixers whose features are positive may divide.
 
-    The state is [B or N, H_kv, D, D] in fp32 (fp64 for fp64 inputs), for N packed documents.
+    The state is [B or N, H_kv, K, V] in fp32 (fp64 for fp64 inputs), for N packed documents.
     """
+
+    scale: ClassVar[float | None] = None  # of the queries; None: one over the root of their dim
+    normalise: ClassVar[bool] = False  # divide by q·Σk, which one more column of values sums up
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """Logarithm of the decay, <= 0 and at least fp32: None | [H_kv] | [B, T, H_kv] | [B, T, H_kv, D]."""
         return None
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        return self.recur(q, k, v, self.log_decay(x), context, causal=self.causal)
+
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        context: Context,
+        operation: Callable[..., Any] = linear_attention,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run an operation of `lasp.functional`: its output [B, T, H, V], and the final state or None."""
         if context.state is not None and not isinstance(context.state, Tensor):
             raise ValueError(f"{type(self).__name__} continues from a state tensor, got {type(context.state).__name__}")
-        log_decay = self.log_decay(x)
         if context.attention_mask is not None:
             k, log_decay = skip_padding(k, log_decay, context.attention_mask)
-        result = linear_attention(
+        result = operation(
             q,
             k,
-            v,
-            log_decay,
+            F.pad(v, (0, 1), value=1.0) if self.normalise else v,
+            log_decay=log_decay,
+            scale=self.scale,
             initial_state=context.state,
             output_final_state=context.output_final_state,
             cu_seqlens=context.cu_seqlens,
-            causal=self.causal,
             group=context.group,
+            **arguments,
         )
-        return result if isinstance(result, tuple) else (result, None)
+        output, final = result if isinstance(result, tuple) else (result, None)
+        if self.normalise:
+            # Only now: what other ranks added is in both. A token that has seen nothing but padding stays 0.
+            output = output[..., :-1] / (output[..., -1:] + EPSILON)
+        return output, final
 
 
 def skip_padding(k: Tensor, log_decay: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:

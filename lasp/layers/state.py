@@ -36,12 +36,22 @@ class KeyValues(NamedTuple):
         return type(self)(*(x[:, start:] for x in self))
 
 
+class ConvolvedMemory(NamedTuple):
+    """What a recurrence behind a short convolution keeps."""
+
+    memory: Tensor
+    """[B or documents, H, K, V], in fp32 (fp64)."""
+
+    tail: Tensor
+    """[B or documents, channels, W - 1], what went into the convolution last, oldest first."""
+
+
 # A recurrence keeps [B or documents, H_kv, K, V] in fp32 (fp64), of a size that does not grow with the text.
-State = Tensor | KeyValues
+State = Tensor | KeyValues | ConvolvedMemory
 
 
 def select_rows(state: State, index: Tensor) -> State:
     """The state whose row i of the batch is row index[i] of this one."""
-    if isinstance(state, KeyValues):
-        return KeyValues(*(x.index_select(0, index.to(x.device)) for x in state))
-    return state.index_select(0, index.to(state.device))
+    if isinstance(state, Tensor):
+        return state.index_select(0, index.to(state.device))
+    return type(state)(*(x.index_select(0, index.to(x.device)) for x in state))

@@ -21,7 +21,7 @@ from lasp.layers import (
     SoftmaxAttention,
     mixer_class,
 )
-from lasp.layers.linear import elu_plus_one
+from lasp.layers.features import elu_plus_one
 
 HIDDEN, HEADS, LENGTH = 24, 4, 13
 # Mixers with their options.
