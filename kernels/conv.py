@@ -27,7 +27,7 @@ def causal_convolution(
         return nothing if bias is None else nothing + bias, ends
     output = conv1d(stretch.mT, weight.unsqueeze(1), bias, groups=weight.shape[0]).mT
     if len(lengths) == 1:
-        return output, ends
+        return output.contiguous(), ends
     # What a run's past yields by itself is dropped.
     parts = output.split([size for length in lengths for size in (length, halo)][:-1], 1)
     return torch.cat(parts[::2], 1), ends

@@ -41,6 +41,15 @@ def test_sequences_no_longer_than_the_kernel(length: int) -> None:
     assert largest_error(solve_convolution(problem, convolve), solve_convolution(problem)) < 1e-10
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
+def test_the_output_is_contiguous_and_no_view_of_the_input(cu_seqlens: tuple[int, ...] | None) -> None:
+    """Heads are split off with `view`, and a kept final state must not keep the whole sequence."""
+    problem = make_convolution(cu_seqlens=cu_seqlens)
+    output, final = convolve(**problem.inputs, cu_seqlens=cu_seqlens)
+    assert output.is_contiguous()
+    assert final.untyped_storage().nbytes() == final.nbytes
+
+
 def test_a_stream_continues_from_its_final_state() -> None:
     problem = make_convolution(initial=False)
     x, weight, bias = (problem.inputs[name] for name in ("x", "weight", "bias"))
