@@ -166,7 +166,7 @@ class Mixer(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, k, self._first_positions(x, context) if position_ids is None else position_ids)
         o, final_state = self.mix(x, q, k, v, context)
-        if tail is not None and isinstance(final_state, Tensor):
+        if tail is not None and final_state is not None:
             final_state = ConvolvedMemory(final_state, tail)
         return self._output(x, o), final_state
 

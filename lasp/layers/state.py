@@ -1,6 +1,12 @@
-"""What a mixer remembers of the tokens before: a memory of fixed size, or all their keys and values."""
+"""What a mixer remembers of the tokens before: a memory of fixed size, or all their keys and values.
 
-from typing import NamedTuple, Self
+A state is a tensor, or a NamedTuple of states where a mixer keeps more than one thing. Every tensor's first dim counts
+the rows of the batch, or the packed documents: caches select rows of a state without knowing whose it is. A mixer
+defines its NamedTuple here, returns it from `mix`, and refuses a state of any other type with a ValueError; None stands
+for nothing before the first token.
+"""
+
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -39,19 +45,29 @@ class KeyValues(NamedTuple):
 class ConvolvedMemory(NamedTuple):
     """What a recurrence behind a short convolution keeps."""
 
-    memory: Tensor
-    """[B or documents, H, K, V], in fp32 (fp64)."""
+    memory: Any
+    """The recurrence's own state: [B or documents, H, K, V] in fp32 (fp64), or a NamedTuple."""
 
     tail: Tensor
     """[B or documents, channels, W - 1], what went into the convolution last, oldest first."""
 
 
+class ScaledMemory(NamedTuple):
+    """A memory whose keys were divided by a running sum of exponentials."""
+
+    memory: Tensor
+    """[B or documents, H_kv, K, V], in fp32 (fp64)."""
+
+    log_sum: Tensor
+    """[B or documents, H_kv, K], the logarithm of that sum, in fp32 (fp64)."""
+
+
 # A recurrence keeps [B or documents, H_kv, K, V] in fp32 (fp64), of a size that does not grow with the text.
-State = Tensor | KeyValues | ConvolvedMemory
+State = Tensor | tuple[Any, ...]
 
 
 def select_rows(state: State, index: Tensor) -> State:
     """The state whose row i of the batch is row index[i] of this one."""
     if isinstance(state, Tensor):
         return state.index_select(0, index.to(state.device))
-    return type(state)(*(x.index_select(0, index.to(x.device)) for x in state))
+    return type(state)(*(select_rows(part, index) for part in state))

@@ -15,7 +15,7 @@ class RecurrentCache:
         num_layers: layers of the model.
 
     Attributes:
-        states: one per layer, [B, H_kv, K, V] in fp32 (fp64) or `KeyValues`; None before the first token.
+        states: one per layer, of the kind its mixer keeps (`lasp.layers.State`); None before the first token.
         seen_tokens: tokens the states have taken in, padding included.
     """
 
