@@ -1,40 +1,47 @@
 """Token mixers as nn.Modules, one file each, thin over `lasp.functional`."""
 
 from lasp.layers.based import Based
+from lasp.layers.delta_product import DeltaProduct
 from lasp.layers.deltanet import DeltaNet
 from lasp.layers.gated_deltanet import GatedDeltaNet
 from lasp.layers.gla import GatedLinearAttention
 from lasp.layers.hedgehog import Hedgehog
 from lasp.layers.hgrn2 import Hgrn2
+from lasp.layers.inline import InLine
 from lasp.layers.kda import KimiDeltaAttention
 from lasp.layers.lightning import Lightning
 from lasp.layers.linear import LinearAttention
 from lasp.layers.mamba2 import Mamba2
 from lasp.layers.mixer import Mixer
+from lasp.layers.mom import MixtureOfMemories
 from lasp.layers.rebased import Rebased
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.retention import Retention
 from lasp.layers.softmax import SoftmaxAttention
-from lasp.layers.state import ConvolvedMemory, KeyValues, State
+from lasp.layers.state import ConvolvedMemory, KeyValues, ScaledMemory, State
 
 __all__ = [
     "MIXERS",
     "Based",
     "ConvolvedMemory",
     "DeltaNet",
+    "DeltaProduct",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "Hedgehog",
     "Hgrn2",
+    "InLine",
     "KeyValues",
     "KimiDeltaAttention",
     "Lightning",
     "LinearAttention",
     "Mamba2",
     "Mixer",
+    "MixtureOfMemories",
     "Rebased",
     "RecurrentMixer",
     "Retention",
+    "ScaledMemory",
     "SoftmaxAttention",
     "State",
     "mixer_class",
@@ -52,7 +59,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "hedgehog": Hedgehog,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
+    "delta_product": DeltaProduct,
     "kda": KimiDeltaAttention,
+    "mom": MixtureOfMemories,
+    "inline": InLine,
     "softmax": SoftmaxAttention,
 }
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from lasp.functional import linear_attention
 from lasp.layers.mixer import Context, Mixer
 
-EPSILON = 1e-10  # beside a denominator of positive features
-
 
 class RecurrentMixer(Mixer):
     """Base of the token mixers with a state `S_t = A_t S_{t-1} + k_t v_t^T`; by itself: no features, no decay, no gate.
@@ -62,7 +60,8 @@ class RecurrentMixer(Mixer):
         output, final = result if isinstance(result, tuple) else (result, None)
         if self.normalise:
             # Only now: what other ranks added is in both. A token that has seen nothing but padding stays 0.
-            output = output[..., :-1] / (output[..., -1:] + EPSILON)
+            output, total = output[..., :-1], output[..., -1:]
+            output = output / total.masked_fill(total == 0, 1)
         return output, final
 
 
@@ -73,12 +72,12 @@ def skip_padding(k: Tensor, log_decay: Tensor | None, attention_mask: Tensor) ->
     becomes one per token.
 
     Args:
-        k: [B, T, H, D].
+        k: [B, T, H, D], or [B, T, n, H, D] for n steps to a token.
         log_decay: None | [H] | [B, T, H] | [B, T, H, D].
         attention_mask: [B, T] bool.
     """
     mask = attention_mask[..., None]
-    k = k.masked_fill(~mask[..., None], 0)
+    k = k.masked_fill(~attention_mask.view(*attention_mask.shape, *(1,) * (k.ndim - 2)), 0)
     if log_decay is not None:
         log_decay = torch.where(mask if log_decay.ndim < 4 else mask[..., None], log_decay, 0)
     return k, log_decay

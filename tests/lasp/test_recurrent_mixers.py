@@ -1,0 +1,245 @@
+"""The mixers with learned gates, features or erasure, each against its paper's formulas, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.kernels import reference
+from lasp.layers import Mixer, mixer_class
+from lasp.layers.features import Hedgehog, LearnedQuadratic, TransformerToRnn, softmax, taylor
+
+HIDDEN, HEADS, LENGTH, DIM = 24, 4, 13, 6
+
+
+def project(layer: nn.Linear, x: Tensor, dim: int = DIM) -> Tensor:
+    return (x @ layer.weight.T).unflatten(-1, (-1, dim))
+
+
+def convolved(mixer: Mixer, x: Tensor) -> list[Tensor]:
+    """Projections after the short convolution, one tap at a time."""
+    parts = [x @ p.weight.T for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    channels, weight = torch.cat(parts, -1), mixer.short_conv.weight
+    out = torch.zeros_like(channels)
+    for t in range(x.shape[1]):
+        for tap in range(weight.shape[1]):
+            source = t - (weight.shape[1] - 1 - tap)
+            if source >= 0:
+                out[:, t] = out[:, t] + weight[:, tap] * channels[:, source]
+    return [F.silu(part).unflatten(-1, (-1, DIM)) for part in out.split([p.shape[-1] for p in parts], -1)]
+
+
+def normed(mixer: Mixer, o: Tensor) -> Tensor:
+    return o / (o.square().mean(-1, keepdim=True) + mixer.norm.eps).sqrt()
+
+
+def gated(mixer: Mixer, x: Tensor, o: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    return (normed(mixer, o) * gate(project(mixer.g_proj, x))).flatten(-2) @ mixer.out_proj.weight.T
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def mamba_gate(mixer: Mixer, x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    step = torch.log1p(torch.exp(x @ layer.weight.T + mixer.dt_bias))
+    return step, -mixer.A_log.exp() * step
+
+
+def gla(mixer: Mixer, x: Tensor) -> Tensor:
+    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    narrow, wide = mixer.decay_proj
+    alpha = torch.sigmoid(x @ narrow.weight.T @ wide.weight.T + wide.bias) ** (1 / 16)
+    o, _ = reference.linear_attention(q, k, v, alpha.log().unflatten(-1, (-1, DIM)))
+    return gated(mixer, x, o, F.silu)
+
+
+def hgrn2(mixer: Mixer, x: Tensor) -> Tensor:
+    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    forget = 0.25 + 0.75 * torch.sigmoid(k)
+    o, _ = reference.linear_attention(F.silu(q), 1 - forget, v, forget.log(), scale=1.0)
+    return normed(mixer, o).flatten(-2) @ mixer.out_proj.weight.T
+
+
+def mamba2(mixer: Mixer, x: Tensor) -> Tensor:
+    c, b, u = convolved(mixer, x)
+    step, log_decay = mamba_gate(mixer, x, mixer.dt_proj)
+    o, _ = reference.linear_attention(c, b, step.unsqueeze(-1) * u, log_decay, scale=1.0)
+    o = (o + mixer.D[:, None] * u) * F.silu(project(mixer.g_proj, x))
+    return normed(mixer, o).flatten(-2) @ mixer.out_proj.weight.T
+
+
+def by_weights(mixer: Mixer, v: Tensor, weights: Tensor) -> Tensor:
+    """The output from weights [B, H, T, T] of pairs, of which those before the diagonal count."""
+    share = mixer.num_heads // mixer.num_kv_heads
+    o = torch.einsum("bhts,bshd->bthd", weights.tril(), v.repeat_interleave(share, 2))
+    return o.flatten(-2) @ mixer.out_proj.weight.T
+
+
+def products(mixer: Mixer, q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, 2))
+
+
+def divided(weights: Tensor) -> Tensor:
+    return weights.tril() / weights.tril().sum(-1, keepdim=True)
+
+
+def based(mixer: Mixer, x: Tensor) -> Tensor:
+    q, k = (project(p, x, 16) for p in (mixer.q_proj, mixer.k_proj))
+    s = products(mixer, q, k) / 4
+    return by_weights(mixer, project(mixer.v_proj, x), divided(1 + s + s**2 / 2))
+
+
+def rebased(mixer: Mixer, x: Tensor) -> Tensor:
+    def features(layer: nn.Linear, learned: LearnedQuadratic) -> Tensor:
+        y = project(layer, x)
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return (learned.norm.weight * y + learned.norm.bias) ** 2
+
+    q, k = features(mixer.q_proj, mixer.q_features), features(mixer.k_proj, mixer.k_features)
+    return by_weights(mixer, project(mixer.v_proj, x), divided(products(mixer, q, k)))
+
+
+def hedgehog(mixer: Mixer, x: Tensor) -> Tensor:
+    def features(layer: nn.Linear, learned: Hedgehog) -> Tensor:
+        y = torch.stack([project(layer, x)[:, :, h] @ learned.weight[h] for h in range(len(learned.weight))], 2)
+        return torch.cat([y.exp() / y.exp().sum(-1, keepdim=True), (-y).exp() / (-y).exp().sum(-1, keepdim=True)], -1)
+
+    q, k = features(mixer.q_proj, mixer.q_features), features(mixer.k_proj, mixer.k_features)
+    return by_weights(mixer, project(mixer.v_proj, x), divided(products(mixer, q, k)))
+
+
+def inline(mixer: Mixer, x: Tensor) -> Tensor:
+    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    s = products(mixer, q, k).tril() / DIM**0.5
+    seen = torch.arange(1, LENGTH + 1, dtype=s.dtype)[:, None]
+    return by_weights(mixer, v, s - s.sum(-1, keepdim=True) / seen + 1 / seen)
+
+
+def delta_inputs(mixer: Mixer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = convolved(mixer, x)
+    return unit(q), unit(k), v, mixer.most * torch.sigmoid(x @ mixer.beta_proj.weight.T)
+
+
+def deltanet(mixer: Mixer, x: Tensor) -> Tensor:
+    o, _ = reference.delta_rule(*delta_inputs(mixer, x))
+    return normed(mixer, o).flatten(-2) @ mixer.out_proj.weight.T
+
+
+def gated_deltanet(mixer: Mixer, x: Tensor) -> Tensor:
+    o, _ = reference.delta_rule(*delta_inputs(mixer, x), mamba_gate(mixer, x, mixer.decay_proj)[1])
+    return gated(mixer, x, o, F.silu)
+
+
+def kda(mixer: Mixer, x: Tensor) -> Tensor:
+    narrow, wide = mixer.decay_proj
+    logits = (x @ narrow.weight.T @ wide.weight.T).unflatten(-1, (-1, DIM))
+    log_decay = -mixer.A_log.exp() * torch.log1p(torch.exp(logits + mixer.dt_bias))
+    o, _ = reference.delta_rule(*delta_inputs(mixer, x), log_decay)
+    return gated(mixer, x, o, torch.sigmoid)
+
+
+def delta_product(mixer: Mixer, x: Tensor) -> Tensor:
+    """Two rows to a token: the first decays, the second is read."""
+    q, k, v, beta = delta_inputs(mixer, x)
+    log_decay = mamba_gate(mixer, x, mixer.decay_proj)[1]
+    k, v, beta = (y.unflatten(2, (2, -1)).flatten(1, 2) for y in (k, v, beta))
+    gates = torch.stack([log_decay, torch.zeros_like(log_decay)], 2).flatten(1, 2)
+    o, _ = reference.delta_rule(q.repeat_interleave(2, 1), k, v, beta, gates)
+    return gated(mixer, x, o[:, 1::2], F.silu)
+
+
+def mom(mixer: Mixer, x: Tensor) -> Tensor:
+    """Each memory by itself, over the tokens that are sent to it."""
+    q, k, v, beta = delta_inputs(mixer, x)
+    log_decay = mamba_gate(mixer, x, mixer.decay_proj)[1]
+    scores = (x @ mixer.router.weight.T).softmax(-1)
+    total = torch.zeros_like(q)
+    for row in range(x.shape[0]):
+        for memory in range(mixer.num_memories + 1):
+            heads = slice(memory * mixer.num_kv_heads, (memory + 1) * mixer.num_kv_heads)
+            for_it = [
+                t
+                for t in range(LENGTH)
+                if memory == mixer.num_memories or memory in scores[row, t].argsort(descending=True)[: mixer.top_k]
+            ]
+            if not for_it:
+                continue
+            args = (y[row : row + 1, for_it] for y in (q, k[:, :, heads], v[:, :, heads], beta[..., heads]))
+            o, _ = reference.delta_rule(*args, log_decay[row : row + 1, for_it, heads])
+            best = scores[row, for_it].topk(mixer.top_k).values.sum(-1)
+            weight = torch.ones(len(for_it)) if memory == mixer.num_memories else scores[row, for_it, memory] / best
+            total[row, for_it] = total[row, for_it] + weight[:, None, None] * o[0]
+    return gated(mixer, x, total, F.silu)
+
+
+DEFINITIONS = {f.__name__: f for f in (
+    gla, hgrn2, mamba2, based, rebased, hedgehog, inline, deltanet, gated_deltanet, kda, delta_product, mom
+)}  # fmt: skip
+
+
+def make(name: str, **options: object) -> Mixer:
+    torch.manual_seed(0)
+    return mixer_class(name)(HIDDEN, HEADS, layer_idx=1, num_layers=4, **options).double()
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_mixer_equals_its_definition(name: str, kv_heads: int) -> None:
+    mixer = make(name, num_kv_heads=kv_heads)
+    x = torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x)[0], DEFINITIONS[name](mixer, x), rtol=1e-10, atol=1e-10)
+
+
+def test_beta_reaches_two_where_eigenvalues_may_be_negative() -> None:
+    x = torch.randn(1, 50, HIDDEN, dtype=torch.float64) * 20
+    assert 0.9 < make("deltanet").beta(x).max() <= 1
+    assert 1.9 < make("deltanet", allow_neg_eigval=True).beta(x).max() <= 2
+
+
+def test_a_memory_without_tokens_stays_as_it_is() -> None:
+    mixer, x = make("mom"), torch.randn(1, LENGTH, HIDDEN, dtype=torch.float64)
+    _, state = mixer(x, output_final_state=True)
+    with torch.no_grad():
+        mixer.router.weight.zero_()
+        mixer.router.weight[2:] = -1.0  # memories 2 and 3 never win
+    _, after = mixer(x.abs(), state=state, output_final_state=True)
+    assert torch.equal(after.memory[:, 2 * HEADS : 4 * HEADS], state.memory[:, 2 * HEADS : 4 * HEADS])
+    assert (after.memory[:, :HEADS] - state.memory[:, :HEADS]).abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("mom", {"top_k": 5}, "got 5 and 4"),
+        ("delta_product", {"num_householder": 0}, "got 0"),
+        ("gated_deltanet", {"causal": False}, "GatedDeltaNet .* got causal=False"),
+    ],
+)
+def test_mistakes_in_building_are_value_errors(name: str, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(name, **options)
+
+
+def test_convolution_refuses_padding_in_packed_documents() -> None:
+    x, mask = torch.randn(1, LENGTH, HIDDEN, dtype=torch.float64), torch.ones(1, LENGTH, dtype=torch.bool)
+    with pytest.raises(ValueError, match="only for one text on one device"):
+        make("mamba2")(x, attention_mask=mask, cu_seqlens=torch.tensor([0, 5, LENGTH]))
+    with pytest.raises(ValueError, match="got Tensor"):
+        make("mamba2")(x, state=torch.zeros(1))
+
+
+def test_feature_maps() -> None:
+    x, y = torch.randn(2, 1, 3, 4, 6, dtype=torch.float64).unbind()
+    s = torch.linalg.vecdot(x, y) / 6**0.5
+    torch.testing.assert_close(torch.linalg.vecdot(taylor(x), taylor(y)), 1 + s + s**2 / 2)
+    torch.testing.assert_close(softmax(x), x.exp() / x.exp().sum(-1, keepdim=True))
+    t2r = TransformerToRnn(4, 6).double()
+    nn.init.normal_(t2r.weight)
+    nn.init.normal_(t2r.bias)
+    heads = [(x[:, :, h] @ t2r.weight[h] + t2r.bias[h]).clamp(min=0) for h in range(4)]
+    torch.testing.assert_close(t2r(x), torch.stack(heads, 2))
