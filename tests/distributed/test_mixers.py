@@ -1,0 +1,95 @@
+"""Every mixer, as a layer and in a model, with the sequence cut over ranks: what it is on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+import lasp
+from lasp.layers import MIXERS, mixer_class
+from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
+
+pytestmark = pytest.mark.mpi(min_size=4)
+
+LENGTH, HIDDEN, HEADS = 35, 16, 2
+# Documents of one token, none, on a border of ranks, over three ranks; the third rank's tokens are all of one.
+DOCUMENTS = torch.tensor([0, 1, 9, 9, 30, 35])
+Results = dict[str, Tensor]
+
+
+def layer_results(name: str, packed: bool, group: lasp.SequenceGroup | None) -> Results:
+    """Output, final state where there may be one, and the gradients of the input and of every parameter."""
+    torch.manual_seed(0)
+    mixer = mixer_class(name)(HIDDEN, HEADS, layer_idx=1, num_layers=2).double()
+    x, grad = torch.randn(2, 1, LENGTH, HIDDEN, dtype=torch.float64).unbind()
+    positions = torch.arange(LENGTH).unsqueeze(0)
+    if group is not None:
+        x, grad, positions = (lasp.shard(part, group) for part in (x, grad, positions))
+    x.requires_grad_()
+    keeps_state = name != "softmax"
+    documents = DOCUMENTS if packed else None
+    y, state = mixer(
+        x, position_ids=positions, cu_seqlens=documents, output_final_state=keeps_state, group=group
+    )  # fmt: skip
+    y.backward(grad)
+    if group is not None:
+        lasp.sync_gradients(mixer, group)
+        y, dx = lasp.unshard(y.detach(), group), lasp.unshard(x.grad, group)
+    else:
+        dx = x.grad
+    states = {"state": state} if isinstance(state, Tensor) else {f"state {i}": s for i, s in enumerate(state or ())}
+    found = {"output": y, "input": dx} | states | {n: p.grad for n, p in mixer.named_parameters()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def model_results(name: str, packed: bool, group: lasp.SequenceGroup | None) -> Results:
+    """The loss, and the gradient of every parameter of a model of this mixer and softmax attention."""
+    torch.manual_seed(0)
+    config = LinearLlamaConfig(
+        vocab_size=31, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=3, num_attention_heads=HEADS,
+        pattern=[name, "softmax", name], initializer_range=0.2,
+    )  # fmt: skip
+    model = LinearLlamaForCausalLM(config).double()
+    ids = torch.randint(0, 31, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids} | ({"cu_seqlens": DOCUMENTS} if packed else {})
+    loss = model(**(batch if group is None else lasp.shard_batch(batch, group)), group=group).loss
+    loss.backward()
+    if group is not None:
+        lasp.sync_gradients(model, group)
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def expected(world: MPI.Comm) -> Callable[..., Results]:
+    """What one device finds, by rank 0 for all."""
+    return lru_cache(lambda run, *args: world.bcast(run(*args, None) if world.rank == 0 else None))
+
+
+def assert_same(found: Results, wanted: Results, tolerance: float = 1e-9) -> None:
+    assert found.keys() == wanted.keys()
+    errors = {n: ((found[n] - w).abs().max() / w.abs().max().clamp(min=1e-6)).item() for n, w in wanted.items()}
+    assert max(errors.values()) <= tolerance, {n: e for n, e in errors.items() if not e <= tolerance}
+
+
+CUTS = [("contiguous", False), ("contiguous", True), ("zigzag", True)]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("layout", "packed"), CUTS)
+def test_a_layer_is_what_it_is_on_one_device(group_of, expected, name, size, layout, packed) -> None:
+    wanted = expected(layer_results, name, packed)
+    if (group := group_of(size, layout)) is not None:
+        assert_same(layer_results(name, packed, group), wanted)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(("layout", "packed"), [("contiguous", False), ("zigzag", True)])
+def test_a_model_is_what_it_is_on_one_device(group_of, expected, name, layout, packed) -> None:
+    assert_same(model_results(name, packed, group_of(4, layout)), expected(model_results, name, packed))
