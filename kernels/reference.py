@@ -173,6 +173,29 @@ def causal_conv1d(
     return output * output.sigmoid() if activation == "silu" else output, torch.cat(finals)
 
 
+def logcumsumexp(
+    x: Tensor,
+    *,
+    exclusive: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`z_t = log(exp(z_{t-1}) + exp(x_t))`, or z_{t-1} if exclusive, behind z_0 = initial_state [B or N, ...].
+
+    x [B, T, ...]. Returns z [B, T, ...] and the last z of each document [B or N, ...]; -inf is the logarithm of 0.
+    """
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise([0, x.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        z = torch.full_like(x[:, 0], -torch.inf)
+        if initial_state is not None:
+            z = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+        for t in range(start, stop):
+            before, z = z, torch.logaddexp(z, x[:, t])
+            outputs.append(before if exclusive else z)
+        finals.append(z)
+    return torch.stack(outputs, 1), torch.cat(finals)
+
+
 def expand_decay(log_decay: Tensor | None, like: Tensor) -> Tensor:
     """Any kind of log-decay as [B, T, H, 1 or K]; `like` [B, T, ...] says how many tokens there are."""
     if log_decay is None:

@@ -9,6 +9,7 @@ from lasp.layers.hedgehog import Hedgehog
 from lasp.layers.hgrn2 import Hgrn2
 from lasp.layers.inline import InLine
 from lasp.layers.kda import KimiDeltaAttention
+from lasp.layers.lightnet import LightNet
 from lasp.layers.lightning import Lightning
 from lasp.layers.linear import LinearAttention
 from lasp.layers.mamba2 import Mamba2
@@ -33,6 +34,7 @@ __all__ = [
     "InLine",
     "KeyValues",
     "KimiDeltaAttention",
+    "LightNet",
     "Lightning",
     "LinearAttention",
     "Mamba2",
@@ -63,6 +65,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "kda": KimiDeltaAttention,
     "mom": MixtureOfMemories,
     "inline": InLine,
+    "lightnet": LightNet,
     "softmax": SoftmaxAttention,
 }
 

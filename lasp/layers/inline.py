@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lasp.layers.mixer import Context
 from lasp.layers.recurrent import RecurrentMixer
+from lasp.layers.state import State
 
 
 class InLine(RecurrentMixer):
@@ -24,7 +25,7 @@ class InLine(RecurrentMixer):
         ones = F.pad(torch.zeros_like(q[..., :-1]), (0, 1), value=1.0)
         return torch.stack([q, ones], 3).flatten(2, 3), F.pad(k, (0, 1), value=1.0), F.pad(v, (0, 1), value=1.0)
 
-    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State | None]:
         o, state = super().mix(x, q, k, v, context)
         weighted, plain = o.unflatten(2, (-1, 2)).unbind(3)
         values, count = plain[..., :-1], plain[..., -1:].clamp(min=1)  # before any token but padding there is 0

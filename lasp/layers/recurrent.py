@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lasp.functional import linear_attention
 from lasp.layers.mixer import Context, Mixer
+from lasp.layers.state import State
 
 
 class RecurrentMixer(Mixer):
@@ -27,7 +28,7 @@ class RecurrentMixer(Mixer):
         """Logarithm of the decay, <= 0 and at least fp32: None | [H_kv] | [B, T, H_kv] | [B, T, H_kv, D]."""
         return None
 
-    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State | None]:
         return self.recur(q, k, v, self.log_decay(x), context, causal=self.causal)
 
     def recur(

@@ -19,6 +19,7 @@ from lasp.layers import (
     Mixer,
     RecurrentMixer,
     Retention,
+    ScaledMemory,
     SoftmaxAttention,
     State,
     mixer_class,
@@ -102,7 +103,7 @@ def real(state: State) -> object:
 
 
 def memory_of(state: State) -> torch.Tensor:
-    return state.memory if isinstance(state, ConvolvedMemory) else state
+    return state.memory if isinstance(state, ConvolvedMemory | ScaledMemory) else state
 
 
 def joined(states: list[State]) -> State:

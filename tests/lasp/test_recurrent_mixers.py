@@ -120,6 +120,15 @@ def inline(mixer: Mixer, x: Tensor) -> Tensor:
     return by_weights(mixer, v, s - s.sum(-1, keepdim=True) / seen + 1 / seen)
 
 
+def lightnet(mixer: Mixer, x: Tensor) -> Tensor:
+    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    share = mixer.num_heads // mixer.num_kv_heads
+    k, v = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)
+    o = torch.stack([torch.einsum("bhk,bshk,bshv->bhv", F.silu(q[:, t]), k[:, : t + 1].softmax(1), v[:, : t + 1])
+                     for t in range(LENGTH)], 1)  # fmt: skip
+    return gated(mixer, x, o, F.silu)
+
+
 def delta_inputs(mixer: Mixer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = convolved(mixer, x)
     return unit(q), unit(k), v, mixer.most * torch.sigmoid(x @ mixer.beta_proj.weight.T)
@@ -178,7 +187,7 @@ def mom(mixer: Mixer, x: Tensor) -> Tensor:
 
 
 DEFINITIONS = {f.__name__: f for f in (
-    gla, hgrn2, mamba2, based, rebased, hedgehog, inline, deltanet, gated_deltanet, kda, delta_product, mom
+    gla, hgrn2, mamba2, based, rebased, hedgehog, inline, lightnet, deltanet, gated_deltanet, kda, delta_product, mom
 )}  # fmt: skip
 
 
