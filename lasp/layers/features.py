@@ -1,8 +1,16 @@
 """Feature maps: what takes the place of the softmax's exponential in linear attention."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def identity(x: Tensor) -> Tensor:
+    """x as it is."""
+    return x
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -59,9 +67,42 @@ class TransformerToRnn(nn.Module):
 class LearnedQuadratic(nn.Module):
     """(γ·norm(x) + β)², elementwise, with γ and β [D] learned (ReBased, arXiv 2402.10644, equation 9)."""
 
-    def __init__(self, head_dim: int, eps: float) -> None:
+    def __init__(self, head_dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(head_dim, eps=eps)  # its weight and bias are γ and β
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x).square()
+
+
+class FeatureMap(NamedTuple):
+    """A kind of feature map, by what it can be told."""
+
+    build: Callable[[int, int], Callable[[Tensor], Tensor]]
+    """Makes the map of [B, T, H, D] from H and D: a function, or a module with parameters of its own."""
+
+    positive: bool
+    """Whether no dot product of two features is negative, so that it may be divided by their sum."""
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "identity": FeatureMap(lambda heads, dim: identity, positive=False),
+    "elu": FeatureMap(lambda heads, dim: elu_plus_one, positive=True),
+    "silu": FeatureMap(lambda heads, dim: F.silu, positive=False),
+    "softmax": FeatureMap(lambda heads, dim: softmax, positive=True),
+    "taylor": FeatureMap(lambda heads, dim: taylor, positive=True),
+    "quadratic": FeatureMap(lambda heads, dim: LearnedQuadratic(dim), positive=True),
+    "hedgehog": FeatureMap(Hedgehog, positive=True),
+    "t2r": FeatureMap(TransformerToRnn, positive=True),
+}
+
+
+def feature_map(name: str) -> FeatureMap:
+    """The feature map called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists the known names.
+    """
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {name!r}; known: {', '.join(sorted(FEATURE_MAPS))}")
+    return FEATURE_MAPS[name]

@@ -22,7 +22,7 @@ class RecurrentMixer(Mixer):
     """
 
     scale: ClassVar[float | None] = None  # of the queries; None: one over the root of their dim
-    normalise: ClassVar[bool] = False  # divide by q·Σk, which one more column of values sums up
+    normalise: bool = False  # divide by q·Σk, which one more column of values sums up
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """Logarithm of the decay, <= 0 and at least fp32: None | [H_kv] | [B, T, H_kv] | [B, T, H_kv, D]."""

@@ -270,6 +270,9 @@ def test_elu_plus_one_keeps_small_values_in_bfloat16() -> None:
         (lambda: Retention(HIDDEN, 4, causal=False), "Retention .* got causal=False"),
         (lambda: Lightning(HIDDEN, 4, causal=False), "Lightning .* got causal=False"),
         (lambda: LinearAttention(HIDDEN, 8, rope_theta=1e4), "even, got 3"),
+        (lambda: LinearAttention(HIDDEN, 4, feature_map="relu"), "'relu'; known: elu, hedgehog"),
+        (lambda: LinearAttention(HIDDEN, 4, feature_map="silu", normalise=True), "got feature_map 'silu'"),
+        (lambda: LinearAttention(HIDDEN, 4, rope_theta=1e4, normalise=True), "rope_theta 10000.0"),
         (lambda: SoftmaxAttention(HIDDEN, 4, window=0), "got 0"),
         (lambda: SoftmaxAttention(HIDDEN, 4, window=8, causal=False), "got 8 and causal=False"),
     ],
@@ -320,7 +323,7 @@ def test_softmax_without_direction_keeps_no_state() -> None:
 
 def test_options_of_a_mixer_are_its_own_keywords() -> None:
     assert Lightning.option_names() == {"slopes"}
-    assert LinearAttention.option_names() == {"rope_theta"}
+    assert LinearAttention.option_names() == {"feature_map", "normalise", "rope_theta"}
     assert Retention.option_names() == {"rope_theta"}
     assert SoftmaxAttention.option_names() == {"rope_theta", "window"}
 

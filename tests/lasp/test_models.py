@@ -62,7 +62,10 @@ def test_pattern_is_repeated_over_the_layers() -> None:
         ({"pattern": ["lightning", "mamba9"]}, "unknown mixer 'mamba9'"),
         ({"mixer": "lightening"}, "known: based, delta_product, "),
         ({"mixer_options": {"lightning": {"slope": 1}}}, "'slope'.*known: \\['slopes'\\]"),
-        ({"mixer_options": {"linear": {"causal": False}}}, "'causal'.*known: \\['rope_theta'\\]"),
+        (
+            {"mixer_options": {"linear": {"causal": False}}},
+            "'causal'.*known: \\['feature_map', 'normalise', 'rope_theta'\\]",
+        ),
         ({"hidden_sise": 3}, "'hidden_sise'"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lasp.kernels import reference
 from lasp.layers import Mixer, mixer_class
-from lasp.layers.features import Hedgehog, LearnedQuadratic, TransformerToRnn, softmax, taylor
+from lasp.layers.features import FEATURE_MAPS, Hedgehog, LearnedQuadratic, TransformerToRnn, softmax, taylor
 
 HIDDEN, HEADS, LENGTH, DIM = 24, 4, 13, 6
 
@@ -125,7 +125,7 @@ def lightnet(mixer: Mixer, x: Tensor) -> Tensor:
     share = mixer.num_heads // mixer.num_kv_heads
     k, v = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)
     o = torch.stack([torch.einsum("bhk,bshk,bshv->bhv", F.silu(q[:, t]), k[:, : t + 1].softmax(1), v[:, : t + 1])
-                     for t in range(LENGTH)], 1)  # fmt: skip
+                     for t in range(x.shape[1])], 1)  # fmt: skip
     return gated(mixer, x, o, F.silu)
 
 
@@ -252,3 +252,43 @@ def test_feature_maps() -> None:
     nn.init.normal_(t2r.bias)
     heads = [(x[:, :, h] @ t2r.weight[h] + t2r.bias[h]).clamp(min=0) for h in range(4)]
     torch.testing.assert_close(t2r(x), torch.stack(heads, 2))
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_linear_attention_takes_any_feature_map(name: str, kv_heads: int) -> None:
+    mixer = make("linear", feature_map=name, num_kv_heads=kv_heads)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64)
+    q = mixer.q_features(project(mixer.q_proj, x))
+    k, v = mixer.k_features(project(mixer.k_proj, x)), project(mixer.v_proj, x)
+    weights = products(mixer, q, k).tril()
+    share = mixer.num_heads // mixer.num_kv_heads
+    o = torch.einsum("bhts,bshd->bthd", weights * q.shape[-1] ** -0.5, v.repeat_interleave(share, 2))
+    o = normed(mixer, o) * mixer.norm.weight
+    torch.testing.assert_close(mixer(x)[0], o.flatten(-2) @ mixer.out_proj.weight.T, rtol=1e-10, atol=1e-10)
+    if not FEATURE_MAPS[name].positive:
+        return
+    assert weights.min() >= 0
+    divided_mixer = make("linear", feature_map=name, num_kv_heads=kv_heads, normalise=True)
+    divided_mixer.load_state_dict(mixer.state_dict(), strict=False)
+    sums = weights.sum(-1, keepdim=True)
+    expected = by_weights(mixer, v, weights / sums.masked_fill(sums == 0, 1))
+    torch.testing.assert_close(divided_mixer(x)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_lightnet_bears_logits_of_any_size() -> None:
+    """Keys that outgrow all before them by e^400, and fade to nothing after them."""
+    mixer, x = make("lightnet").float(), torch.randn(1, 40, HIDDEN, requires_grad=True)
+    with torch.no_grad():
+        mixer.k_proj.weight.mul_(300)
+    y, _ = mixer(x)
+    y.square().sum().backward()
+    exact = make("lightnet")
+    exact.load_state_dict(mixer.state_dict())
+    z = x.detach().double().requires_grad_()
+    reference_y = lightnet(exact, z)
+    reference_y.square().sum().backward()
+    assert (y - reference_y).norm() < 1e-4 * reference_y.norm()
+    assert (x.grad - z.grad).norm() < 1e-3 * z.grad.norm()
