@@ -113,3 +113,30 @@ def test_padding_passes_states_through_ranks(group_of, expected, name, layout) -
 @pytest.mark.parametrize(("layout", "packed"), [("contiguous", False), ("zigzag", True)])
 def test_a_model_is_what_it_is_on_one_device(group_of, expected, name, layout, packed) -> None:
     assert_same(model_results(name, packed, group_of(4, layout)), expected(model_results, name, packed))
+
+
+# How much of A travels with a state of K rows (docs/mixers.md).
+SCALAR, CHANNELS, DENSE = (lambda k: 1), (lambda k: k), (lambda k: k * k)
+TRANSFERS = {"gla": CHANNELS, "hgrn2": CHANNELS, "lightnet": CHANNELS, "mamba2": SCALAR} | dict.fromkeys(
+    ["deltanet", "gated_deltanet", "delta_product", "kda", "mom"], DENSE
+)
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"softmax"}))
+def test_bytes_are_those_of_the_table(group_of, name: str) -> None:
+    group, mixer = group_of(4), mixer_class(name)(HIDDEN, HEADS)
+    _, state = mixer(torch.randn(1, 2, HIDDEN), output_final_state=True)
+    heads, k, v = (state if isinstance(state, Tensor) else state.memory).shape[1:]
+    with lasp.traffic() as ledger:
+        y, _ = mixer(torch.randn(1, 5, HIDDEN, requires_grad=True), position_ids=torch.arange(5)[None], group=group)
+        y.sum().backward()
+    states = {"forward": k * v + TRANSFERS.get(name, lambda k: 0)(k), "backward": k * v}
+    channels = 0 if mixer.short_conv is None else mixer.short_conv.weight.shape[0]
+    neighbours = {"forward": group.rank > 0, "backward": group.rank < 3}
+    for phase in ("forward", "backward"):
+        # A row for LightNet's running sum; three tokens of halo from, and then for, the next rank.
+        rows = k if name == "lightnet" else 0
+        gathered = sum(record.bytes for record in ledger.of(phase) if record.op == "all_gather")
+        halo = sum(record.bytes for record in ledger.of(phase) if record.op == "all_to_all")
+        assert gathered == 4 * 3 * heads * (states[phase] + rows)
+        assert halo == 4 * 3 * channels * neighbours[phase]
