@@ -6,6 +6,7 @@ from lasp.parallel.gradients import data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh
 from lasp.parallel.loss import cross_entropy
 from lasp.parallel.sharding import shard, shard_batch, unshard
+from lasp.wrap.parallelize import parallelize, unparallelize
 
 __all__ = [
     "SequenceGroup",
@@ -15,10 +16,12 @@ __all__ = [
     "delta_rule",
     "init_mesh",
     "linear_attention",
+    "parallelize",
     "shard",
     "shard_batch",
     "softmax_attention",
     "sync_gradients",
     "traffic",
+    "unparallelize",
     "unshard",
 ]

@@ -1,0 +1,1 @@
+"""Foreign models, made sequence-parallel from outside."""
