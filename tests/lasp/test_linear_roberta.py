@@ -93,7 +93,10 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"mixer": "lightning"}, "'lightning' knows only the past.*one of: based, hedgehog, inline, linear, rebased, softmax"),
+        (
+            {"mixer": "lightning"},
+            "'lightning' knows only the past.*one of: based, hedgehog, inline, linear, rebased, softmax",
+        ),
         ({"pattern": ["linear", "retention"]}, "'retention' knows only the past"),
         ({"mixer_options": {"softmax": {"causal": True}}}, "'causal'"),
         ({"pattern": "N", "mixer_options": {"softmax": {"window": 4}}}, "got 4 and causal=False"),
