@@ -100,6 +100,7 @@ class _Prepare:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         lengths = begin_call(group, lambda: _check_inputs(args, kwargs, tokens))()
+        assert tokens is not None, "checked"
         if kwargs.get("cu_seqlens") is None:
             rank = 0 if group is None else group.rank
             pieces = pieces_of(lengths, "contiguous" if group is None else group.layout)
