@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lasp.functional import softmax_attention
-from lasp.parallel.group import SequenceGroup
+from lasp.wrap.wiring import WIRING, LayerCall, check_keywords
 
 NAME = "lasp"  # transformers reads "flash", "sdpa" and "flex" inside a name as more than a name
-WIRING = "_lasp_wiring"
-# Keywords that models hand through and that change nothing of the attention itself.
-_HARMLESS = {
-    "position_ids", "position_embeddings", "use_cache", "num_items_in_batch", "shift_labels",
-    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-}  # fmt: skip
-
-
-class Wiring:
-    """What a parallelised module knows; a deep copy of the module shares the process group, which cannot be copied."""
-
-    def __init__(self, group: SequenceGroup | None, method: str, before: str) -> None:
-        self.group, self.method, self.before = group, method, before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
-        return Wiring(self.group, self.method, self.before)
 
 
 class MaskDescriptor(NamedTuple):
@@ -39,6 +24,7 @@ def describe_mask(*, attention_mask: Tensor | None = None, local_size: int | Non
     return MaskDescriptor(local_size, attention_mask)
 
 
+@torch.compiler.disable
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -52,22 +38,26 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query [B, H, T, D], key and value [B, Hk, T, D] of this rank's tokens; returns [B, T, H, D]."""
-    wiring: Wiring | None = getattr(module, WIRING, None)
-    unknown = sorted(name for name, x in others.items() if x is not None and name not in _HARMLESS)
-    if wiring is None or unknown or dropout or not isinstance(attention_mask, MaskDescriptor):
+    where = type(module).__name__
+    if not hasattr(module, WIRING):
+        raise ValueError(f"{where} was not there when lasp.parallelize wired the model")
+    check_keywords(where, others)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if dropout or not causal or not isinstance(attention_mask, MaskDescriptor):
         raise ValueError(
-            f"{type(module).__name__}: lasp attention needs a parallelised module (is: {wiring is not None}), "
-            f"dropout 0 (is {dropout}), a 2-D attention_mask or none ({type(attention_mask).__name__}) "
-            f"and no other keywords {unknown}"
+            f"{where}: lasp attention needs a 2-D attention_mask or none (is {type(attention_mask).__name__}), "
+            f"dropout 0 (is {dropout}) and causal attention (is {causal})"
         )
     if sliding_window not in (None, attention_mask.window):
-        raise ValueError(f"sliding_window={sliding_window}, but the mask has a window of {attention_mask.window}")
+        raise ValueError(f"{where}: sliding_window={sliding_window}, but its mask has {attention_mask.window}")
+    call = LayerCall.of(module, cu_seqlens)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     output = softmax_attention(
         q, k, v, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux,
-        key_mask=attention_mask.key_mask, cu_seqlens=cu_seqlens, group=wiring.group, method=wiring.method,
+        key_mask=attention_mask.key_mask, method=call.wiring.method, **call.sequence,
     )  # fmt: skip
     return output, None

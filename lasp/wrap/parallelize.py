@@ -3,66 +3,88 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
-from lasp.parallel.layout import pieces_of
-from lasp.parallel.loss import cross_entropy
-from lasp.wrap.attention import NAME, WIRING, Wiring, attention, describe_mask
+from lasp.parallel.scan import check_scan
+from lasp.wrap.attention import NAME, attention, describe_mask
+from lasp.wrap.model import Loss, balance, prepare
+from lasp.wrap.modules import METHODS
+from lasp.wrap.recurrences import FUNCTIONS
 from lasp.wrap.refusal import check_model
+from lasp.wrap.swap import Function, calls, rebind, restore, swap
+from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
 
 def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "auto", scan: str = "auto") -> Any:
     """Make a model take this rank's part of every sequence (`lasp.shard_batch`); in place, this instance only.
 
-    attention: method of `softmax_attention`. scan: of recurrences, which are all refused for now. The model's loss is
-    the whole sequence's mean, with the gradient of this rank's part: see `lasp.sync_gradients`. Documents come as
-    cu_seqlens and are isolated. Raises ValueError for a model not known to be exact.
+    attention: method of `softmax_attention`. scan: of `linear_attention` and `delta_rule`, for recurrences. The model's
+    loss is the whole sequence's mean, with the gradient of this rank's part: see `lasp.sync_gradients`. Documents come
+    as cu_seqlens and are isolated, also where transformers lets them leak. Returns the model. Raises ValueError for a
+    model not known to be exact (docs/models.md), naming the modules.
     """
-    if hasattr(model, WIRING):
+    target = base_model(model)
+    if hasattr(target, WIRING):
         raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
-    if scan != "auto":
-        raise ValueError(f"scan={scan!r} is for recurrences, and models with any are refused")
-    check_model(model)
-    before = model.config._attn_implementation
-    _own_config(model)
-    _register()
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise ValueError(f"{type(model).__name__} did not switch its attention: it does not call the registry")
-    wiring = Wiring(group, attention, before)
-    for module in model.modules():
-        if module is model or type(module).__name__.endswith("Attention"):
-            setattr(module, WIRING, wiring)
-    model.loss_function = _Loss(wiring)
-    model.register_forward_pre_hook(_Prepare(), with_kwargs=True)
+    check_scan(scan)
+    check_model(target)
+    wire(target, group, attention, scan)
     return model
 
 
 def unparallelize(model: Any) -> Any:
     """Undo `parallelize`. Raises ValueError for a model that is not parallelised."""
-    if not hasattr(model, WIRING):
+    target = base_model(model)
+    if not hasattr(target, WIRING):
         raise ValueError("the model is not parallelised")
-    model.set_attn_implementation(getattr(model, WIRING).before)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Prepare):
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    del model._loss_function
-    for module in model.modules():
+    before = getattr(target, WIRING).before
+    if target.config._attn_implementation != before:
+        target.set_attn_implementation(before)
+    del target._loss_function
+    for module in target.modules():
+        restore(module)
         module.__dict__.pop(WIRING, None)
     return model
 
 
-def _register() -> None:
+def base_model(model: Any) -> Any:
+    """The model inside a wrapper of peft, which calls its `forward` and not the module."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> None:
+    """`parallelize` without asking whether the model is known."""
+    wiring = Wiring(group, attention, scan, model.config._attn_implementation)
+    _own_config(model)
+    _switch_attention(model)
+    for module in model.modules():
+        module.__dict__[WIRING] = wiring
+    for module in list(model.modules()):
+        if module is not model:
+            _swap_functions(module)
+            _swap_methods(module)
+            _swap_rotation(module)
+    model.loss_function = Loss(wiring)
+    _swap_forward(model)
+
+
+def _switch_attention(model: Any) -> None:
+    """Softmax attention goes through the registry, and masks come as descriptions."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, describe_mask)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(f"{type(model).__name__} did not switch its attention: it does not call the registry")
 
 
 def _own_config(model: Any) -> None:
@@ -73,57 +95,62 @@ def _own_config(model: Any) -> None:
             module.config = copies.setdefault(id(module.config), copy.deepcopy(module.config))
 
 
-class _Loss:
-    """The model's loss function: the targets come shifted."""
-
-    def __init__(self, wiring: Wiring) -> None:
-        self.wiring = wiring
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        assert shift_labels is not None, "checked before the forward"
-        return cross_entropy(logits, shift_labels, group=self.wiring.group, num_items=num_items_in_batch)
+def _swap_functions(module: nn.Module) -> None:
+    """Methods that call a known recurrence call ours."""
+    for method, original, names in calls(module, FUNCTIONS):
+        swap(module, method, _with_functions(original, {name: FUNCTIONS[name] for name in names}))
 
 
-class _Prepare:
-    """Before the forward: what would be silently wrong is an error on every rank; positions are global."""
+def _with_functions(original: Any, functions: Mapping[str, Function]) -> Function:
+    @torch.compiler.disable
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = LayerCall.of(self, kwargs.pop("cu_seqlens", None))
+        own = rebind(original, {name: partial(function, call) for name, function in functions.items()})
+        return own(self, *args, **kwargs)
 
-    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        group = getattr(model, WIRING).group
-        tokens = args[0] if args else kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        lengths = begin_call(group, lambda: _check_inputs(args, kwargs, tokens))()
-        assert tokens is not None, "checked"
-        if kwargs.get("cu_seqlens") is None:
-            rank = 0 if group is None else group.rank
-            pieces = pieces_of(lengths, "contiguous" if group is None else group.layout)
-            own = torch.cat([torch.arange(p.start, p.stop) for p in pieces if p.rank == rank]).to(tokens.device)
-            begin_call(group, lambda: _check_positions(kwargs.get("position_ids"), own))()
-            kwargs["position_ids"] = own.unsqueeze(0)
-        return args, kwargs | {"use_cache": False}
+    return run
 
 
-def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> Arguments:
-    if tokens is None or len(args) > 1:
-        raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
-    if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
-        raise ValueError("labels without shift_labels lose the target at each border: use lasp.shard_batch")
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError("a parallelised model takes no past_key_values: call lasp.unparallelize to generate")
-    if kwargs.get("cu_seqlens") is not None and kwargs.get("position_ids") is None:
-        raise ValueError("cu_seqlens need position_ids of each document: use lasp.shard_batch")
-    fields = {"batch": tokens.shape[0], "labels": kwargs.get("labels") is not None}
-    return Arguments(fields | {"documents": kwargs.get("cu_seqlens") is not None}, tokens.shape[1])
+def _swap_methods(module: nn.Module) -> None:
+    """Modules that mix tokens in code of their own get a method of ours."""
+    for path, function in METHODS.get(type(module).__name__, {}).items():
+        *child, method = path.split(".")
+        swap(module.get_submodule(".".join(child)), method, _with_call(function))
 
 
-def _check_positions(given: Tensor | None, own: Tensor) -> Arguments:
-    if given is not None and not (given == own).all():
-        raise ValueError("position_ids must count the whole sequence; packed documents need their cu_seqlens")
-    return Arguments({}, len(own))
+def _with_call(function: Function) -> Function:
+    @torch.compiler.disable
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(LayerCall.of(self, kwargs.pop("cu_seqlens", None)), self, *args, **kwargs)
+
+    return run
+
+
+def _swap_rotation(module: Any) -> None:
+    """RoPE whose frequencies depend on the longest position sees that of the whole sequence."""
+    kinds = getattr(module, "rope_type", None)
+    if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+        return
+    original = type(module).forward
+
+    def run(self: nn.Module, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        wiring: Wiring = getattr(self, WIRING)
+        if wiring.packed:
+            raise ValueError(f"rope_type {kinds!r} depends on one length, and packed documents have several")
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), wiring.length - 1)
+        rotations = original(self, x, torch.cat([position_ids, last], -1), *args, **kwargs)
+        return tuple(rotation[:, :-1] for rotation in rotations)
+
+    swap(module, "forward", run)
+
+
+def _swap_forward(model: Any) -> None:
+    original = type(model).forward
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wiring: Wiring = getattr(self, WIRING)
+        kwargs = prepare(self, wiring, args, kwargs)
+        call = LayerCall(wiring, kwargs.get("cu_seqlens"))
+        return rebind(original, {"load_balancing_loss_func": partial(balance, call)})(self, *args, **kwargs)
+
+    swap(model, "forward", run)

@@ -60,13 +60,80 @@ def test_bad_inputs(config: Any, inputs: dict[str, Any], message: str) -> None:
         model(IDS, **inputs)
 
 
+class Mean(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1, keepdim=True).expand_as(x)
+
+
 def test_unknown_models_are_refused() -> None:
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="MambaMixer"):
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4))
+    with pytest.raises(ValueError, match="BloomAttention"):
         lasp.parallelize(model, None)
 
 
-def test_rope_of_the_local_length_is_refused(config: Any) -> None:
+@pytest.mark.parametrize(
+    "module", [Mean(), torch.nn.Conv1d(32, 32, 3), torch.nn.GRU(32, 32), torch.nn.MultiheadAttention(32, 4)]
+)
+def test_foreign_modules_are_refused(config: Any, module: torch.nn.Module) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    model.model.layers[0].mlp = module
+    with pytest.raises(ValueError, match=rf"model\.layers\.0\.mlp \({type(module).__name__}\)"):
+        lasp.parallelize(model, None)
+
+
+def test_token_wise_modules_are_not(config: Any) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    model.model.layers[0].mlp = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.SiLU(), torch.nn.Linear(48, 32))
+    before = model(IDS).logits
+    torch.testing.assert_close(lasp.parallelize(model, None)(IDS).logits, before)
+
+
+def test_wrong_class_and_kernels_are_refused(config: Any) -> None:
+    with pytest.raises(ValueError, match="causal language models"):
+        lasp.parallelize(transformers.LlamaForSequenceClassification(config), None)
+    model = transformers.LlamaForCausalLM(config)
+    model._use_kernels = True
+    with pytest.raises(ValueError, match="use_kernels"):
+        lasp.parallelize(model, None)
+
+
+def test_recurrences_of_one_instance_only() -> None:
+    """Restored, copied, and a second instance of the class untouched."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    model, other = (transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)) for _ in range(2))
+    before = model(IDS).logits
+    lasp.parallelize(model, None)
+    assert "forward" in vars(model.backbone.layers[0].mixer)
+    assert "forward" not in vars(other.backbone.layers[0].mixer)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.backbone.layers[0].mixer.D.zero_()
+    torch.testing.assert_close(model(IDS).logits, before)
+    assert (twin(IDS).logits - before).abs().max() > 1e-6
+    lasp.unparallelize(model)
+    assert "forward" not in vars(model)
+    assert "forward" not in vars(model.backbone.layers[0].mixer)
+    torch.testing.assert_close(model(IDS).logits, before)
+
+
+def test_documents_that_do_not_reach_a_mixer_are_refused() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    model = lasp.parallelize(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)), None)
+    batch = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 7, 20])}, None)
+    with pytest.raises(ValueError, match="cu_seqlens on to MambaMixer"):
+        model(**batch)
+
+
+def test_rope_of_one_length_takes_no_documents(config: Any) -> None:
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = lasp.parallelize(transformers.LlamaForCausalLM(config), None)
+    batch = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 7, 20])}, None)
     with pytest.raises(ValueError, match="dynamic"):
-        lasp.parallelize(transformers.LlamaForCausalLM(config), None)
+        model(**batch)
+
+
+def test_compiled(config: Any) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    before = model(IDS).logits
+    compiled = torch.compile(lasp.parallelize(model, None), backend="eager")
+    torch.testing.assert_close(compiled(input_ids=IDS).logits, before)

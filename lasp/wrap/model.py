@@ -1,0 +1,112 @@
+"""What belongs to a whole Hugging Face model: its inputs, its positions, its loss and its routers' balance."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.parallel import collectives
+from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.layout import pieces_of
+from lasp.parallel.loss import cross_entropy
+from lasp.wrap.wiring import LayerCall, Wiring
+
+
+class Loss:
+    """The model's loss function: the targets come shifted."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        assert shift_labels is not None, "checked before the forward"
+        return cross_entropy(logits, shift_labels, group=self.wiring.group, num_items=num_items_in_batch)
+
+
+@torch.compiler.disable
+def balance(
+    call: LayerCall,
+    gate_logits: tuple[Tensor, ...] | None,
+    num_experts: int,
+    top_k: int = 2,
+    attention_mask: Tensor | None = None,
+) -> Tensor | int:
+    """`load_balancing_loss_func` over the whole sequence (Switch Transformers, arXiv:2101.03961, equations 4 to 6).
+
+    gate_logits: per layer [B·T, experts]; attention_mask [B, T]. The same value on every rank, with the gradient of
+    this rank's tokens.
+    """
+    if not isinstance(gate_logits, tuple):
+        return 0
+    logits = torch.stack([layer.to(gate_logits[0].device) for layer in gate_logits])
+    probabilities = logits.softmax(-1)
+    chosen = F.one_hot(probabilities.topk(top_k, -1).indices, num_experts).sum(-2)
+    counted = torch.ones_like(logits[..., :1]) if attention_mask is None else attention_mask.reshape(1, -1, 1)
+    counted = counted.expand_as(logits[..., :1]).double()
+    own = (probabilities * counted).sum((0, 1))
+    sums = torch.cat([own.detach().double(), (chosen * counted).sum((0, 1)), counted.sum().view(1)])
+    if call.wiring.group is not None:
+        sums = collectives.all_reduce(sums, call.wiring.group.process_group, "forward").wait()
+    shares, tokens = (sums[:-1] / sums[-1]).chunk(2)
+    own = own / sums[-1]
+    whole = (shares + (own - own.detach())) * tokens
+    return (num_experts * whole.sum()).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.compiler.disable
+def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords for a model's forward: what would be silently wrong is an error on every rank; positions are global.
+
+    Raises ValueError for what `lasp.shard_batch` would not have made.
+    """
+    group = wiring.group
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    lengths = begin_call(group, lambda: _check_inputs(args, kwargs, tokens))()
+    assert tokens is not None, "checked"
+    wiring.packed, wiring.length = kwargs.get("cu_seqlens") is not None, sum(lengths)
+    if not wiring.packed:
+        rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
+        own = torch.cat([torch.arange(p.start, p.stop) for p in pieces_of(lengths, layout) if p.rank == rank])
+        own = own.to(tokens.device)
+        begin_call(group, lambda: _check_positions(kwargs.get("position_ids"), own))()
+        kwargs["position_ids"] = own.unsqueeze(0)
+    parameters = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in parameters:
+        kwargs.pop("position_ids", None)
+    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        kwargs["use_cache"] = False
+    return kwargs
+
+
+def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> Arguments:
+    if tokens is None or len(args) > 1:
+        raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
+    if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
+        raise ValueError("labels without shift_labels lose the target at each border: use lasp.shard_batch")
+    for cache in ("past_key_values", "cache_params", "state"):
+        if kwargs.get(cache) is not None:
+            raise ValueError(f"a parallelised model takes no {cache}: call lasp.unparallelize to generate")
+    if kwargs.get("cu_seqlens") is not None and kwargs.get("position_ids") is None:
+        raise ValueError("cu_seqlens need position_ids of each document: use lasp.shard_batch")
+    fields = {"batch": tokens.shape[0], "labels": kwargs.get("labels") is not None}
+    return Arguments(fields | {"documents": kwargs.get("cu_seqlens") is not None}, tokens.shape[1])
+
+
+def _check_positions(given: Tensor | None, own: Tensor) -> Arguments:
+    if given is not None and not (given == own).all():
+        raise ValueError("position_ids must count the whole sequence; packed documents need their cu_seqlens")
+    return Arguments({}, len(own))
