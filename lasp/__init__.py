@@ -6,6 +6,7 @@ from lasp.parallel.gradients import data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh
 from lasp.parallel.loss import cross_entropy
 from lasp.parallel.sharding import shard, shard_batch, unshard
+from lasp.verify import verify
 from lasp.wrap.parallelize import parallelize, unparallelize
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "traffic",
     "unparallelize",
     "unshard",
+    "verify",
 ]

@@ -145,19 +145,30 @@ def in_double(folder: str) -> ModuleType:
     return twin
 
 
-def make(name: str, seed: int = 0) -> Any:
+def make(name: str) -> Any:
     """A model of a family with random weights, in fp64 throughout, as in training."""
     family = FAMILIES[name]
-    options = {key: value for key, value in (_BASE | family.options).items() if value is not None}
-    config = getattr(transformers, (family.config or family.prefix) + "Config")(**options)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # tables made at the start too
     try:
-        torch.manual_seed(seed)
-        model = getattr(in_double(family.folder), family.prefix + "ForCausalLM")(config)
+        torch.manual_seed(0)
+        model = getattr(in_double(family.folder), family.prefix + "ForCausalLM")(configuration(name)).double()
     finally:
         torch.set_default_dtype(default)
-    model = model.double().train()
-    for parameter in model.parameters():  # a bias of 0 or a gate of 1 would hide mistakes
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() < 2 and not parameter.any() else None
-    return model
+    for parameter in model.parameters():  # a bias of 0 would hide mistakes
+        if parameter.dim() < 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+def make_single(name: str) -> Any:
+    """The library's own model in fp32."""
+    torch.manual_seed(0)
+    return getattr(transformers, FAMILIES[name].prefix + "ForCausalLM")(configuration(name))
+
+
+def configuration(name: str) -> Any:
+    """The tiny configuration of a family."""
+    family = FAMILIES[name]
+    options = {key: value for key, value in (_BASE | family.options).items() if value is not None}
+    return getattr(transformers, (family.config or family.prefix) + "Config")(**options)

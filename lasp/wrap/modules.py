@@ -95,7 +95,7 @@ def wkv(
     state: None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, None]:
-    """`rwkv_linear_attention` (RWKV-4, arXiv:2305.13048, equation 16); time_decay, time_first [D], key, value [B, T, D].
+    """`rwkv_linear_attention` (RWKV-4, arXiv:2305.13048, eq. 16); time_decay, time_first [D], key, value [B, T, D].
 
     With `z_t = log sum_{i <= t} exp(k_i - (t - i)·w)` the numerator over the denominator is a running mean `m` whose
     decay `exp(z_{t-1} - w - z_t)` and input `exp(k_t - z_t)` sum to 1; the token itself joins with its bonus.
