@@ -20,6 +20,7 @@ test-distributed: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(PYTHON) -m pytest tests --ignore tests/distributed -m slow
+	$(MPIRUN) $(PYTHON) -m pytest tests/distributed --with-mpi -m slow -p no:cacheprovider --color=no
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff format --check .

@@ -10,12 +10,21 @@ from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
 from lasp.wrap.swap import calls
 
-# Folders of transformers/models whose causal language models the tests compare.
+# Folders of transformers/models; `make test-slow` compares the causal language models of each with one device.
 VERIFIED = (
-    "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "gemma2", "gemma3", "gpt_oss", "granitemoehybrid", "jamba",
-    "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "llama", "mamba", "mamba2", "minimax", "mistral", "mixtral",
-    "nemotron_h", "olmo_hybrid", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
-    "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya",
+    "afmoe", "apertus", "arcee", "aria", "axk1", "bailing_hybrid", "bamba", "beam", "bert", "bert_generation",
+    "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3",
+    "diffllama", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1",
+    "falcon_mamba", "flex_olmo", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "glm", "glm4",
+    "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa",
+    "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jamba", "jetmoe", "kimi_linear",
+    "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama", "longcat_flash", "mamba", "mamba2", "mellum",
+    "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "minimax_m3_vl", "ministral", "ministral3", "mistral",
+    "mixtral", "modernbert_decoder", "moshi", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3",
+    "olmo_hybrid", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5",
+    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "recurrent_gemma", "roc_bert", "rwkv", "seed_oss", "smollm3",
+    "solar_open", "stablelm", "starcoder2", "vaultgemma", "xlstm", "youtu", "zamba", "zamba2", "zaya",
 )  # fmt: skip
 # Modules of torch that treat every token by itself.
 _TOKENWISE = {
@@ -30,12 +39,13 @@ def check_model(model: Any) -> None:
     """Raises ValueError where the model, a module in it or an option of it is not known to be exact."""
     name, folder = type(model).__name__, family(model)
     if folder not in VERIFIED:
+        own = sorted({type(m).__name__ for m in model.modules() if not _tokenwise(type(m))} - {name})
         raise ValueError(
-            f"{name} ({type(model).__module__}) is not verified: one of its modules may mix tokens unseen: "
-            f"{', '.join(sorted({type(m).__name__ for m in model.modules()}))}. Verified are {', '.join(VERIFIED)}. "
-            "It needs an adapter in lasp/wrap where it mixes tokens, a line in lasp/wrap/refusal.py, and lasp.verify"
+            f"{name} ({type(model).__module__}) is not verified: of its modules {', '.join(own)} any may mix tokens "
+            "unseen. docs/models.md lists what is. It needs an adapter in lasp/wrap where it mixes tokens, a line in "
+            "lasp/wrap/refusal.py, and lasp.verify"
         )
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+    if name not in _causal_language_models():
         raise ValueError(f"{name}: only causal language models are sequence-parallel")
     foreign = [f"{path} ({type(m).__qualname__})" for path, m in model.named_modules() if not _known(model, path, m)]
     if foreign:
@@ -47,6 +57,12 @@ def check_model(model: Any) -> None:
         raise ValueError("use_kernels=True replaces whole modules; load the model without it")
 
 
+def _causal_language_models() -> set[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
 def family(module: Any) -> str | None:
     """The folder of transformers/models that a module's class comes from."""
     parts = type(module).__module__.split(".")
@@ -55,13 +71,15 @@ def family(module: Any) -> str | None:
 
 def _known(model: nn.Module, path: str, module: nn.Module) -> bool:
     cls = type(module)
-    if family(module) == family(model) or cls in _TOKENWISE:
+    if family(module) == family(model) or _tokenwise(cls):
         return "Indexer" not in cls.__name__
-    if cls not in _MIXING and cls.__module__.startswith(_TRUSTED):
-        return True
     # Convolutions and the like belong to the mixer around them, if that is one that we know.
     mixer = model.get_submodule(path.rpartition(".")[0])
     return cls.__module__.startswith("torch.nn.") and mixes_known(mixer) and family(mixer) == family(model)
+
+
+def _tokenwise(cls: type) -> bool:
+    return cls in _TOKENWISE or (cls not in _MIXING and cls.__module__.startswith(_TRUSTED))
 
 
 def mixes_known(module: nn.Module) -> bool:

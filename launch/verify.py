@@ -1,0 +1,104 @@
+"""`lasp verify`: a tiny model of the same kind as a given one, on the ranks of this machine and on one."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lasp.launch.cli import USER_ERROR, print_error
+from lasp.launch.torchrun import launched_rank, run_ranks
+from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
+from lasp.verify import Report, compare
+from lasp.wrap.parallelize import parallelize
+from lasp.wrap.shrink import shrink
+
+# More would mean that `shrink` does not know how this kind names its sizes.
+MOST_PARAMETERS = 20_000_000
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 where the model is parallel and exact, 1 where it is not, 2 where it is refused or unknown."""
+    options = _parser().parse_args(argv)
+    if options.sp < 1 or options.seq_len < options.sp:
+        print_error(f"--sp must be at least 1 and --seq-len at least --sp, got {options.sp} and {options.seq_len}")
+        return USER_ERROR
+    if launched_rank() is None:
+        return run_ranks("lasp.launch.verify", argv, options.sp)
+    _quiet()
+    group = SequenceGroup.from_mesh(init_mesh(sp=options.sp, device="cpu"), layout=options.layout)
+    try:
+        report = probe(options.model, group, options.seq_len)
+    except ValueError as error:
+        if group.rank == 0:
+            print_error(str(error))
+        return USER_ERROR
+    finally:
+        shutdown()
+    if group.rank == 0:
+        print(report)
+    return 0 if report.exact else 1
+
+
+def _quiet() -> None:
+    """Without the notes of every rank that transformers falls back to slower code, which is then replaced.
+
+    flash-linear-attention raises without a GPU, and transformers calls it wherever it is installed.
+    """
+    if not torch.cuda.is_available():
+        sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def probe(name: str, group: SequenceGroup, seq_len: int) -> Report:
+    """The report on a tiny model of a kind. Raises ValueError where it is unknown, cannot be made, or is refused."""
+    plain = tiny_model(configuration(name))
+    own = parallelize(copy.deepcopy(plain), group)
+    return compare(plain, own, group, seq_len)
+
+
+def configuration(name: str) -> Any:
+    """The configuration of a folder or a hub's id, or the default one of a model type ("qwen3_next")."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    known = name in CONFIG_MAPPING and not Path(name).exists()
+    try:
+        return CONFIG_MAPPING[name]() if known else AutoConfig.from_pretrained(name)
+    except Exception as error:  # every kind has its own ways to reject what it reads
+        raise ValueError(f"{name!r}: no model type of transformers, or no valid configuration: {error}") from error
+
+
+def tiny_model(config: Any) -> Any:
+    """A causal language model of `shrink`'s configuration, the same on every rank, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        small = shrink(config)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"a tiny one has {size} parameters")
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(small, attn_implementation="eager").float()
+    except Exception as error:  # every kind has its own ways to reject sizes that do not fit
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot make a tiny {config.model_type} ({told}): try lasp.verify on one of yours") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lasp verify", description=__doc__)
+    parser.add_argument("model", help="a folder, an id of the Hugging Face hub, or a model type; weights are not read")
+    parser.add_argument("--sp", type=int, default=2, help="ranks that share the sequence")
+    parser.add_argument("--seq-len", type=int, default=64, help="tokens over all ranks")
+    parser.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
