@@ -2,7 +2,7 @@
 
 from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.parallel.collectives import traffic
-from lasp.parallel.gradients import data_parallel, sync_gradients
+from lasp.parallel.gradients import clip_grad_norm_, data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh
 from lasp.parallel.loss import cross_entropy
 from lasp.parallel.sharding import shard, shard_batch, unshard
@@ -12,6 +12,7 @@ from lasp.wrap.parallelize import parallelize, unparallelize
 __all__ = [
     "SequenceGroup",
     "causal_conv1d",
+    "clip_grad_norm_",
     "cross_entropy",
     "data_parallel",
     "delta_rule",

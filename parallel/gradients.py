@@ -1,7 +1,8 @@
-"""Parameter gradients: summed over the ranks of a sequence, averaged over data-parallel replicas."""
+"""Parameter gradients: summed over the ranks of a sequence, averaged over data-parallel replicas; and their norm."""
 
 import inspect
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,6 +62,28 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> 
 
     wrapped.register_comm_hook(None, sum_then_average)
     return wrapped
+
+
+def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, group: SequenceGroup | None = None) -> Tensor:
+    """Scale the gradients so that the 2-norm of all of them together is at most `max_norm`; returns what it was.
+
+    model: a module, or its parameters. It comes after `sync_gradients`, or after the backward of a `data_parallel`
+    model; FSDP2's sharded gradients count whole. The norm is a scalar, the same on every rank. Raises ValueError on
+    every rank where the ranks' norms differ: a rank's own part of a gradient has a norm of its own. A group without
+    checks sends nothing and trusts.
+    """
+    parameters = list(model.parameters() if isinstance(model, nn.Module) else model)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
+    if group is not None and group.checks and parameters:
+        sent = norm.detach().to(parameters[0].device, torch.float64)
+        norms = collectives.all_gather(sent, _gradient_group(group)[0], "control").wait()
+        if norms.max() - norms.min() > 1e-3 * norms.max():
+            told = ", ".join(f"{value:.4g}" for value in norms.tolist())
+            raise ValueError(f"the gradients of the ranks have norms {told}: lasp.sync_gradients comes before clipping")
+        norm = norms.max().to(norm.dtype)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def _gradient_group(group: SequenceGroup) -> tuple[dist.ProcessGroup, int]:

@@ -96,3 +96,21 @@ def test_data_parallel_gives_the_same_by_itself(world, dp: int, sp: int) -> None
     assert torch.equal(wrapped.bias.grad, plain.bias.grad)
     with pytest.raises(ValueError, match="kind must be 'ddp', got 'magic'"):
         lasp.data_parallel(nn.Linear(2, 2), group, kind="magic")
+
+
+def test_clipping_goes_by_the_norm_of_the_whole_gradient(world) -> None:
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, dp=2, device="cpu"))
+    inputs = torch.randn(4, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model, whole = Model(), Model()
+    (sum(whole(x) for x in inputs) / 2).backward()
+    expected = nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
+    model(inputs[world.rank]).backward()
+    with pytest.raises(ValueError, match=r"norms .*: lasp\.sync_gradients comes before clipping"):
+        lasp.clip_grad_norm_(model, 0.5, group)
+    lasp.sync_gradients(model, group)
+    norm = lasp.clip_grad_norm_(model.parameters() if world.rank else model, 0.5, group)
+    torch.testing.assert_close(norm, expected)
+    assert len(set(world.allgather(norm.item()))) == 1
+    torch.testing.assert_close(model.weight.grad, whole.weight.grad)
+    assert lasp.clip_grad_norm_(model, 1e9) <= 0.5 + 1e-6  # and small ones stay
+    torch.testing.assert_close(model.weight.grad, whole.weight.grad)
