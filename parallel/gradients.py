@@ -2,12 +2,13 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
@@ -47,12 +48,21 @@ def sync_gradients(model: nn.Module, group: SequenceGroup) -> None:
 
 
 def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> nn.Module:
-    """Wrap a model so that backward itself sums gradients over sp and averages them over dp.
+    """Make backward itself sum gradients over sp and average them over dp; call the module that comes back.
 
-    kind: "ddp" (DistributedDataParallel over the mesh's dp x sp ranks). Raises ValueError for a kind not built yet.
+    kind: "ddp" wraps the model in DistributedDataParallel; "fsdp2" shards its parameters in place over the mesh's
+    dp x sp ranks, one unit per entry of its outermost module lists (the layers) and one for the rest. In both, a rank
+    whose tokens miss a parameter that others use (an expert) is a case for `sync_gradients`; fsdp2 takes it from torch
+    2.13 on. Raises ValueError for another kind.
     """
-    if kind != "ddp":
-        raise ValueError(f"kind must be 'ddp', got {kind!r}")
+    if kind == "ddp":
+        return _replicate(model, group)
+    if kind == "fsdp2":
+        return _fully_shard(model, group)
+    raise ValueError(f"kind must be 'ddp' or 'fsdp2', got {kind!r}")
+
+
+def _replicate(model: nn.Module, group: SequenceGroup) -> nn.Module:
     process_group, replicas = _gradient_group(group)
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, **_KEEP_BUFFERS)
 
@@ -62,6 +72,26 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: str = "ddp") -> 
 
     wrapped.register_comm_hook(None, sum_then_average)
     return wrapped
+
+
+def _fully_shard(model: nn.Module, group: SequenceGroup) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+
+    process_group, replicas = _gradient_group(group)
+    mesh = DeviceMesh.from_group(process_group, next(model.parameters()).device.type)
+    for module in [*_outermost_layers(model), model]:
+        unit = fully_shard(module, mesh=mesh)
+        unit.set_gradient_divide_factor(replicas)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no average, and no product before a sum
+        if hasattr(unit, "set_reduce_scatter_unused_params"):
+            unit.set_reduce_scatter_unused_params(True, recurse=False)
+    return model
+
+
+def _outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The entries of module lists that are in no other list: layers, but not the experts inside them."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _outermost_layers(child)
 
 
 def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, group: SequenceGroup | None = None) -> Tensor:

@@ -94,7 +94,7 @@ def test_data_parallel_gives_the_same_by_itself(world, dp: int, sp: int) -> None
     parallel(inputs[world.rank]).square().sum().backward()
     assert torch.equal(wrapped.weight.grad, plain.weight.grad)
     assert torch.equal(wrapped.bias.grad, plain.bias.grad)
-    with pytest.raises(ValueError, match="kind must be 'ddp', got 'magic'"):
+    with pytest.raises(ValueError, match="kind must be 'ddp' or 'fsdp2', got 'magic'"):
         lasp.data_parallel(nn.Linear(2, 2), group, kind="magic")
 
 

@@ -1,0 +1,109 @@
+"""Data x sequence parallel, 2 x 2: the curve of one process, whoever reduces the gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+import lasp
+from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
+from tests.distributed.test_wrap_attention import make
+
+pytestmark = pytest.mark.mpi
+IDS = torch.randint(97, (5, 2, 37), generator=torch.Generator().manual_seed(0))  # five steps of two sequences
+
+
+def linear_llama() -> nn.Module:
+    torch.manual_seed(0)
+    mixers = ["gla", "softmax"]
+    config = LinearLlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, mixers=mixers
+    )
+    return LinearLlamaForCausalLM(config).double()
+
+
+@pytest.fixture
+def group(world) -> lasp.SequenceGroup:
+    return lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, dp=2, device="cpu"))
+
+
+def curve(model: nn.Module, loss_of: Callable[[Tensor], Tensor], after: Callable[[], None] = lambda: None) -> list[Any]:
+    """Losses and gradient norms of five steps, clipped."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen = []
+    for ids in IDS:
+        loss = loss_of(ids)
+        optimizer.zero_grad()
+        loss.backward()
+        after()
+        norm = lasp.clip_grad_norm_(model, 0.5)
+        optimizer.step()
+        seen.append((loss.item(), norm.item()))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["LinearLlama", "Llama"])
+def test_has_the_curve_of_one_process(world, group: lasp.SequenceGroup, name: str, kind: str) -> None:
+    model = linear_llama() if name == "LinearLlama" else make("Llama")
+    own = copy.deepcopy(model)
+
+    def whole_loss(ids: Tensor) -> Tensor:  # transformers would compute it in fp32
+        return lasp.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+
+    expected = curve(model, whole_loss)
+    options = {"group": group} if name == "LinearLlama" else {}
+    own = own if options else lasp.parallelize(own, group)
+    parallel = own if kind == "plain" else lasp.data_parallel(own, group, kind)
+    replica = slice(world.rank // 2, world.rank // 2 + 1)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        batch = {"input_ids": ids[replica], "labels": ids[replica]}
+        return parallel(**lasp.shard_batch(batch, group), **options).loss
+
+    seen = curve(own, loss_of, lambda: lasp.sync_gradients(own, group) if kind == "plain" else None)
+    losses = torch.tensor(world.allgather([loss for loss, _ in seen]), dtype=torch.float64)
+    assert torch.equal(losses[0::2], losses[1::2])  # the ranks of a sequence know its loss
+    assert losses.mean(0).tolist() == pytest.approx([loss for loss, _ in expected], abs=1e-9)
+    assert [norm for _, norm in seen] == pytest.approx([norm for _, norm in expected], abs=1e-9)
+    for parameter, trained in zip(own.parameters(), model.parameters(), strict=True):
+        whole = parameter.full_tensor() if kind == "fsdp2" else parameter
+        torch.testing.assert_close(whole, trained, rtol=0, atol=1e-9)
+    assert kind != "fsdp2" or own.lm_head.weight.to_local().numel() < model.lm_head.weight.numel()
+
+
+class Layer(nn.Module):
+    """What every token passes, and an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.expert = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, routed: bool) -> Tensor:
+        return self.dense(x) + (self.expert(x) if routed else 0)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x: Tensor, routed: bool) -> Tensor:
+        return self.layers[1](self.layers[0](x, True), routed).square().sum()
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="torch before 2.13")
+def test_an_expert_that_some_ranks_miss_is_reduced_by_all(world, group: lasp.SequenceGroup) -> None:
+    inputs = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(1))
+    whole, own = Mixture(), lasp.data_parallel(Mixture(), group, "fsdp2")
+    (sum(whole(x, rank == 3) for rank, x in enumerate(inputs)) / 2).backward()
+    own(inputs[world.rank], world.rank == 3).backward()
+    for parameter, expected in zip(own.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad)
