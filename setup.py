@@ -5,10 +5,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["transformers>=5.20", "safetensors", "tokenizers", "jsonargparse", "toml", "matplotlib"]
-HF = ["transformers>=5.20"]
+HF = ["transformers>=5.20", "accelerate"]
 DEEPSPEED = ["deepspeed"]
 BENCH = [*HF, "ring-attention-pytorch"]
-TEST = ["pytest", "pytest-timeout", "pytest-mpi", "mpi4py", "openmpi; sys_platform == 'linux'", "setuptools>=77"]
+TEST = [
+    "peft",
+    "pytest",
+    "pytest-timeout",
+    "pytest-mpi",
+    "mpi4py",
+    "openmpi; sys_platform == 'linux'",
+    "setuptools>=77",
+]
 DEV = ["ruff", "mypy", "import-linter"]
 
 setup(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lasp.functional import softmax_attention
@@ -24,7 +23,6 @@ def describe_mask(*, attention_mask: Tensor | None = None, local_size: int | Non
     return MaskDescriptor(local_size, attention_mask)
 
 
-@torch.compiler.disable
 def attention(
     module: nn.Module,
     query: Tensor,

@@ -16,27 +16,20 @@ from lasp.parallel.loss import cross_entropy
 from lasp.wrap.wiring import LayerCall, Wiring
 
 
-class Loss:
+def loss(
+    wiring: Wiring,
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
     """The model's loss function: the targets come shifted."""
-
-    def __init__(self, wiring: Wiring) -> None:
-        self.wiring = wiring
-
-    @torch.compiler.disable
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        assert shift_labels is not None, "checked before the forward"
-        return cross_entropy(logits, shift_labels, group=self.wiring.group, num_items=num_items_in_batch)
+    assert shift_labels is not None, "checked before the forward"
+    return cross_entropy(logits, shift_labels, group=wiring.group, num_items=num_items_in_batch)
 
 
-@torch.compiler.disable
 def balance(
     call: LayerCall,
     gate_logits: tuple[Tensor, ...] | None,
@@ -66,7 +59,6 @@ def balance(
     return (num_experts * whole.sum()).to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@torch.compiler.disable
 def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords for a model's forward: what would be silently wrong is an error on every rank; positions are global.
 

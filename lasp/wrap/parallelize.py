@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
 from lasp.wrap.attention import NAME, attention, describe_mask
-from lasp.wrap.model import Loss, balance, prepare
+from lasp.wrap.model import balance, loss, prepare
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
 from lasp.wrap.refusal import check_model
@@ -70,7 +70,7 @@ def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> 
             _swap_functions(module)
             _swap_methods(module)
             _swap_rotation(module)
-    model.loss_function = Loss(wiring)
+    model.loss_function = partial(torch.compiler.disable(loss), wiring)
     _swap_forward(model)
 
 
@@ -79,7 +79,7 @@ def _switch_attention(model: Any) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(attention))
     AttentionMaskInterface.register(NAME, describe_mask)
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
@@ -146,11 +146,12 @@ def _swap_rotation(module: Any) -> None:
 
 def _swap_forward(model: Any) -> None:
     original = type(model).forward
+    prepared, balanced = torch.compiler.disable(prepare), torch.compiler.disable(balance)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         wiring: Wiring = getattr(self, WIRING)
-        kwargs = prepare(self, wiring, args, kwargs)
+        kwargs = prepared(self, wiring, args, kwargs)
         call = LayerCall(wiring, kwargs.get("cu_seqlens"))
-        return rebind(original, {"load_balancing_loss_func": partial(balance, call)})(self, *args, **kwargs)
+        return rebind(original, {"load_balancing_loss_func": partial(balanced, call)})(self, *args, **kwargs)
 
     swap(model, "forward", run)

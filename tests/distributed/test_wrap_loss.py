@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lasp
-from tests.distributed.test_wrap_attention import make
+from tests.hf_models import make
 
 pytestmark = pytest.mark.mpi
 IDS = torch.randint(97, (4, 29), generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def test_evaluation_gives_the_true_loss_on_every_rank(world, group_of, size: int
     group = group_of(size, layout)
     if group is None:
         return
-    model, rows = make("Llama").eval(), slice(0, 2)
+    model, rows = make("qwen3_5").eval(), slice(0, 2)
     own = lasp.parallelize(copy.deepcopy(model), group)
     with torch.no_grad():
         expected = (loss_sum(model, rows) / count(rows)).item()
@@ -57,7 +57,7 @@ def test_accumulated_steps_weigh_every_target_alike(group_of, size: int) -> None
     group = group_of(size)
     if group is None:
         return
-    model, steps, rows = make("Llama"), (slice(0, 2), slice(2, 4)), slice(0, 4)
+    model, steps, rows = make("qwen3_5"), (slice(0, 2), slice(2, 4)), slice(0, 4)
     own = lasp.parallelize(copy.deepcopy(model), group)
     expected = loss_sum(model, rows) / count(rows)
     expected.backward()

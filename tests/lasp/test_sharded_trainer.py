@@ -1,0 +1,75 @@
+"""The Trainer of transformers on a cut sequence: losses, evaluation and weights are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+ROOT = Path(__file__).parents[2]
+# Ten sequences, most with another number of targets; two epochs of three steps, the last of each with half the batches.
+SCRIPT = """
+import json, sys
+import torch, transformers
+import lasp
+from lasp.train.sharded_trainer import ShardedTrainer
+from tests.hf_models import make
+
+sp, dp, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+ids = torch.randint(97, (10, 29), generator=torch.Generator().manual_seed(0))
+samples = [{"input_ids": text, "labels": text.clone()} for text in ids]
+for i, sample in enumerate(samples):
+    sample["labels"][: 3 * i] = -100
+held_out = {"odd": samples[:3], "even": samples[:4]}
+options = transformers.TrainingArguments(
+    folder, num_train_epochs=2, per_device_train_batch_size=2 // dp, per_device_eval_batch_size=2 // dp,
+    gradient_accumulation_steps=2, learning_rate=0.01, logging_steps=1, eval_strategy="epoch", save_strategy="no",
+    report_to="none", use_cpu=True, disable_tqdm=True,
+)
+model = make("qwen3_5")
+if sp * dp == 1:  # the library's own loss is one in fp32
+    model.loss_function = lambda logits, labels, num_items_in_batch, **_: lasp.cross_entropy(
+        logits[:, :-1], labels[:, 1:], num_items=num_items_in_batch
+    )
+    trainer = transformers.Trainer(model, options, train_dataset=samples, eval_dataset=held_out)
+else:
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=sp, dp=dp, device="cpu"))
+    lasp.parallelize(model, group)
+    trainer = ShardedTrainer(model, options, train_dataset=samples, eval_dataset=held_out, group=group)
+trainer.train()
+if trainer.args.process_index == 0:
+    keys = ("loss", "grad_norm", "eval_odd_loss", "eval_even_loss")
+    logs = {key: [log[key] for log in trainer.state.log_history if key in log] for key in keys}
+    weights = [p.double().norm().item() for p in model.parameters()]
+    print(json.dumps({"logs": logs, "weights": weights}))
+"""
+
+
+def run(folder: Path, sp: int, dp: int) -> dict[str, Any]:
+    (folder / "script.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sp * dp}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [*torchrun, "script.py", str(sp), str(dp), str(folder)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"logs')]
+    return json.loads(line)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_trains_as_one_process(tmp_path: Path) -> None:
+    expected = run(tmp_path, 1, 1)
+    assert [len(values) for values in expected["logs"].values()] == [6, 6, 2, 2]
+    for sp, dp in ((2, 1), (2, 2)):
+        seen = run(tmp_path, sp, dp)
+        for key, values in expected["logs"].items():
+            if dp == 1 or key != "eval_odd_loss":
+                assert seen["logs"][key] == pytest.approx(values, rel=1e-6 if key == "loss" else 1e-9)  # kept in fp32
+        assert seen["weights"] == pytest.approx(expected["weights"], rel=1e-9)

@@ -1,0 +1,33 @@
+"""Every example, as its first lines say it is run: the loss falls, and is the same on both ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_runs_on_two_ranks(name: str, tmp_path: Path) -> None:
+    text = EXAMPLES[name].read_text(encoding="utf-8")
+    assert f"torchrun --nproc-per-node 2 examples/{name}" in text
+    assert len(text.splitlines()) < 40
+    for package in ("peft", "accelerate"):
+        if package in text and importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", EXAMPLES[name]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=55)
+    assert done.returncode == 0, done.stderr
+    losses = [re.findall(rf"rank {rank}, epoch \d+: loss (\d+\.\d+)", done.stdout) for rank in range(2)]
+    assert losses[0] == losses[1]
+    assert float(losses[0][-1]) < float(losses[0][0]) - 0.5
