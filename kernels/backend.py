@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
-from lasp.kernels.decay.chunked import DecayStages
-from lasp.kernels.delta.chunked import DeltaStages
+from lasp.kernels.decay.recurrence import DecayCall, DecayRecurrence
+from lasp.kernels.delta.recurrence import DeltaCall, DeltaRecurrence
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
-def decay_stages(backend: str) -> DecayStages:
-    """The stages of the decay family."""
-    _check_backend(backend)
-    return DecayStages()
+def decay_family(backend: str, q: Tensor) -> type[DecayCall]:
+    """What sets up a call of the decay family for inputs like q."""
+    if resolve(backend, q) == "torch":
+        return DecayRecurrence
+    from lasp.kernels.decay.triton_recurrence import TritonDecay
+
+    return TritonDecay
 
 
-def delta_stages(backend: str) -> DeltaStages:
-    """The stages of the delta family."""
-    _check_backend(backend)
-    return DeltaStages()
+def delta_family(backend: str, q: Tensor) -> type[DeltaCall]:
+    """What sets up a call of the delta family for inputs like q."""
+    if resolve(backend, q) == "torch":
+        return DeltaRecurrence
+    from lasp.kernels.delta.triton_recurrence import TritonDelta
+
+    return TritonDelta
+
+
+def resolve(backend: str, q: Tensor) -> str:
+    """The backend that "auto" means for inputs like q: Triton on CUDA, PyTorch elsewhere and for fp64.
+
+    Raises ValueError for one that is unknown or cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if q.is_cuda and q.dtype != torch.float64 and _has_triton() else "torch"
+    if backend == "triton":
+        _check_triton(q)
+    return backend
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_triton(q: Tensor) -> None:
+    if not _has_triton():
+        raise ValueError("backend='triton' needs the package triton, which is not installed")
+    if q.dtype == torch.float64:
+        raise ValueError("backend='triton' takes float32, bfloat16 and float16, got torch.float64")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton' needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1)")
 
 
 def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Operator:
@@ -32,8 +68,3 @@ def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) 
     if softcap is None and k.is_cuda and half and not masked and k.shape[3] == v.shape[3] <= 256:
         return CudaFlash()
     return Plain(softcap)
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -46,12 +46,12 @@ class Chain(Protocol):
 class Recurrence(Protocol):
     """A kernel family, set up for one call (`lasp.kernels.decay.recurrence`).
 
-    inputs are the tensors q, k, v and gates; a chain and accumulated gradients are the family's own.
+    inputs are the tensors q, k, v and gates; a chain, what `inside` and `grad_outputs` return are the family's own.
     """
 
     def states(self, inputs: Any) -> Chain: ...
-    def inside(self, inputs: Any) -> Tensor: ...
-    def read_out(self, inputs: Any, entered: Any, output: Tensor) -> Tensor: ...
+    def inside(self, inputs: Any, chain: Any) -> Any: ...
+    def read_out(self, inputs: Any, entered: Any, inside: Any) -> Tensor: ...
     def adjoint(self, inputs: Any, grad: Tensor, entered: Any) -> Chain: ...
     def grad_outputs(self, inputs: Any, grad: Tensor, entered: Any) -> Any: ...
     def grad_states(self, inputs: Any, entered: Any, adjoint: Any, total: Any) -> Inputs: ...
@@ -115,9 +115,9 @@ class _CausalRecurrence(torch.autograd.Function):
             initial = _initial(plan, initial_state)
             maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
             scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
-            output = recurrence.inside(inputs)
+            inside = recurrence.inside(inputs, chain)
             chain.enter(_enter_runs(plan, scan.wait(), initial))
-            output = recurrence.read_out(inputs, chain, output)
+            output = recurrence.read_out(inputs, chain, inside)
         final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
         _save(ctx, call, plan, transfers, initial_state, inputs, chain)
         return output, final
@@ -272,7 +272,7 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         if initial_state is not None:
             totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
         chain.fill(totals)
-        output = recurrence.read_out(inputs, chain, recurrence.inside(inputs))
+        output = recurrence.read_out(inputs, chain, recurrence.inside(inputs, chain))
         final = _share_ends(call, plan, totals, "forward") if call.final else None
         _save(ctx, call, plan, transfers, initial_state, inputs, chain)
         return output, final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,26 +25,53 @@ BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class DecayRecurrence:
+class DecayCall:
     """`S_t = diag(exp(log_decay_t))·S_{t-1} + k_t v_t^T`, `o_t = scale·S_t^T q_t`, over runs of local tokens.
 
-    stages: how each stage is computed; runs: (offset, length) each; heads: the number of states; causal: a
-    token reads the state up to itself, else that of its whole document.
+    runs: (offset, length) each; heads: the number of states; causal: a token reads the state up to itself, else that
+    of its whole document.
     """
 
-    stages: DecayStages
     runs: tuple[tuple[int, int], ...]
     heads: int
     scale: float
     causal: bool
     chunk_size: int
 
+    def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
+        """A link's transfer from its number of tokens: none where gates differ from token to token."""
+        q, log_decay = inputs[0], inputs[3]
+        dtype = compute_dtype(q)
+        if log_decay is None:
+            one = torch.ones(1, 1, 1, 1, dtype=dtype, device=q.device)
+            return lambda length: one
+        if log_decay.dim() > 1:
+            return None
+        per_head = finite(log_decay.to(dtype)).repeat_interleave(self.heads // log_decay.shape[0]).view(1, -1, 1, 1)
+        return lambda length: decay_factor(per_head * length)
+
+    def like_inputs(self, total: Gradients, inputs: Inputs) -> Grads:
+        """The gradients in the shape and dtype of the inputs."""
+        q, k, v, log_decay = inputs[:4]
+        dgates = None
+        if log_decay is not None and total.log_decay is not None:
+            dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
+            dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
+        return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates
+
+
+@dataclass(frozen=True)
+class DecayRecurrence(DecayCall):
+    """A call by the stages of `chunked.py`, in plain PyTorch."""
+
+    stages: ClassVar[DecayStages] = DecayStages()
+
     def states(self, inputs: Inputs) -> ChunkStates:
         """States between chunks, each run from an empty memory."""
         chain: ChunkStates = self.stages.chunk_states(inputs, self._geometry(inputs))
         return chain
 
-    def inside(self, inputs: Inputs) -> Tensor:
+    def inside(self, inputs: Inputs, chain: ChunkStates) -> Tensor:
         """The output of attention within chunks."""
         output: Tensor = self.stages.inside(inputs, self._geometry(inputs))
         return output
@@ -71,31 +99,19 @@ class DecayRecurrence:
     def grad_states(self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients) -> Grads:
         """All gradients, each in its input's shape and dtype. `total` is overwritten."""
         self.stages.grad_chunk_states(inputs, entered, adjoint, total, self._geometry(inputs))
-        return self._like_inputs(total, inputs)
+        return self.like_inputs(total, inputs)
 
     def backward(
         self, inputs: Inputs, grad: Tensor, entered: ChunkStates, incoming: list[Tensor | None]
     ) -> tuple[Grads, list[Tensor]]:
         """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
         total, starts = self.stages.backward(inputs, grad, entered, incoming, self._geometry(inputs))
-        return self._like_inputs(total, inputs), starts
+        return self.like_inputs(total, inputs), starts
 
     def restore(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> ChunkStates:
         """A chain from its tensors."""
         states, transfers = tensors
         return ChunkStates(self._geometry(inputs), states, transfers)
-
-    def transfer_rule(self, inputs: Inputs) -> Callable[[int], Tensor] | None:
-        """A link's transfer from its number of tokens: none where gates differ from token to token."""
-        q, log_decay = inputs[0], inputs[3]
-        dtype = compute_dtype(q)
-        if log_decay is None:
-            one = torch.ones(1, 1, 1, 1, dtype=dtype, device=q.device)
-            return lambda length: one
-        if log_decay.dim() > 1:
-            return None
-        per_head = finite(log_decay.to(dtype)).repeat_interleave(self.heads // log_decay.shape[0]).view(1, -1, 1, 1)
-        return lambda length: decay_factor(per_head * length)
 
     def _geometry(self, inputs: Inputs) -> Geometry:
         q, v = inputs[0], inputs[2]
@@ -110,12 +126,3 @@ class DecayRecurrence:
             dtype=compute_dtype(q),
             masked=self.causal,
         )
-
-    def _like_inputs(self, total: Gradients, inputs: Inputs) -> Grads:
-        """The gradients in the shape and dtype of the inputs."""
-        q, k, v, log_decay = inputs[:4]
-        dgates = None
-        if log_decay is not None and total.log_decay is not None:
-            dgates = total.log_decay.sum((0, 1)) if log_decay.dim() == 1 else total.log_decay
-            dgates = dgates.view(log_decay.shape).to(log_decay.dtype)
-        return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates

@@ -1,0 +1,146 @@
+"""States between segments: stretches of chunks that one card carries at the same time, and joins as ranks are joined.
+
+These few states are all that is kept from forward to backward. Those between chunks follow from them in one more pass
+over keys and values, which is also how a state that arrives from another rank enters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.segment import Segment, transpose
+
+# States at the chunks, what the tokens write (or its gradient), and states that leave the segments.
+Pass = tuple[Tensor, Tensor, Tensor]
+
+
+class SegmentStates(ABC):
+    """States [segments, B, H, K, V] that enter segments; where the chain runs backwards, gradients that enter ends.
+
+    runs: first segment of each run and the one behind its last.
+    """
+
+    reverse = False
+
+    def __init__(self, runs: tuple[tuple[int, int], ...]) -> None:
+        self._runs = runs
+        self._entered = False
+        self._entering: Tensor | None = None
+        self._filled: Tensor | None = None
+
+    @abstractmethod
+    def carry(self, starts: Tensor | None, store: bool) -> Pass:
+        """One pass through all segments from the states that enter them (None: zeros), storing those at the chunks."""
+
+    @abstractmethod
+    def make_transfers(self) -> Tensor:
+        """What each segment does to a state that enters it, forwards: [segments, B, H, 1 or K, 1 or K]."""
+
+    @cached_property
+    def _transfers(self) -> Tensor:
+        return self.make_transfers()
+
+    @cached_property
+    def _empty(self) -> Tensor:
+        return self.carry(None, False)[2]
+
+    @cached_property
+    def _true(self) -> Pass:
+        assert self._entered, "what enters the runs is known by now"
+        return self.carry(self._entering, True)
+
+    @property
+    def states(self) -> Tensor:
+        """The state that enters each chunk, or the gradient that leaves it; of a chain that was filled, each run's."""
+        return self._true[0] if self._filled is None else self._filled
+
+    @property
+    def written(self) -> Tensor:
+        """What the tokens write, of the delta family; backwards its gradient."""
+        return self._true[1]
+
+    def segment(self, run: int) -> Segment:
+        """The map of a whole run, forwards."""
+        return self._map(run)
+
+    def adjoint(self, run: int) -> Segment:
+        """The map of a whole run, backwards: of the gradient that enters at its end."""
+        return self._map(run)
+
+    def enter(self, incoming: list[Tensor | None]) -> None:
+        """Take the state [B, H, K, V] that enters each run."""
+        self._entered = True
+        if any(last - first > 1 for first, last in self._runs):
+            self._entering = torch.cat([self._join(run, state) for run, state in enumerate(incoming)])
+            return
+        given = [state for state in incoming if state is not None]
+        if given:
+            self._entering = torch.stack([torch.zeros_like(given[0]) if x is None else x for x in incoming])
+
+    enter_backwards = enter
+
+    def fill(self, runs: list[Tensor]) -> None:
+        """Let all chunks of a run read one state [B, H, K, V]: attention without a mask."""
+        self._filled = torch.stack(runs)
+
+    def starts(self) -> list[Tensor]:
+        """Backwards: the gradient of the state [B, H, K, V] at the start of each run."""
+        return self._leaving()
+
+    def ends(self) -> list[Tensor]:
+        """The state [B, H, K, V] at the end of each run."""
+        return self._leaving()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the chain consists of: nothing where it is one segment from an empty memory."""
+        kept = self._entering if self._filled is None else self._filled
+        return () if kept is None else (kept,)
+
+    def restore(self, tensors: tuple[Tensor, ...], filled: bool) -> SegmentStates:
+        """This chain again, from what `tensors` returned; filled: `fill` had been called."""
+        (kept,) = tensors or (None,)
+        self._entered, self._entering, self._filled = True, None if filled else kept, kept if filled else None
+        return self
+
+    def _leaving(self) -> list[Tensor]:
+        """What leaves each run, backwards at its start."""
+        if not self._entered:
+            return [self._map(run).state for run in range(len(self._runs))]
+        return [self._true[2][first if self.reverse else last - 1] for first, last in self._runs]
+
+    def _map(self, run: int) -> Segment:
+        maps = inclusive(self._maps(run))
+        return Segment(maps.transfer[-1], maps.state[-1])
+
+    def _join(self, run: int, incoming: Tensor | None) -> Tensor:
+        """The state that enters each segment of a run, given the one that enters the run."""
+        maps = self._maps(run)
+        first = torch.zeros_like(maps.state[:1]) if incoming is None else incoming.unsqueeze(0)
+        states = torch.cat([first, inclusive(maps)(first)[:-1]])
+        return states.flip(0) if self.reverse else states
+
+    def _maps(self, run: int) -> Segment:
+        """Those of a run's segments, in the order in which the chain passes them."""
+        own = slice(*self._runs[run])
+        if not self.reverse:
+            return Segment(self._transfers[own], self._empty[own])
+        return Segment(transpose(self._transfers[own]).flip(0), self._empty[own].flip(0))
+
+
+def inclusive(maps: Segment) -> Segment:
+    """The maps of the first 1, 2, 3, ... of consecutive stretches [stretches, ...], in log2 steps."""
+    step, count = 1, len(maps.state)
+    while step < count:
+        earlier, later = Segment(maps.transfer[:-step], maps.state[:-step]), Segment(
+            maps.transfer[step:], maps.state[step:]
+        )
+        both = earlier.then(later)
+        maps = Segment(
+            torch.cat([maps.transfer[:step], both.transfer]), torch.cat([maps.state[:step], both.state])
+        )
+        step *= 2
+    return maps

@@ -1,0 +1,474 @@
+"""The decay family on a GPU: what one program of each kernel computes of a chunk. `operators.py` launches them.
+
+The mathematics is that of `chunked.py`. A tile is [C, D], C tokens of one chunk and D channels of one head, and reads
+as 0 outside of either. Running sums of log-decays, G [C, 1] per head or [C, D] per channel, start with each chunk.
+Only differences of them that are not positive are exponentiated. Tensors lie as [B, T, H, D]; `chunks` [chunks, 3]
+holds each chunk's first token, its length and the state that it reads.
+
+GATES: 0 no decay, 1 per head, 2 per channel; TRAINED: they have a gradient. STRICT: a token does not see itself (the delta rule's keys among each
+other). OPERAND: the dtype of what is multiplied, PRECISION: of products of fp32 tiles; sums are fp32 always.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Sums of 64 keep their digits, and a decay of exp(-80) is 0 beside anything that fp32 holds.
+LOWEST = tl.constexpr(-80.0)
+
+
+# Tiles --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def at_rows(pointer, row, b, h, T, H: tl.constexpr, D: tl.constexpr, d):
+    """Addresses of [B, T, H, D] at tokens `row` [C] and channels `d`."""
+    token = tl.cast(b, tl.int64) * T + row
+    return pointer + (token * H + h)[:, None] * D + d[None, :]
+
+
+@triton.jit
+def load_rows(pointer, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr):
+    row = tl.arange(0, C)
+    mask = (row < length)[:, None] & (d < D)[None, :]
+    return tl.load(at_rows(pointer, start + row, b, h, T, H, D, d), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, tile, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr):
+    row = tl.arange(0, C)
+    mask = (row < length)[:, None] & (d < D)[None, :]
+    tl.store(at_rows(pointer, start + row, b, h, T, H, D, d), tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def at_state(pointer, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
+    """Addresses of [slots, B, H, K, V]."""
+    head = (tl.cast(slot, tl.int64) * B + b) * H + h
+    return pointer + (head * K + k)[:, None] * V + v[None, :]
+
+
+@triton.jit
+def load_state(pointer, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
+    mask = (k < K)[:, None] & (v < V)[None, :]
+    return tl.load(at_state(pointer, slot, b, B, h, H, K, V, k, v), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_state(pointer, tile, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
+    mask = (k < K)[:, None] & (v < V)[None, :]
+    tl.store(at_state(pointer, slot, b, B, h, H, K, V, k, v), tile, mask=mask)
+
+
+@triton.jit
+def load_sums(sums, row, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, k, GATES: tl.constexpr):
+    """G at tokens `row` of the chunk, [rows, 1] or [rows, D]; behind the chunk's end its last."""
+    d = k if GATES == 2 else tl.arange(0, 1)
+    at = at_rows(sums, start + tl.minimum(row, length - 1), b, h, T, H, D, d)
+    return tl.load(at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
+
+
+# Inside a chunk -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def seen(C: tl.constexpr, STRICT: tl.constexpr):
+    """Which keys (columns) a query (row) sees."""
+    i = tl.arange(0, C)
+    return (i[:, None] > i[None, :]) if STRICT else (i[:, None] >= i[None, :])
+
+
+@triton.jit
+def decays(sums, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, STRICT: tl.constexpr, GATES: tl.constexpr):
+    """The decay from key to query [C, C] and 0 where it is not seen; the mask alone where decays are not per head."""
+    mask = seen(C, STRICT)
+    if GATES == 1:
+        row = tl.arange(0, C)
+        g = load_sums(sums, row, start, length, b, h, T, H, 1, row, 1)
+        return tl.where(mask, tl.exp(tl.minimum(g - tl.trans(g), 0.0)), 0.0)
+    else:
+        return tl.where(mask, 1.0, 0.0)
+
+
+@triton.jit
+def to_border(sums, g, half, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, k, C: tl.constexpr):
+    """The decay between each token and the middle of its stretch of 2·half tokens, and whether it is behind it."""
+    row = tl.arange(0, C)
+    middle = (row | (2 * half - 1)) - half
+    border = load_sums(sums, middle, start, length, b, h, T, H, D, k, 2)
+    return tl.exp(-tl.abs(g - border)), ((row & half) != 0)[:, None]
+
+
+@triton.jit
+def same_stretch(half, C: tl.constexpr):
+    stretch = tl.arange(0, C) // (2 * half)
+    return stretch[:, None] == stretch[None, :]
+
+
+@triton.jit
+def channel_scores(
+    q, k, sums, g, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr,
+    LEVELS: tl.constexpr, STRICT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of queries and keys decayed per channel [C, C]: queries of later halves meet keys of earlier halves of
+    all stretches of 2, 4, ... C tokens, both carried to the border between (as in `scores.py`)."""
+    scores = tl.zeros([C, C], dtype=tl.float32)
+    for level in tl.static_range(LEVELS):
+        decay, later = to_border(sums, g, 1 << level, start, length, b, h, T, H, D, d, C)
+        rows, columns = tl.where(later, q * decay, 0.0), tl.where(later, 0.0, k * decay)
+        scores += tl.where(same_stretch(1 << level, C), product(rows, tl.trans(columns), OPERAND, PRECISION), 0.0)
+    if not STRICT:
+        i = tl.arange(0, C)
+        diagonal = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        scores += tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0)
+    return scores
+
+
+@triton.jit
+def scores(
+    q, k, sums, start, length, b, hq, hk, hg, T,
+    HQ: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    LEVELS: tl.constexpr, GATES: tl.constexpr, STRICT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The decayed products of a chunk's queries and keys [C, C], without the scale."""
+    total = tl.zeros([C, C], dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        d = k0 + tl.arange(0, BK)
+        q_tile = load_rows(q, start, length, b, hq, T, HQ, K, d, C)
+        k_tile = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+        if GATES == 2:
+            g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, K, d, 2)
+            total += channel_scores(
+                q_tile, k_tile, sums, g, start, length, b, hg, T, HG, K, d, C, LEVELS, STRICT, OPERAND, PRECISION
+            )
+        else:
+            total += product(q_tile, tl.trans(k_tile), OPERAND, PRECISION)
+    if GATES == 2:
+        return total
+    else:
+        return total * decays(sums, start, length, b, hg, T, HG, C, STRICT, GATES)
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sum_gates(log_decay, sums, chunks, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """The running sums of log-decays [B, T, H, D] within each chunk."""
+    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    d = tl.program_id(0) * BK + tl.arange(0, BK)
+    g = load_rows(log_decay, start, length, b, h, T, H, D, d, C).to(tl.float32)
+    store_rows(sums, tl.cumsum(tl.maximum(g, LOWEST), 0), start, length, b, h, T, H, D, d, C)
+
+
+@triton.jit
+def carry(
+    k, v, sums, erased, starts, states, written, ends, chunks, segments, B, T,
+    HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATES: tl.constexpr, DELTA: tl.constexpr,
+    VALUES: tl.constexpr, START: tl.constexpr, STORE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Carry the state through a segment of chunks: `S <- exp(G_C)·S + K''^T v`, with K'' the keys decayed to the end.
+
+    `states` gets the state that enters each chunk, `ends` the one that leaves the segment. DELTA: v holds U, `erased`
+    W, and what the tokens write is `U - W S`, which goes to `written`; without VALUES U is 0. The state's channels
+    are independent but for W, which needs all of them in one tile.
+    """
+    segment, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    d, e = tl.program_id(0) // tiles * BK + tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
+    D: tl.constexpr = K if GATES == 2 else 1
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if START:
+        state = load_state(starts, segment, b, B, h, H, K, V, d, e)
+    for chunk in range(tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)):
+        start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+        if STORE:
+            store_state(states, state, chunk, b, B, h, H, K, V, d, e)
+        keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+        if VALUES:
+            values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
+        else:
+            values = tl.zeros([C, BV], dtype=tl.float32)
+        if DELTA:
+            w = load_rows(erased, start, length, b, h, T, H, K, d, C)
+            values = values - product(w, state, OPERAND, PRECISION)
+            if STORE:
+                store_rows(written, values, start, length, b, h, T, H, V, e, C)
+        if GATES:
+            g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
+            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
+            keys = keys * tl.exp(last - g)
+            state = state * tl.trans(tl.exp(last))
+        state += product(tl.trans(keys), values, OPERAND, PRECISION)
+    store_state(ends, state, segment, b, B, h, H, K, V, d, e)
+
+
+@triton.jit
+def carry_back(
+    q, k, grad, sums, erased, grad_written, starts, states, written, ends, chunks, segments, B, T, scale,
+    HQ: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATES: tl.constexpr,
+    DELTA: tl.constexpr, START: tl.constexpr, STORE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Carry the gradient of the state back: `dS <- exp(G_C)·dS + Q'^T do`, with Q' the queries decayed from the start.
+
+    `states` gets the gradient of the state that leaves each chunk, `ends` that of the one that enters the segment.
+    DELTA: `grad_written` holds the gradient of what tokens write as far as it comes from their chunk, du; the rest,
+    `K'' dS`, is added and goes to `written`, and `dS` loses `W^T du`.
+    """
+    segment, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    d, e = tl.program_id(0) // tiles * BK + tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    hk, hg = h // (H // HK), h // (H // HG)
+    D: tl.constexpr = K if GATES == 2 else 1
+    GROUP: tl.constexpr = HO // H
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if START:
+        state = load_state(starts, segment, b, B, h, H, K, V, d, e)
+    first, last_chunk = tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)
+    for step in range(0, last_chunk - first):
+        chunk = last_chunk - 1 - step
+        start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+        if STORE:
+            store_state(states, state, chunk, b, B, h, H, K, V, d, e)
+        from_start = tl.full([C, 1], scale, dtype=tl.float32)
+        if GATES:
+            g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
+            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
+            from_start = tl.exp(g) * scale
+        before = state
+        if GATES:
+            before = before * tl.trans(tl.exp(last))
+        if DELTA:
+            keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+            if GATES:
+                keys = keys * tl.exp(last - g)
+            du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
+            du = du + product(keys, state, OPERAND, PRECISION)
+            if STORE:
+                store_rows(written, du, start, length, b, h, T, H, V, e, C)
+            w = load_rows(erased, start, length, b, h, T, H, K, d, C)
+            before -= product(tl.trans(w), du, OPERAND, PRECISION)
+        for member in range(GROUP):
+            ho = h * GROUP + member
+            queries = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C) * from_start
+            do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
+            before += product(tl.trans(queries), do, OPERAND, PRECISION)
+        state = before
+    store_state(ends, state, segment, b, B, h, H, K, V, d, e)
+
+
+@triton.jit
+def attend(
+    q, k, v, sums, states, before, output, chunks, B, T, scale,
+    HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    GATES: tl.constexpr, STRICT: tl.constexpr, INSIDE: tl.constexpr, READ: tl.constexpr, ADD: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The output: what a chunk's queries see INSIDE the chunk, what they READ from its entering state, or both.
+
+    ADD: to what `before` holds.
+    """
+    chunk, b, ho = tl.program_id(1), tl.program_id(2) // HO, tl.program_id(2) % HO
+    h, hq = ho // (HO // H), ho // (HO // HQ)
+    hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
+    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    D: tl.constexpr = K if GATES == 2 else 1
+    total = tl.zeros([C, BV], dtype=tl.float32)
+    if READ:
+        slot = tl.load(chunks + 3 * chunk + 2)
+        for k0 in range(0, K, BK):
+            d = k0 + tl.arange(0, BK)
+            queries = load_rows(q, start, length, b, hq, T, HQ, K, d, C)
+            if GATES:
+                queries = queries * tl.exp(
+                    load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
+                )
+            total += product(queries, load_state(states, slot, b, B, h, H, K, V, d, e), OPERAND, PRECISION)
+    if INSIDE:
+        p = scores(
+            q, k, sums, start, length, b, hq, hk, hg, T, HQ, HK, HG, K, C, BK, LEVELS, GATES, STRICT, OPERAND,
+            PRECISION,
+        )  # fmt: skip
+        total += product(p, load_rows(v, start, length, b, hv, T, HV, V, e, C), OPERAND, PRECISION)
+    total *= scale
+    if ADD:
+        total += load_rows(before, start, length, b, ho, T, HO, V, e, C)
+    store_rows(output, total, start, length, b, ho, T, HO, V, e, C)
+
+
+@triton.jit
+def grad_values(
+    q, k, grad, sums, grad_states, dv, chunks, B, T, scale,
+    HQ: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    GATES: tl.constexpr, INSIDE: tl.constexpr, CARRIED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of each state's values [B, T, H, V]: from INSIDE the chunk, from what is CARRIED to its end."""
+    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    hk, hg = h // (H // HK), h // (H // HG)
+    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    D: tl.constexpr = K if GATES == 2 else 1
+    GROUP: tl.constexpr = HO // H
+    total = tl.zeros([C, BV], dtype=tl.float32)
+    if INSIDE:
+        for member in range(GROUP):
+            ho = h * GROUP + member
+            p = scores(
+                q, k, sums, start, length, b, ho // (HO // HQ), hk, hg, T, HQ, HK, HG, K, C, BK, LEVELS, GATES, False,
+                OPERAND, PRECISION,
+            )  # fmt: skip
+            do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
+            total += product(tl.trans(p), do, OPERAND, PRECISION)
+        total *= scale
+    if CARRIED:
+        slot = tl.load(chunks + 3 * chunk + 2)
+        for k0 in range(0, K, BK):
+            d = k0 + tl.arange(0, BK)
+            keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+            if GATES:
+                g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
+                last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
+                keys = keys * tl.exp(last - g)
+            dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
+            total += product(keys, dstate, OPERAND, PRECISION)
+    store_rows(dv, total, start, length, b, h, T, H, V, e, C)
+
+
+@triton.jit
+def grad_inside(
+    q, k, dp, sums, g, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr,
+    LEVELS: tl.constexpr, GATES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of what lies below the diagonal of the scores, dp [C, C], to those of q and k, [C, D] each."""
+    if GATES == 2:
+        dq, dk = tl.zeros_like(g), tl.zeros_like(g)
+        for level in tl.static_range(LEVELS):
+            decay, later = to_border(sums, g, 1 << level, start, length, b, h, T, H, D, d, C)
+            rows, columns = tl.where(later, q * decay, 0.0), tl.where(later, 0.0, k * decay)
+            squares = tl.where(same_stretch(1 << level, C), dp, 0.0)
+            dq += tl.where(later, product(squares, columns, OPERAND, PRECISION) * decay, 0.0)
+            dk += tl.where(later, 0.0, product(tl.trans(squares), rows, OPERAND, PRECISION) * decay)
+        return dq, dk
+    else:
+        ds = dp * decays(sums, start, length, b, h, T, H, C, True, GATES)
+        return product(ds, k, OPERAND, PRECISION), product(tl.trans(ds), q, OPERAND, PRECISION)
+
+
+@triton.jit
+def by_gate(tile, GATES: tl.constexpr):
+    """A tile [C, D] summed over what shares a gate."""
+    if GATES == 2:
+        return tile
+    else:
+        return tl.sum(tile, 1)[:, None]
+
+
+@triton.jit
+def grad_keys(
+    q, k, v, grad, sums, states, grad_states, dq, dk, dgates, chunks, B, T, scale,
+    HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    GATES: tl.constexpr, TRAINED: tl.constexpr, STRICT: tl.constexpr, INSIDE: tl.constexpr, READ: tl.constexpr,
+    CARRIED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries [B, T, HO, K], and of each state's keys [B, T, H, K] and gates.
+
+    INSIDE the chunk; of what queries READ from the entering state; of what is CARRIED to the chunk's end. A gate is
+    passed by what later queries see of earlier keys, by what they read, by
+    what earlier keys carry to the end, and by the state that passes the whole chunk. `dgates` is [tiles of channels,
+    B, T, H] where gates are per head, and [B, T, H, K] where they are per channel.
+    """
+    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
+    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    slot = tl.load(chunks + 3 * chunk + 2)
+    d = tl.program_id(0) * BK + tl.arange(0, BK)
+    i = tl.arange(0, C)
+    D: tl.constexpr = K if GATES == 2 else 1
+    BD: tl.constexpr = BK if GATES == 2 else 1
+    GROUP: tl.constexpr = HO // H
+    k_tile = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+    g = tl.zeros([C, BD], dtype=tl.float32)
+    if GATES:
+        g = load_sums(sums, i, start, length, b, hg, T, HG, D, d, GATES)
+    dk_total = tl.zeros([C, BK], dtype=tl.float32)
+    later, gates = tl.zeros([C, BD], dtype=tl.float32), tl.zeros([C, BD], dtype=tl.float32)
+    if CARRIED:
+        held = tl.zeros([BK], dtype=tl.float32)
+        for v0 in range(0, V, BV):
+            e = v0 + tl.arange(0, BV)
+            values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
+            dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
+            dk_total += product(values, tl.trans(dstate), OPERAND, PRECISION)
+            if TRAINED:
+                held += tl.sum(load_state(states, slot, b, B, h, H, K, V, d, e) * dstate, 1)
+        if GATES:
+            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
+            dk_total *= tl.exp(last - g)
+            if TRAINED:
+                kept = by_gate(k_tile * dk_total, GATES)
+                gates += tl.cumsum(kept, 0) - kept + tl.exp(last) * tl.trans(by_gate_of_state(held, GATES))
+    if INSIDE or READ:
+        for member in range(GROUP):
+            ho = h * GROUP + member
+            q_tile = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C)
+            dp = tl.zeros([C, C], dtype=tl.float32)
+            dq_total = tl.zeros([C, BK], dtype=tl.float32)
+            for v0 in range(0, V, BV):
+                e = v0 + tl.arange(0, BV)
+                do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
+                if READ:
+                    state = load_state(states, slot, b, B, h, H, K, V, d, e)
+                    dq_total += product(do, tl.trans(state), OPERAND, PRECISION)
+                if INSIDE:
+                    values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
+                    dp += product(do, tl.trans(values), OPERAND, PRECISION)
+            dq_total *= scale
+            if GATES:
+                dq_total *= tl.exp(g)
+                if TRAINED:
+                    later += by_gate(q_tile * dq_total, GATES)
+            if INSIDE:
+                dp *= scale
+                below = tl.where(seen(C, True), dp, 0.0)
+                dq_below, dk_below = grad_inside(
+                    q_tile, k_tile, below, sums, g, start, length, b, hg, T, HG, D, d, C, LEVELS, GATES, OPERAND,
+                    PRECISION,
+                )  # fmt: skip
+                if TRAINED:
+                    later += by_gate(q_tile * dq_below - k_tile * dk_below, GATES)
+                dq_total += dq_below
+                dk_total += dk_below
+                if not STRICT:  # the diagonal, which passes no gate
+                    own = tl.sum(tl.where(i[:, None] == i[None, :], dp, 0.0), 1)[:, None]
+                    dq_total += own * k_tile
+                    dk_total += own * q_tile
+            store_rows(dq, dq_total, start, length, b, ho, T, HO, K, d, C)
+    store_rows(dk, dk_total, start, length, b, h, T, H, K, d, C)
+    if TRAINED:
+        gates += tl.cumsum(later, 0, reverse=True)
+        part = dgates if GATES == 2 else dgates + tl.cast(tl.program_id(0), tl.int64) * B * T * H
+        column = d if GATES == 2 else tl.arange(0, 1)
+        store_rows(part, gates, start, length, b, h, T, H, D, column, C)
+
+
+@triton.jit
+def by_gate_of_state(held, GATES: tl.constexpr):
+    """What the channels of a state [D] hold, summed over what shares a gate: [D or 1, 1]."""
+    if GATES == 2:
+        return held[:, None]
+    else:
+        return tl.sum(held, 0)[None, None]

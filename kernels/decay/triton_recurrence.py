@@ -1,0 +1,198 @@
+"""The decay family on a GPU, set up for one call."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.decay import operators
+from lasp.kernels.decay.chunked import Gradients
+from lasp.kernels.decay.recurrence import DecayCall, Grads
+from lasp.kernels.decay.segments import Pass, SegmentStates
+from lasp.kernels.decay.table import DeviceTable, device_table, processors
+from lasp.kernels.documents import chunk_table
+
+# Without a mask nothing is computed inside a chunk, whose length is then that of a tile.
+LONGEST_CHUNK = 128
+
+
+class Arranged:
+    """The inputs of a call as the kernels take them."""
+
+    def __init__(self, inputs: Any, call: DecayCall, at_once: int) -> None:
+        self._log_decay, self._at_once = inputs[3], at_once
+        self.q, self.k, self.v = (x.contiguous() for x in inputs[:3])
+        self.heads, self.scale, self.causal = call.heads, call.scale, call.causal
+        self.size = min(call.chunk_size, LONGEST_CHUNK)
+        self.runs = call.runs
+        self.trained = inputs[3] is not None and inputs[3].requires_grad
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the integers that most operators take: heads of states, value channels, tokens to a chunk."""
+        return self.heads, self.v.shape[3], self.size
+
+    @cached_property
+    def table(self) -> DeviceTable:
+        programs = self.q.shape[0] * self.heads * -(-self.q.shape[3] // 64) * -(-self.v.shape[3] // 64)
+        chunks = chunk_table(self.runs, self.size, 1)
+        return device_table(chunks, self.causal, programs, self._at_once, self.q.device)
+
+    @cached_property
+    def sums(self) -> Tensor | None:
+        """The running sums of log-decays within chunks, [B, T, HG, 1 or K]."""
+        gates = self._log_decay
+        if gates is None:
+            return None
+        gates = gates.expand(*self.q.shape[:2], -1) if gates.dim() == 1 else gates
+        gates = gates.unsqueeze(-1) if gates.dim() == 3 else gates
+        sums: Tensor = operators.sum_gates(gates.contiguous(), self.table.chunks, self.size)
+        return sums
+
+    def segment_decays(self) -> Tensor:
+        """The decay over each segment, [segments, B, H, 1 or K, 1]."""
+        count, batch = len(self.table.segments), self.q.shape[0]
+        if self.sums is None:
+            return torch.ones(count, batch, self.heads, 1, 1, device=self.q.device)
+        first, length, _ = self.table.chunks.long().unbind(1)
+        whole = self.sums[:, first + length - 1].movedim(1, 0)
+        total = whole.new_zeros(count, *whole.shape[1:]).index_add_(0, self.table.owner, whole)
+        return total.exp().repeat_interleave(self.heads // total.shape[2], 2).unsqueeze(-1)
+
+
+class DecayStates(SegmentStates):
+    """The states of the decay family."""
+
+    def __init__(self, own: Arranged) -> None:
+        super().__init__(own.table.runs)
+        self.own = own
+
+    @property
+    def values(self) -> Tensor:
+        """What the tokens write, [B, T, HV, V]."""
+        return self.own.v
+
+    def carry(self, starts: Tensor | None, store: bool) -> Pass:
+        own = self.own
+        table = own.table.chunks, own.table.segments
+        done: Pass = operators.carry(own.k, own.v, own.sums, None, starts, *table, *own.shape, store, False)
+        return done
+
+    def make_transfers(self) -> Tensor:
+        return self.own.segment_decays()
+
+
+class DecayAdjoint(SegmentStates):
+    """Their gradients. grad: of the output."""
+
+    reverse = True
+
+    def __init__(self, states: DecayStates, grad: Tensor) -> None:
+        super().__init__(states.own.table.runs)
+        self.own, self.grad = states.own, grad.contiguous()
+
+    def carry(self, starts: Tensor | None, store: bool) -> Pass:
+        own = self.own
+        none = None, None
+        table = own.table.chunks, own.table.segments
+        done: Pass = operators.carry_back(
+            own.q, own.k, self.grad, own.sums, *none, starts, *table, own.heads, own.scale, own.size, store
+        )
+        return done
+
+    def make_transfers(self) -> Tensor:
+        return self.own.segment_decays()
+
+
+class TritonDecay(DecayCall):
+    """What `DecayRecurrence` computes, by Triton's kernels."""
+
+    def states(self, inputs: Any) -> DecayStates:
+        """States, each run from an empty memory."""
+        return DecayStates(Arranged(inputs, self, processors(inputs[0].device)))
+
+    def inside(self, inputs: Any, chain: DecayStates) -> Tensor | None:
+        """The output of attention within chunks, in fp32; None without a mask."""
+        return self._attend(chain, None, None, torch.float32) if self.causal else None
+
+    def read_out(self, inputs: Any, entered: DecayStates, inside: Tensor | None) -> Tensor:
+        """The whole output, in v's dtype."""
+        return self._attend(entered, entered.states, inside, inputs[2].dtype)
+
+    def forward(self, inputs: Any, incoming: list[Tensor | None]) -> tuple[Tensor, DecayStates]:
+        """The output and the true states at once, where the state entering each run is known."""
+        chain = self.states(inputs)
+        chain.enter(incoming)
+        return self._attend(chain, chain.states, None, inputs[2].dtype), chain
+
+    def adjoint(self, inputs: Any, grad: Tensor, entered: DecayStates) -> DecayAdjoint:
+        """Gradients of the states, each run with nothing after it."""
+        return DecayAdjoint(entered, grad)
+
+    def grad_outputs(self, inputs: Any, grad: Tensor, entered: DecayStates) -> Gradients:
+        """The gradients as far as they do not depend on later tokens' gradients."""
+        return self._gradients(entered, grad.contiguous(), None, torch.float32)
+
+    def grad_states(self, inputs: Any, entered: DecayStates, adjoint: DecayAdjoint, total: Gradients) -> Grads:
+        """All gradients, each in its input's shape and dtype."""
+        rest = self._gradients(entered, None, adjoint.states, torch.float32)
+        gates = None if total.log_decay is None or rest.log_decay is None else total.log_decay + rest.log_decay
+        return self._shaped(Gradients(total.q, total.k + rest.k, total.v + rest.v, gates), inputs)
+
+    def backward(
+        self, inputs: Any, grad: Tensor, entered: DecayStates, incoming: list[Tensor | None]
+    ) -> tuple[Grads, list[Tensor]]:
+        """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
+        adjoint = self.adjoint(inputs, grad, entered)
+        adjoint.enter_backwards(incoming)
+        alike = {x.shape[2] for x in inputs[:3]} == {self.heads}
+        dtype = inputs[0].dtype if alike else torch.float32
+        total = self._gradients(entered, adjoint.grad, adjoint.states, dtype)
+        return self._shaped(total, inputs), adjoint.starts()
+
+    def restore(self, inputs: Any, tensors: tuple[Tensor, ...]) -> DecayStates:
+        """A chain from its tensors."""
+        chain = self.states(inputs)
+        chain.restore(tensors, filled=not self.causal)
+        return chain
+
+    def _attend(
+        self, chain: DecayStates, states: Tensor | None, before: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        own, inside = chain.own, self.causal and before is None
+        output: Tensor = operators.attend(
+            own.q, own.k, chain.values, own.sums, states, before, own.table.chunks, self.heads, self.scale, own.size,
+            inside, False, dtype,
+        )  # fmt: skip
+        return output
+
+    def _gradients(
+        self, entered: DecayStates, grad: Tensor | None, grad_states: Tensor | None, dtype: torch.dtype
+    ) -> Gradients:
+        """Per state: from the output's gradient, from the gradients of states that leave the chunks, or from both."""
+        own, inside = entered.own, self.causal and grad is not None
+        settings = own.table.chunks, self.heads, self.scale, own.size, inside
+        dq, dk, dgates = operators.grad_keys(
+            own.q, own.k, entered.values, grad, own.sums, entered.states, grad_states, *settings, False, own.trained,
+            dtype,
+        )  # fmt: skip
+        like = own.v if grad is None else grad
+        dv = operators.grad_values(own.q, own.k, like, own.sums, grad_states, *settings, dtype)
+        return Gradients(dq, dk, dv, dgates if own.trained else None)
+
+    def _shaped(self, total: Gradients, inputs: Any) -> Grads:
+        """Summed over the states that share a head, in the shape and dtype of the inputs."""
+        q, k, v, log_decay = inputs[:4]
+        gates = total.log_decay
+        if gates is not None:
+            gates = by_head(gates, log_decay.shape[0] if log_decay.dim() == 1 else log_decay.shape[2])
+        dq, dk, dv = (by_head(x, like.shape[2]) for x, like in zip(total[:3], (q, k, v), strict=True))
+        return self.like_inputs(total._replace(q=dq, k=dk, v=dv, log_decay=gates), inputs)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H, D] summed over the states that share one of the heads."""
+    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
