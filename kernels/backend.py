@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lasp.kernels.decay.recurrence import DecayCall, DecayRecurrence
-from lasp.kernels.delta.recurrence import DeltaCall, DeltaRecurrence
+from lasp.kernels.decay.recurrence import DecayRecurrence
+from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
+
+if TYPE_CHECKING:  # triton is slow to import, and not there on every machine
+    from lasp.kernels.decay.triton_recurrence import TritonDecay
+    from lasp.kernels.delta.triton_recurrence import TritonDelta
 
 BACKENDS = ("auto", "torch", "triton")
 
 
-def decay_family(backend: str, q: Tensor) -> type[DecayCall]:
+def decay_family(backend: str, q: Tensor) -> type[DecayRecurrence] | type[TritonDecay]:
     """What sets up a call of the decay family for inputs like q."""
     if resolve(backend, q) == "torch":
         return DecayRecurrence
@@ -24,7 +29,7 @@ def decay_family(backend: str, q: Tensor) -> type[DecayCall]:
     return TritonDecay
 
 
-def delta_family(backend: str, q: Tensor) -> type[DeltaCall]:
+def delta_family(backend: str, q: Tensor) -> type[DeltaRecurrence] | type[TritonDelta]:
     """What sets up a call of the delta family for inputs like q."""
     if resolve(backend, q) == "torch":
         return DeltaRecurrence

@@ -24,14 +24,16 @@ class Tiling:
 def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
     """The measured tiling of a kernel, or the default one. whole_keys: all channels of the keys in one tile."""
     found = measured().get(tuning_key(kernel, key_dim, value_dim, gates, whole_keys))
-    return default_tiling(key_dim, value_dim, whole_keys) if found is None else found
+    return default_tiling(kernel, key_dim, value_dim, gates, whole_keys) if found is None else found
 
 
-def default_tiling(key_dim: int, value_dim: int, whole_keys: bool) -> Tiling:
-    """64 x 64 channels: what stays in registers for every kernel, forwards and backwards."""
-    if whole_keys:
+def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
+    """What keeps everything in registers at 64 and 128 channels (`lasp bench kernels --compile-only`)."""
+    if whole_keys:  # the state's channels of one program, all of them
         return Tiling(_power(key_dim, 256), _power(value_dim, 32 if key_dim > 64 else 64), warps=4, stages=2)
-    return Tiling(_power(key_dim, 64), _power(value_dim, 64), warps=4, stages=2)
+    per_channel, gradient = gates == 2, kernel == "grad_keys"
+    key = _power(key_dim, 32 if per_channel and gradient else 64)
+    return Tiling(key, _power(value_dim, 64), warps=8 if per_channel or gradient else 4, stages=2)
 
 
 def _power(size: int, most: int) -> int:

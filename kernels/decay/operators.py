@@ -29,9 +29,8 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     bf16 has the range of fp32 and goes as it is. fp16 has not, and states outgrow it: tf32 has its digits and fp32's
     range. fp32 takes three products of tf32, which keep all but its last bits.
     """
-    if dtype == torch.bfloat16:
-        return {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}
-    return {"OPERAND": tl.float32, "PRECISION": "tf32" if dtype == torch.float16 else "tf32x3"}
+    operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+    return {"OPERAND": operand, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
 
 
 def sizes(

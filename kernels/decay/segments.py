@@ -135,12 +135,11 @@ def inclusive(maps: Segment) -> Segment:
     """The maps of the first 1, 2, 3, ... of consecutive stretches [stretches, ...], in log2 steps."""
     step, count = 1, len(maps.state)
     while step < count:
-        earlier, later = Segment(maps.transfer[:-step], maps.state[:-step]), Segment(
-            maps.transfer[step:], maps.state[step:]
+        earlier, later = (
+            Segment(maps.transfer[:-step], maps.state[:-step]),
+            Segment(maps.transfer[step:], maps.state[step:]),
         )
         both = earlier.then(later)
-        maps = Segment(
-            torch.cat([maps.transfer[:step], both.transfer]), torch.cat([maps.state[:step], both.state])
-        )
+        maps = Segment(torch.cat([maps.transfer[:step], both.transfer]), torch.cat([maps.state[:step], both.state]))
         step *= 2
     return maps

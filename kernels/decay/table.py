@@ -30,12 +30,12 @@ def device_table(table: ChunkTable, masked: bool, programs: int, processors: int
     """masked: each chunk reads a state of its own, else that of its run. programs: how many a segment is worked on by;
     processors: how many the card runs at once."""
     chunks = [
-        (block.start + i * block.length, block.length, block.run)
-        for block in table.blocks
-        for i in range(block.chunks)
+        (block.start + i * block.length, block.length, block.run) for block in table.blocks for i in range(block.chunks)
     ]
     counts = [last - first for first, last in table.runs]
-    segments, owner, runs, chunk = [], [], [], 0
+    segments: list[tuple[int, int]] = []
+    owner: list[int] = []
+    runs, chunk = [], 0
     for cuts in segment_counts(counts, programs, processors):
         runs.append((len(segments), len(segments) + len(cuts)))
         for count in cuts:

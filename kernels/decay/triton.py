@@ -5,8 +5,9 @@ as 0 outside of either. Running sums of log-decays, G [C, 1] per head or [C, D] 
 Only differences of them that are not positive are exponentiated. Tensors lie as [B, T, H, D]; `chunks` [chunks, 3]
 holds each chunk's first token, its length and the state that it reads.
 
-GATES: 0 no decay, 1 per head, 2 per channel; TRAINED: they have a gradient. STRICT: a token does not see itself (the delta rule's keys among each
-other). OPERAND: the dtype of what is multiplied, PRECISION: of products of fp32 tiles; sums are fp32 always.
+GATES: 0 no decay, 1 per head, 2 per channel; TRAINED: they have a gradient. STRICT: a token does not see itself (the
+delta rule's keys among each other). OPERAND: the dtype of what is multiplied, PRECISION: of products of fp32 tiles;
+sums are fp32 always.
 """
 
 from __future__ import annotations
@@ -92,8 +93,7 @@ def decays(sums, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, STRIC
         row = tl.arange(0, C)
         g = load_sums(sums, row, start, length, b, h, T, H, 1, row, 1)
         return tl.where(mask, tl.exp(tl.minimum(g - tl.trans(g), 0.0)), 0.0)
-    else:
-        return tl.where(mask, 1.0, 0.0)
+    return tl.where(mask, 1.0, 0.0)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def channel_scores(
     """Products of queries and keys decayed per channel [C, C]: queries of later halves meet keys of earlier halves of
     all stretches of 2, 4, ... C tokens, both carried to the border between (as in `scores.py`)."""
     scores = tl.zeros([C, C], dtype=tl.float32)
-    for level in tl.static_range(LEVELS):
+    for level in tl.range(0, LEVELS, num_stages=1):
         decay, later = to_border(sums, g, 1 << level, start, length, b, h, T, H, D, d, C)
         rows, columns = tl.where(later, q * decay, 0.0), tl.where(later, 0.0, k * decay)
         scores += tl.where(same_stretch(1 << level, C), product(rows, tl.trans(columns), OPERAND, PRECISION), 0.0)
@@ -151,8 +151,7 @@ def scores(
             total += product(q_tile, tl.trans(k_tile), OPERAND, PRECISION)
     if GATES == 2:
         return total
-    else:
-        return total * decays(sums, start, length, b, hg, T, HG, C, STRICT, GATES)
+    return total * decays(sums, start, length, b, hg, T, HG, C, STRICT, GATES)
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -194,10 +193,9 @@ def carry(
         if STORE:
             store_state(states, state, chunk, b, B, h, H, K, V, d, e)
         keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+        values = tl.zeros([C, BV], dtype=tl.float32)
         if VALUES:
-            values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
-        else:
-            values = tl.zeros([C, BV], dtype=tl.float32)
+            values += load_rows(v, start, length, b, hv, T, HV, V, e, C)
         if DELTA:
             w = load_rows(erased, start, length, b, h, T, H, K, d, C)
             values = values - product(w, state, OPERAND, PRECISION)
@@ -235,7 +233,7 @@ def carry_back(
     if START:
         state = load_state(starts, segment, b, B, h, H, K, V, d, e)
     first, last_chunk = tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)
-    for step in range(0, last_chunk - first):
+    for step in range(last_chunk - first):
         chunk = last_chunk - 1 - step
         start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
         if STORE:
@@ -292,9 +290,7 @@ def attend(
             d = k0 + tl.arange(0, BK)
             queries = load_rows(q, start, length, b, hq, T, HQ, K, d, C)
             if GATES:
-                queries = queries * tl.exp(
-                    load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
-                )
+                queries = queries * tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES))
             total += product(queries, load_state(states, slot, b, B, h, H, K, V, d, e), OPERAND, PRECISION)
     if INSIDE:
         p = scores(
@@ -355,16 +351,15 @@ def grad_inside(
     """From the gradient of what lies below the diagonal of the scores, dp [C, C], to those of q and k, [C, D] each."""
     if GATES == 2:
         dq, dk = tl.zeros_like(g), tl.zeros_like(g)
-        for level in tl.static_range(LEVELS):
+        for level in tl.range(0, LEVELS, num_stages=1):
             decay, later = to_border(sums, g, 1 << level, start, length, b, h, T, H, D, d, C)
             rows, columns = tl.where(later, q * decay, 0.0), tl.where(later, 0.0, k * decay)
             squares = tl.where(same_stretch(1 << level, C), dp, 0.0)
-            dq += tl.where(later, product(squares, columns, OPERAND, PRECISION) * decay, 0.0)
-            dk += tl.where(later, 0.0, product(tl.trans(squares), rows, OPERAND, PRECISION) * decay)
+            dq += tl.where(later, product(squares, columns, tl.float32, PRECISION) * decay, 0.0)
+            dk += tl.where(later, 0.0, product(tl.trans(squares), rows, tl.float32, PRECISION) * decay)
         return dq, dk
-    else:
-        ds = dp * decays(sums, start, length, b, h, T, H, C, True, GATES)
-        return product(ds, k, OPERAND, PRECISION), product(tl.trans(ds), q, OPERAND, PRECISION)
+    ds = dp * decays(sums, start, length, b, h, T, H, C, True, GATES)
+    return product(ds, k, OPERAND, PRECISION), product(tl.trans(ds), q, OPERAND, PRECISION)
 
 
 @triton.jit
@@ -372,8 +367,7 @@ def by_gate(tile, GATES: tl.constexpr):
     """A tile [C, D] summed over what shares a gate."""
     if GATES == 2:
         return tile
-    else:
-        return tl.sum(tile, 1)[:, None]
+    return tl.sum(tile, 1)[:, None]
 
 
 @triton.jit
@@ -405,22 +399,7 @@ def grad_keys(
     if GATES:
         g = load_sums(sums, i, start, length, b, hg, T, HG, D, d, GATES)
     dk_total = tl.zeros([C, BK], dtype=tl.float32)
-    later, gates = tl.zeros([C, BD], dtype=tl.float32), tl.zeros([C, BD], dtype=tl.float32)
-    if CARRIED:
-        held = tl.zeros([BK], dtype=tl.float32)
-        for v0 in range(0, V, BV):
-            e = v0 + tl.arange(0, BV)
-            values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
-            dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
-            dk_total += product(values, tl.trans(dstate), OPERAND, PRECISION)
-            if TRAINED:
-                held += tl.sum(load_state(states, slot, b, B, h, H, K, V, d, e) * dstate, 1)
-        if GATES:
-            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
-            dk_total *= tl.exp(last - g)
-            if TRAINED:
-                kept = by_gate(k_tile * dk_total, GATES)
-                gates += tl.cumsum(kept, 0) - kept + tl.exp(last) * tl.trans(by_gate_of_state(held, GATES))
+    later = tl.zeros([C, BD], dtype=tl.float32)
     if INSIDE or READ:
         for member in range(GROUP):
             ho = h * GROUP + member
@@ -457,9 +436,25 @@ def grad_keys(
                     dq_total += own * k_tile
                     dk_total += own * q_tile
             store_rows(dq, dq_total, start, length, b, ho, T, HO, K, d, C)
+    gates = tl.cumsum(later, 0, reverse=True)
+    if CARRIED:
+        held, carried = tl.zeros([BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
+        for v0 in range(0, V, BV):
+            e = v0 + tl.arange(0, BV)
+            values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
+            dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
+            carried += product(values, tl.trans(dstate), OPERAND, PRECISION)
+            if TRAINED:
+                held += tl.sum(load_state(states, slot, b, B, h, H, K, V, d, e) * dstate, 1)
+        if GATES:
+            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
+            carried *= tl.exp(last - g)
+            if TRAINED:
+                kept = by_gate(k_tile * carried, GATES)
+                gates += tl.cumsum(kept, 0) - kept + tl.exp(last) * tl.trans(by_gate_of_state(held, GATES))
+        dk_total += carried
     store_rows(dk, dk_total, start, length, b, h, T, H, K, d, C)
     if TRAINED:
-        gates += tl.cumsum(later, 0, reverse=True)
         part = dgates if GATES == 2 else dgates + tl.cast(tl.program_id(0), tl.int64) * B * T * H
         column = d if GATES == 2 else tl.arange(0, 1)
         store_rows(part, gates, start, length, b, h, T, H, D, column, C)
@@ -470,5 +465,4 @@ def by_gate_of_state(held, GATES: tl.constexpr):
     """What the channels of a state [D] hold, summed over what shares a gate: [D or 1, 1]."""
     if GATES == 2:
         return held[:, None]
-    else:
-        return tl.sum(held, 0)[None, None]
+    return tl.sum(held, 0)[None, None]

@@ -159,9 +159,7 @@ class TritonDecay(DecayCall):
         chain.restore(tensors, filled=not self.causal)
         return chain
 
-    def _attend(
-        self, chain: DecayStates, states: Tensor | None, before: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def _attend(self, chain: DecayStates, states: Tensor | None, before: Tensor | None, dtype: torch.dtype) -> Tensor:
         own, inside = chain.own, self.causal and before is None
         output: Tensor = operators.attend(
             own.q, own.k, chain.values, own.sums, states, before, own.table.chunks, self.heads, self.scale, own.size,
