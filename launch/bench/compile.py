@@ -1,0 +1,186 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: registers, stack and shared memory on each kind of card.
+
+What is compiled is what a training step of each mixer launches: the step runs here on a few tokens, and its launches are
+written down instead of made. A kernel whose registers do not suffice keeps the rest on its stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from lasp.kernels import backend, tuning
+from lasp.launch.bench.kernels import Shape
+from lasp.launch.bench.mixers import MIXERS, Mixer
+
+SHARED_LIMITS = {80: 163, 90: 227, 100: 227}
+"""KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of features)."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is compiled, and for what."""
+    parser.add_argument("--archs", type=int, nargs="+", default=list(SHARED_LIMITS), choices=list(SHARED_LIMITS))
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="of keys and values")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """What each kernel takes, for each mixer that has one of its own."""
+    import triton
+
+    kernels: list[dict[str, Any]] = []
+    for dtype, dim in itertools.product(options.dtypes, options.dims):
+        seen: set[Launch] = set()
+        for name in options.mixers:
+            for launch in step_launches(MIXERS[name], dim, DTYPES[dtype]):
+                if launch not in seen:
+                    seen.add(launch)
+                    found = {str(arch): launch.compile(arch) for arch in options.archs}
+                    kernels.append({"mixer": name, "dtype": dtype, "dim": dim} | launch.told() | {"archs": found})
+                    _progress(kernels[-1])
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    return {"versions": versions, "kernels": kernels}
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table in Markdown, and whether anything is beyond its limit."""
+    for line in markdown(figures):
+        print(line)
+    bad = [f"{kernel['kernel']} ({kernel['mixer']})" for kernel in figures["kernels"] if beyond(kernel)]
+    print(f"\n{len(figures['kernels'])} kernels, {len(bad)} of them spill or take more memory than there is. {bad or ''}")
+
+
+def markdown(figures: dict[str, Any]) -> list[str]:
+    """Lines of the table: registers to a thread, bytes of stack where there are any, KiB of shared memory."""
+    archs = list(figures["kernels"][0]["archs"])
+    heads = ["kernel", "mixer", "dtype", "D", "tile", "warps", *(f"sm_{arch}" for arch in archs)]
+    rows = []
+    for kernel in figures["kernels"]:
+        cells = [kernel["kernel"], kernel["mixer"], kernel["dtype"], kernel["dim"], kernel["tile"], kernel["warps"]]
+        rows.append([*map(str, cells), *(_cell(used) for used in kernel["archs"].values())])
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def _cell(used: dict[str, Any]) -> str:
+    if "error" in used:
+        return "does not compile"
+    spilled = f", {used['stack']} B spilled" if used["stack"] else ""
+    return f"{used['registers']} regs, {used['shared'] / 1024:.0f} KiB{spilled}"
+
+
+def beyond(kernel: dict[str, Any]) -> list[str]:
+    """The cards on which a kernel spills, has too little shared memory or does not compile."""
+    return [
+        arch
+        for arch, used in kernel["archs"].items()
+        if "error" in used or used["stack"] or used["shared"] > SHARED_LIMITS[int(arch)] * 1024
+    ]
+
+
+def _progress(kernel: dict[str, Any]) -> None:
+    print(".!"[bool(beyond(kernel))], end="", file=sys.stderr, flush=True)
+
+
+# Launches -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as far as it decides what is compiled. types: of the arguments that are no constants."""
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+
+    def told(self) -> dict[str, Any]:
+        """What a table says of it."""
+        constants = dict(self.constants)
+        tile = "x".join(str(constants[name]) for name in ("BK", "BV") if name in constants)
+        return {"kernel": self.kernel.__name__, "tile": tile, "warps": self.warps, "stages": self.stages}
+
+    def compile(self, arch: int) -> dict[str, Any]:
+        """Registers to a thread, bytes of stack to a thread and of shared memory to a block; or what went wrong."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature = dict(self.types) | {name: "constexpr" for name, _ in self.constants}
+        signature = {name: signature[name] for name in self.kernel.arg_names}
+        places = {name: place for place, name in enumerate(self.kernel.arg_names)}
+        aligned = {(places[name],): [["tt.divisibility", 16]] for name, kind in self.types if kind.startswith("*")}
+        source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        try:
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        except Exception as error:  # of any kind: the compiler's own, or its assembler's
+            return {"error": f"{type(error).__name__}: {error}"}
+        return resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a compiled kernel, as NVIDIA's cuobjdump, which Triton brings along, reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype) -> list[Launch]:
+    """What forward and backward launch with the default tilings, from an initial state and to a final one."""
+    inputs = [x.requires_grad_() for x in mixer.inputs(Shape(tokens=64, heads=16, dim=dim), "cpu", dtype)]
+    launches: list[Launch] = []
+    with _default_tilings(), _written_down(launches.append), mock.patch.object(backend, "_check_triton"):
+        state = torch.zeros(1, 16, dim, dim, requires_grad=True)
+        output, final = mixer.ours(*inputs, backend="triton", initial_state=state, output_final_state=True)
+        torch.autograd.grad((output, final), (*inputs, state), (output, final))
+    return launches
+
+
+@contextmanager
+def _default_tilings() -> Iterator[None]:
+    with mock.patch.object(tuning, "measured", dict):
+        yield
+
+
+@contextmanager
+def _written_down(write: Callable[[Launch], None]) -> Iterator[None]:
+    """Launches are told to `write`, and not made."""
+    from triton.runtime import JITFunction
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int, **rest: Any) -> None:
+        types = tuple((name, _type(x)) for name, x in zip(kernel.arg_names, arguments, strict=False))
+        write(Launch(kernel, types, tuple(rest.items()), num_warps, num_stages))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def _type(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return POINTERS[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i32"
