@@ -41,7 +41,8 @@ class SegmentStates(ABC):
         """What each segment does to a state that enters it, forwards: [segments, B, H, 1 or K, 1 or K]."""
 
     @cached_property
-    def _transfers(self) -> Tensor:
+    def transfers(self) -> Tensor:
+        """The same, made once."""
         return self.make_transfers()
 
     @cached_property
@@ -127,8 +128,8 @@ class SegmentStates(ABC):
         """Those of a run's segments, in the order in which the chain passes them."""
         own = slice(*self._runs[run])
         if not self.reverse:
-            return Segment(self._transfers[own], self._empty[own])
-        return Segment(transpose(self._transfers[own]).flip(0), self._empty[own].flip(0))
+            return Segment(self.transfers[own], self._empty[own])
+        return Segment(transpose(self.transfers[own]).flip(0), self._empty[own].flip(0))
 
 
 def inclusive(maps: Segment) -> Segment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from lasp.kernels.documents import chunk_table
 
 # Without a mask nothing is computed inside a chunk, whose length is then that of a tile.
 LONGEST_CHUNK = 128
+
+
+class StateGradients(NamedTuple):
+    """Gradients per state, of queries per head of the output; None for what is not there (yet)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    gates: Tensor | None
+    beta: Tensor | None = None
+
+    def plus(self, rest: StateGradients) -> StateGradients:
+        """What two parts of a backward pass come to; the first has all of q's."""
+        return StateGradients(self.q, *(_sum(a, b) for a, b in zip(self[1:], rest[1:], strict=True)))
+
+
+def _sum(a: Any, b: Any) -> Any:
+    return b if a is None else a if b is None else a + b
 
 
 class Arranged:
@@ -90,21 +108,20 @@ class DecayAdjoint(SegmentStates):
 
     reverse = True
 
-    def __init__(self, states: DecayStates, grad: Tensor) -> None:
-        super().__init__(states.own.table.runs)
-        self.own, self.grad = states.own, grad.contiguous()
+    def __init__(self, forwards: DecayStates, grad: Tensor) -> None:
+        super().__init__(forwards.own.table.runs)
+        self.forwards, self.own, self.grad = forwards, forwards.own, grad.contiguous()
 
     def carry(self, starts: Tensor | None, store: bool) -> Pass:
         own = self.own
-        none = None, None
         table = own.table.chunks, own.table.segments
         done: Pass = operators.carry_back(
-            own.q, own.k, self.grad, own.sums, *none, starts, *table, own.heads, own.scale, own.size, store
+            own.q, own.k, self.grad, own.sums, None, None, starts, *table, own.heads, own.scale, own.size, store
         )
         return done
 
     def make_transfers(self) -> Tensor:
-        return self.own.segment_decays()
+        return self.forwards.transfers
 
 
 class TritonDecay(DecayCall):
@@ -132,15 +149,13 @@ class TritonDecay(DecayCall):
         """Gradients of the states, each run with nothing after it."""
         return DecayAdjoint(entered, grad)
 
-    def grad_outputs(self, inputs: Any, grad: Tensor, entered: DecayStates) -> Gradients:
+    def grad_outputs(self, inputs: Any, grad: Tensor, entered: DecayStates) -> StateGradients:
         """The gradients as far as they do not depend on later tokens' gradients."""
-        return self._gradients(entered, grad.contiguous(), None, torch.float32)
+        return self._gradients(entered, grad.contiguous(), None)
 
-    def grad_states(self, inputs: Any, entered: DecayStates, adjoint: DecayAdjoint, total: Gradients) -> Grads:
+    def grad_states(self, inputs: Any, entered: DecayStates, adjoint: DecayAdjoint, total: StateGradients) -> Grads:
         """All gradients, each in its input's shape and dtype."""
-        rest = self._gradients(entered, None, adjoint.states, torch.float32)
-        gates = None if total.log_decay is None or rest.log_decay is None else total.log_decay + rest.log_decay
-        return self._shaped(Gradients(total.q, total.k + rest.k, total.v + rest.v, gates), inputs)
+        return self._shaped(total.plus(self._gradients(entered, None, adjoint)), inputs)
 
     def backward(
         self, inputs: Any, grad: Tensor, entered: DecayStates, incoming: list[Tensor | None]
@@ -148,10 +163,7 @@ class TritonDecay(DecayCall):
         """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
         adjoint = self.adjoint(inputs, grad, entered)
         adjoint.enter_backwards(incoming)
-        alike = {x.shape[2] for x in inputs[:3]} == {self.heads}
-        dtype = inputs[0].dtype if alike else torch.float32
-        total = self._gradients(entered, adjoint.grad, adjoint.states, dtype)
-        return self._shaped(total, inputs), adjoint.starts()
+        return self._shaped(self._gradients(entered, adjoint.grad, adjoint), inputs), adjoint.starts()
 
     def restore(self, inputs: Any, tensors: tuple[Tensor, ...]) -> DecayStates:
         """A chain from its tensors."""
@@ -167,28 +179,39 @@ class TritonDecay(DecayCall):
         )  # fmt: skip
         return output
 
-    def _gradients(
-        self, entered: DecayStates, grad: Tensor | None, grad_states: Tensor | None, dtype: torch.dtype
-    ) -> Gradients:
+    def _gradients(self, entered: DecayStates, grad: Tensor | None, adjoint: DecayAdjoint | None) -> StateGradients:
         """Per state: from the output's gradient, from the gradients of states that leave the chunks, or from both."""
-        own, inside = entered.own, self.causal and grad is not None
-        settings = own.table.chunks, self.heads, self.scale, own.size, inside
-        dq, dk, dgates = operators.grad_keys(
-            own.q, own.k, entered.values, grad, own.sums, entered.states, grad_states, *settings, False, own.trained,
-            dtype,
+        own, whole = entered.own, grad is not None and adjoint is not None
+        alike = {x.shape[2] for x in (own.q, own.k, own.v)} == {own.heads}
+        dtype = own.v.dtype if whole and alike else torch.float32  # what is summed later is not rounded before
+        grad_states = None if adjoint is None else adjoint.states
+        dq, dk, gates = self._grad_keys(entered, grad, grad_states, dtype)
+        dv = operators.grad_values(
+            own.q, own.k, own.v if grad is None else grad, own.sums, grad_states, own.table.chunks, own.heads,
+            own.scale, own.size, own.causal and grad is not None, dtype,
         )  # fmt: skip
-        like = own.v if grad is None else grad
-        dv = operators.grad_values(own.q, own.k, like, own.sums, grad_states, *settings, dtype)
-        return Gradients(dq, dk, dv, dgates if own.trained else None)
+        return StateGradients(dq, dk, dv, gates)
 
-    def _shaped(self, total: Gradients, inputs: Any) -> Grads:
+    def _grad_keys(
+        self, entered: DecayStates, grad: Tensor | None, grad_states: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same of queries, keys and gates alone."""
+        own, inside = entered.own, self.causal and grad is not None
+        dq, dk, gates = operators.grad_keys(
+            own.q, own.k, entered.values, grad, own.sums, entered.states, grad_states, own.table.chunks, own.heads,
+            own.scale, own.size, inside, False, own.trained, dtype,
+        )  # fmt: skip
+        return dq, dk, gates if own.trained else None
+
+    def _shaped(self, total: StateGradients, inputs: Any) -> Grads:
         """Summed over the states that share a head, in the shape and dtype of the inputs."""
         q, k, v, log_decay = inputs[:4]
-        gates = total.log_decay
-        if gates is not None:
-            gates = by_head(gates, log_decay.shape[0] if log_decay.dim() == 1 else log_decay.shape[2])
-        dq, dk, dv = (by_head(x, like.shape[2]) for x, like in zip(total[:3], (q, k, v), strict=True))
-        return self.like_inputs(total._replace(q=dq, k=dk, v=dv, log_decay=gates), inputs)
+        assert total.v is not None, "known by now"
+        dq, dk, dv = by_head(total.q, q.shape[2]), by_head(total.k, k.shape[2]), by_head(total.v, v.shape[2])
+        heads = 1 if log_decay is None else log_decay.shape[0 if log_decay.dim() == 1 else 2]
+        gates = None if total.gates is None else by_head(total.gates, heads)
+        beta = None if total.beta is None else by_head(total.beta, inputs[4].shape[2])
+        return self.like_inputs(Gradients(dq, dk, dv, gates, beta), inputs)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,95 @@
+"""The delta family on a GPU: what the decay family's kernels lack, which is the triangular system of each chunk.
+
+Notation and conventions as in `lasp.kernels.decay.triton`; the mathematics is that of `chunked.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.decay.triton import load_rows, load_sums, product, same_stretch, scores, store_rows
+
+# Rows that are eliminated one by one; larger blocks are made of these by products.
+BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def unit_lower_inverse(a, C: tl.constexpr):
+    """`(I + a)^-1` of a strictly lower triangular a [C, C], in fp32 throughout.
+
+    Blocks of 16 on the diagonal by elimination, all of them at once. Then two neighbours X, Y are joined by
+    `-Y·a·X` between them, until one block is left.
+    """
+    blocks: tl.constexpr = C // BLOCK
+    i, n = tl.arange(0, BLOCK), tl.arange(0, blocks)
+    diagonal = (n[:, None] == n[None, :])[:, None, :, None]
+    own = tl.sum(tl.where(diagonal, tl.reshape(a, [blocks, BLOCK, blocks, BLOCK]), 0.0), 2)
+    x = tl.zeros([blocks, BLOCK, BLOCK], dtype=tl.float32) + tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None, :, :]
+    for row in range(1, BLOCK):
+        here = (i == row)[None, :, None]
+        a_row = tl.sum(tl.where(here, own, 0.0), 1)
+        x = tl.where(here, x - tl.sum(a_row[:, :, None] * x, 1)[:, None, :], x)
+    inverse = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [C, C])
+    half = BLOCK
+    while half < C:
+        row = tl.arange(0, C)
+        between = ((row & half) != 0)[:, None] & ((row & half) == 0)[None, :] & same_stretch(half, C)
+        step = tl.dot(inverse, tl.where(between, a, 0.0), input_precision="tf32x3")
+        inverse -= tl.dot(step, inverse, input_precision="tf32x3")
+        half *= 2
+    return inverse
+
+
+@triton.jit
+def solve(
+    k, v, beta, sums, inverse, written, erased, chunks, T,
+    HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HB: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    GATES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`X = (I + diag(beta)·A)^-1`, `U = X·diag(beta)·v` and `W = X·diag(beta)·K'` of each chunk and state."""
+    chunk, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    hk, hv, hg, hb = h // (H // HK), h // (H // HV), h // (H // HG), h // (H // HB)
+    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    D: tl.constexpr = K if GATES == 2 else 1
+    # Keys decayed per channel are rounded once more than others.
+    SCORES: tl.constexpr = tl.float32 if GATES == 2 else OPERAND
+    a = scores(
+        k, k, sums, start, length, b, hk, hk, hg, T, HK, HK, HG, K, C, BK, LEVELS, GATES, True, SCORES, PRECISION
+    )
+    rate = load_rows(beta, start, length, b, hb, T, HB, 1, tl.arange(0, 1), C).to(tl.float32)
+    x = unit_lower_inverse(rate * a, C)
+    store_rows(inverse, x, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    for v0 in range(0, V, BV):
+        e = v0 + tl.arange(0, BV)
+        values = rate * load_rows(v, start, length, b, hv, T, HV, V, e, C)
+        store_rows(written, product(x, values, tl.float32, PRECISION), start, length, b, h, T, H, V, e, C)
+    for k0 in range(0, K, BK):
+        d = k0 + tl.arange(0, BK)
+        keys = rate * load_rows(k, start, length, b, hk, T, HK, K, d, C)
+        if GATES:
+            keys *= tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES))
+        store_rows(erased, product(x, keys, tl.float32, PRECISION), start, length, b, h, T, H, K, d, C)
+
+
+@triton.jit
+def grad_solve(
+    inverse, beta, grad_written, error, dv, dbeta, chunks, B, T,
+    HB: tl.constexpr, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient du of what tokens write: with `y = X^T du`, `dv = beta·y` and `dbeta = y·error`.
+
+    error: what was asked of each token to write, [B, T, H, V]. `dbeta` is [tiles of channels, B, T, H].
+    """
+    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    x = load_rows(inverse, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
+    y = product(tl.trans(x), du, tl.float32, PRECISION)
+    rate = load_rows(beta, start, length, b, h // (H // HB), T, HB, 1, tl.arange(0, 1), C)
+    store_rows(dv, y * rate, start, length, b, h, T, H, V, e, C)
+    part = tl.sum(y * load_rows(error, start, length, b, h, T, H, V, e, C), 1)[:, None]
+    rates = dbeta + tl.cast(tl.program_id(0), tl.int64) * B * T * H
+    store_rows(rates, part, start, length, b, h, T, H, 1, tl.arange(0, 1), C)
