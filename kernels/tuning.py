@@ -28,12 +28,16 @@ def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bo
 
 
 def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
-    """What keeps everything in registers at 64 and 128 channels (`lasp bench kernels --compile-only`)."""
-    if whole_keys:  # the state's channels of one program, all of them
-        return Tiling(_power(key_dim, 256), _power(value_dim, 32 if key_dim > 64 else 64), warps=4, stages=2)
+    """What keeps everything in registers at 64 and 128 channels (`lasp bench kernels --compile-only`).
+
+    Decays per channel are tiles of their own, which 8 warps have the registers for, as for the inverses of `solve`.
+    """
     per_channel, gradient = gates == 2, kernel == "grad_keys"
-    key = _power(key_dim, 32 if per_channel and gradient else 64)
-    return Tiling(key, _power(value_dim, 64), warps=8 if per_channel or gradient else 4, stages=2)
+    warps = 8 if per_channel or kernel in ("grad_keys", "solve") else 4
+    if whole_keys:  # the state's channels of one program, all of them
+        return Tiling(_power(key_dim, 256), _power(value_dim, 32 if key_dim > 64 else 64), warps, stages=2)
+    most = 32 if per_channel and gradient else 64
+    return Tiling(_power(key_dim, most), _power(value_dim, most), warps, stages=2)
 
 
 def _power(size: int, most: int) -> int:
