@@ -1,14 +1,17 @@
-"""Which implementation of a kernel family runs. The only file here that may look at the environment."""
+"""Which implementation of a kernel family runs, and why. The only file here that may look at the environment."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lasp.kernels import tuning
 from lasp.kernels.decay.recurrence import DecayRecurrence
 from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
@@ -46,23 +49,35 @@ def resolve(backend: str, q: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return "triton" if q.is_cuda and q.dtype != torch.float64 and _has_triton() else "torch"
+        return automatic(q.device, q.dtype)[0]
     if backend == "triton":
-        _check_triton(q)
+        check_triton(q)
     return backend
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that "auto" means for tensors of a dtype on a device, and why."""
+    if device.type != "cuda":
+        return "torch", f"Triton's kernels need a GPU, and tensors are on {device.type}"
+    if not _has_triton():
+        return "torch", "the package triton is not installed"
+    if dtype == torch.float64:
+        return "torch", "Triton's kernels take no float64"
+    return "triton", f"tensors are on a GPU, and triton {version('triton')} is installed"
 
 
-def _check_triton(q: Tensor) -> None:
+def check_triton(q: Tensor) -> None:
+    """Raise ValueError unless Triton's kernels can run on inputs like q."""
     if not _has_triton():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
     if q.dtype == torch.float64:
         raise ValueError("backend='triton' takes float32, bfloat16 and float16, got torch.float64")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend='triton' needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1)")
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Operator:
@@ -73,3 +88,42 @@ def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) 
     if softcap is None and k.is_cuda and half and not masked and k.shape[3] == v.shape[3] <= 256:
         return CudaFlash()
     return Plain(softcap)
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What runs on a device: decay, delta, softmax hold the implementation of each family and why it is chosen."""
+
+    device: str
+    versions: str
+    decay: str
+    delta: str
+    softmax: str
+    tilings: str
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:9} {value}" for name, value in vars(self).items())
+
+
+def backend_report(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> BackendReport:
+    """Which implementation "auto" means for each family, for tensors of a dtype on a device, and why.
+
+    decay: `linear_attention`; delta: `delta_rule`; softmax: `softmax_attention`. tilings: where those of Triton's
+    kernels come from. device: by default the GPU, or the CPU where there is none.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backend, reason = automatic(device, dtype)
+    on_gpu = device.type == "cuda"
+    tile = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
+    operator = type(softmax_operator(tile, tile, masked=False, softcap=None))
+    return BackendReport(
+        device=f"{device.type} ({torch.cuda.get_device_name(device)})" if on_gpu else device.type,
+        versions=f"torch {torch.__version__}, triton {version('triton') if _has_triton() else 'not installed'}",
+        decay=f"{backend}: {reason}",
+        delta=f"{backend}: {reason}",
+        softmax=f"{operator.__name__}: {(operator.__doc__ or '').splitlines()[0]}",
+        tilings=tuning.origin() if backend == "triton" else "none: Triton's kernels do not run",
+    )

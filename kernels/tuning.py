@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,10 +22,16 @@ class Tiling:
     stages: int
 
 
+in_use: dict[str, Tiling] = {}
+"""The tilings of the kernels that have run, by `tuning_key`. `lasp tune` puts in what it tries."""
+
+
 def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
     """The measured tiling of a kernel, or the default one. whole_keys: all channels of the keys in one tile."""
-    found = measured().get(tuning_key(kernel, key_dim, value_dim, gates, whole_keys))
-    return default_tiling(kernel, key_dim, value_dim, gates, whole_keys) if found is None else found
+    key = tuning_key(kernel, key_dim, value_dim, gates, whole_keys)
+    if key not in in_use:
+        in_use[key] = measured().get(key) or default_tiling(kernel, key_dim, value_dim, gates, whole_keys)
+    return in_use[key]
 
 
 def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
@@ -52,13 +59,16 @@ def tuning_key(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys
     return f"{kernel} K={key_dim} V={value_dim} gates={gates}{' delta' if whole_keys else ''}"
 
 
-def cache_file() -> Path:
-    """One per kind of card and version of Triton, under $LASP_CACHE or ~/.cache/lasp."""
-    import triton
+def has_whole_keys(key: str) -> bool:
+    """Whether a key of the above says so."""
+    return key.endswith(" delta")
 
-    folder = Path(os.environ.get("LASP_CACHE", Path.home() / ".cache" / "lasp"))
+
+def cache_file() -> Path:
+    """One per kind of card and version of Triton, in ~/.cache/lasp."""
     card = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    return folder / f"tilings-{card}-triton-{triton.__version__}.json"
+    folder = Path(os.path.expanduser("~/.cache/lasp"))  # not Path.home(), which fails where there is none
+    return folder / f"tilings-{card}-triton-{version('triton')}.json"
 
 
 @cache
@@ -70,6 +80,14 @@ def measured() -> dict[str, Tiling]:
     return {name: Tiling(**values) for name, values in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
+def origin() -> str:
+    """Where the tilings come from, in words."""
+    file = cache_file()
+    if not measured():
+        return f"the defaults: `lasp tune` has not written {file}"
+    return f"{len(measured())} that `lasp tune` measured, in {file}, and the defaults"
+
+
 def save(tilings: dict[str, Tiling]) -> Path:
     """Add to what was measured, and return the file."""
     file = cache_file()
@@ -77,4 +95,5 @@ def save(tilings: dict[str, Tiling]) -> Path:
     values = {name: asdict(one) for name, one in (measured() | tilings).items()}
     file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     measured.cache_clear()
+    in_use.clear()
     return file

@@ -1,6 +1,7 @@
 """lasp: train linear-attention, state-space, softmax and hybrid models with the sequence cut over ranks."""
 
 from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
+from lasp.kernels.backend import backend_report
 from lasp.parallel.collator import ShardedCollator
 from lasp.parallel.collectives import traffic
 from lasp.parallel.gradients import clip_grad_norm_, data_parallel, sync_gradients
@@ -13,6 +14,7 @@ from lasp.wrap.parallelize import parallelize, unparallelize
 __all__ = [
     "SequenceGroup",
     "ShardedCollator",
+    "backend_report",
     "causal_conv1d",
     "clip_grad_norm_",
     "cross_entropy",

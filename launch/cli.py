@@ -12,6 +12,7 @@ INTERRUPTED = 130
 COMMANDS = {
     "train": ("lasp.launch.train", "train a model with the sequence cut over ranks"),
     "verify": ("lasp.launch.verify", "prove that a kind of model is parallel and exact"),
+    "tune": ("lasp.launch.tune", "measure how this GPU likes the Triton kernels cut into tiles"),
     "bench": ("lasp.launch.bench", "measure speed and memory"),
 }
 """Name of a subcommand: (module with its `main(argv)`, what it does)."""

@@ -6,10 +6,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from lasp.launch.bench import attention, convergence, kernels
+import torch
+
+from lasp.launch.bench import attention, compilation, convergence, cuda, kernels
 
 BENCHMARKS = {"kernels": kernels, "attention": attention, "convergence": convergence}
+TRITON = {"--compile-only": compilation, "--device cuda": cuda}
+"""Those of Triton's kernels, by the option of `lasp bench kernels` that asks for them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
         command.add_argument("--repeat", type=int, default=9, metavar="N", help="repetitions per contestant")
         benchmark.add_options(command)
+        for option, triton in TRITON.items() if name == "kernels" else ():
+            triton.add_options(command.add_argument_group(f"with {option}"))
     options = parser.parse_args(argv)
-    figures = BENCHMARKS[options.what].measure(options)
+    if options.what == "kernels" and options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none here")
+    benchmark = _choose(options)
+    figures = benchmark.measure(options)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    BENCHMARKS[options.what].show(figures)
+    benchmark.show(figures)
     return 0
+
+
+def _choose(options: argparse.Namespace) -> ModuleType:
+    """The module that measures what was asked for."""
+    if options.what != "kernels" or (options.device == "cpu" and not options.compile_only):
+        return BENCHMARKS[options.what]
+    return TRITON["--compile-only" if options.compile_only else "--device cuda"]

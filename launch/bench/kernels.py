@@ -27,7 +27,7 @@ OURS = "lasp"
 
 @dataclass(frozen=True)
 class Shape:
-    """B batches of T tokens, H heads of dim D (= K = V), fp32."""
+    """B batches of T tokens, H heads of dim D (= K = V)."""
 
     batch: int = 1
     tokens: int = 8192
@@ -75,6 +75,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=Shape.heads)
     parser.add_argument("--dim", type=int, default=Shape.dim)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: Triton's kernels instead")
+    parser.add_argument("--compile-only", action="store_true", help="compile Triton's kernels instead; needs no GPU")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,34 +5,64 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Contestant = Callable[[], None]
+Name = TypeVar("Name", bound=Hashable)
+
+
+def wall_seconds(run: Contestant) -> float:
+    """By the clock."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def card_seconds(run: Contestant) -> float:
+    """By the GPU's own clock, once it is busy with something else while the CPU launches the run."""
+    occupy_card()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def occupy_card(products: int = 4) -> None:
+    """Give the GPU some milliseconds of work, which also takes all earlier data out of its cache."""
+    square = torch.empty(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(products):
+        torch.mm(square, square)
 
 
 def interleave(
-    contestants: dict[str, Contestant],
+    contestants: dict[Name, Contestant],
     repeat: int,
     together: Callable[[], None] = lambda: None,
     warm: bool = True,
-) -> dict[str, float]:
+    clock: Callable[[Contestant], float] = wall_seconds,
+) -> dict[Name, float]:
     """Median seconds of each contestant, all of them once per round.
 
     together: called before each run, and within its time at its end: ranks begin together, and the slowest counts.
     warm: begin with a round that is not counted.
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+
+    def run_together(run: Contestant) -> None:
+        run()
+        together()
+
+    times: dict[Name, list[float]] = {name: [] for name in contestants}
     for _ in range(repeat + warm):
         for name, run in contestants.items():
             together()
-            start = time.perf_counter()
-            run()
-            together()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(partial(run_together, run)))
     return {name: statistics.median(measured[warm:]) for name, measured in times.items()}
 
 

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time, without a GPU: registers, stack and shared memory on each kind of card.
 
-What is compiled is what a training step of each mixer launches: the step runs here on a few tokens, and its launches are
-written down instead of made. A kernel whose registers do not suffice keeps the rest on its stack.
+What is compiled is what a training step of each mixer launches: the step runs here on a few tokens, and its launches
+are written down instead of made. A kernel whose registers do not suffice keeps the rest on its stack.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from lasp.kernels import backend, tuning
 from lasp.launch.bench.kernels import Shape
 from lasp.launch.bench.mixers import MIXERS, Mixer
+from lasp.launch.bench.table import markdown
 
 SHARED_LIMITS = {80: 163, 90: 227, 100: 227}
 """KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of features)."""
@@ -33,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse._ActionsContainer) -> None:
     """What is compiled, and for what."""
     parser.add_argument("--archs", type=int, nargs="+", default=list(SHARED_LIMITS), choices=list(SHARED_LIMITS))
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="of keys and values")
@@ -61,21 +62,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """A table in Markdown, and whether anything is beyond its limit."""
-    for line in markdown(figures):
-        print(line)
-    bad = [f"{kernel['kernel']} ({kernel['mixer']})" for kernel in figures["kernels"] if beyond(kernel)]
-    print(f"\n{len(figures['kernels'])} kernels, {len(bad)} of them spill or take more memory than there is. {bad or ''}")
+    print(table(figures))
+    bad = [kernel for kernel in figures["kernels"] if beyond(kernel)]
+    print(f"\n{len(figures['kernels'])} kernels, of which {len(bad)} spill, take too much memory or do not compile")
+    for kernel in bad:
+        print(f"{kernel['kernel']} of {kernel['mixer']}, {kernel['dtype']}, D = {kernel['dim']}: {beyond(kernel)}")
 
 
-def markdown(figures: dict[str, Any]) -> list[str]:
-    """Lines of the table: registers to a thread, bytes of stack where there are any, KiB of shared memory."""
+def table(figures: dict[str, Any]) -> str:
+    """Registers to a thread, KiB of shared memory to a block, and bytes of stack to a thread where there are any."""
     archs = list(figures["kernels"][0]["archs"])
-    heads = ["kernel", "mixer", "dtype", "D", "tile", "warps", *(f"sm_{arch}" for arch in archs)]
     rows = []
     for kernel in figures["kernels"]:
-        cells = [kernel["kernel"], kernel["mixer"], kernel["dtype"], kernel["dim"], kernel["tile"], kernel["warps"]]
-        rows.append([*map(str, cells), *(_cell(used) for used in kernel["archs"].values())])
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+        what = [kernel[name] for name in ("kernel", "mixer", "dtype", "dim", "tile", "warps")]
+        rows.append([*what, *map(_cell, kernel["archs"].values())])
+    return markdown(["kernel", "mixer", "dtype", "D", "tile", "warps", *(f"sm_{arch}" for arch in archs)], rows)
 
 
 def _cell(used: dict[str, Any]) -> str:
@@ -85,17 +86,19 @@ def _cell(used: dict[str, Any]) -> str:
     return f"{used['registers']} regs, {used['shared'] / 1024:.0f} KiB{spilled}"
 
 
-def beyond(kernel: dict[str, Any]) -> list[str]:
-    """The cards on which a kernel spills, has too little shared memory or does not compile."""
-    return [
-        arch
-        for arch, used in kernel["archs"].items()
-        if "error" in used or used["stack"] or used["shared"] > SHARED_LIMITS[int(arch)] * 1024
-    ]
+def beyond(kernel: dict[str, Any]) -> dict[str, str]:
+    """What is wrong on which card: a kernel spills, has too little shared memory or does not compile."""
+    found = {}
+    for arch, used in kernel["archs"].items():
+        if "error" in used:
+            found[arch] = used["error"]
+        elif used["stack"] or used["shared"] > SHARED_LIMITS[int(arch)] * 1024:
+            found[arch] = _cell(used)
+    return found
 
 
 def _progress(kernel: dict[str, Any]) -> None:
-    print(".!"[bool(beyond(kernel))], end="", file=sys.stderr, flush=True)
+    print(f"compiled {kernel['kernel']} of {kernel['mixer']}, D = {kernel['dim']}", file=sys.stderr, flush=True)
 
 
 # Launches -----------------------------------------------------------------------------------------------------------
@@ -132,8 +135,15 @@ class Launch:
         try:
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         except Exception as error:  # of any kind: the compiler's own, or its assembler's
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": _reason(error)}
         return resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong innermost, which is where Triton says why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -154,7 +164,9 @@ def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype) -> list[Launch]:
     """What forward and backward launch with the default tilings, from an initial state and to a final one."""
     inputs = [x.requires_grad_() for x in mixer.inputs(Shape(tokens=64, heads=16, dim=dim), "cpu", dtype)]
     launches: list[Launch] = []
-    with _default_tilings(), _written_down(launches.append), mock.patch.object(backend, "_check_triton"):
+    defaults = mock.patch.multiple(tuning, measured=dict, in_use={})
+    cpu_may_run = mock.patch.object(backend, "check_triton")
+    with defaults, cpu_may_run, _written_down(launches.append):
         state = torch.zeros(1, 16, dim, dim, requires_grad=True)
         output, final = mixer.ours(*inputs, backend="triton", initial_state=state, output_final_state=True)
         torch.autograd.grad((output, final), (*inputs, state), (output, final))
@@ -162,17 +174,13 @@ def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype) -> list[Launch]:
 
 
 @contextmanager
-def _default_tilings() -> Iterator[None]:
-    with mock.patch.object(tuning, "measured", dict):
-        yield
-
-
-@contextmanager
 def _written_down(write: Callable[[Launch], None]) -> Iterator[None]:
     """Launches are told to `write`, and not made."""
     from triton.runtime import JITFunction
 
-    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int, **rest: Any) -> None:
+    def run(
+        kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int, **rest: Any
+    ) -> None:
         types = tuple((name, _type(x)) for name, x in zip(kernel.arg_names, arguments, strict=False))
         write(Launch(kernel, types, tuple(rest.items()), num_warps, num_stages))
 
