@@ -34,22 +34,37 @@ def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bo
     return in_use[key]
 
 
-def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
-    """What keeps everything in registers at 64 and 128 channels (`lasp bench kernels --compile-only`).
+def default_tiling(
+    kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool, arch: int | None = None
+) -> Tiling:
+    """What keeps everything in registers at 64 and 128 channels in bf16 (`lasp bench kernels --compile-only`).
 
-    Decays per channel are tiles of their own, which 8 warps have the registers for, as for the inverses of `solve`.
+    A gradient of keys is many tiles at once, and decays per channel are tiles of their own: less of each, or 8 warps.
+    Cards before sm_90 multiply out of registers, later ones out of shared memory. arch: by default that of this card.
     """
-    per_channel, gradient = gates == 2, kernel == "grad_keys"
-    warps = 8 if per_channel or kernel in ("grad_keys", "solve") else 4
+    per_channel, hopper = gates == 2, (arch or architecture()) >= 90
     if whole_keys:  # the state's channels of one program, all of them
-        return Tiling(_power(key_dim, 256), _power(value_dim, 32 if key_dim > 64 else 64), warps, stages=2)
-    most = 32 if per_channel and gradient else 64
-    return Tiling(_power(key_dim, most), _power(value_dim, most), warps, stages=2)
+        key = _power(key_dim, 256)
+        return Tiling(key, _power(value_dim, max(16, (2048 if per_channel else 4096) // key)), warps=8, stages=2)
+    if kernel == "grad_keys":
+        key, value = (32, 32) if per_channel else (64, 64)
+        return Tiling(_power(key_dim, key if hopper else key // 2), _power(value_dim, value), warps=8, stages=2)
+    warps = 8 if per_channel or kernel == "solve" else 4
+    return Tiling(_power(key_dim, 64), _power(value_dim, 32 if kernel == "grad_solve" else 64), warps, stages=2)
 
 
 def _power(size: int, most: int) -> int:
     """The smallest power of two that holds a size, from 16, the least that a product takes, to `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+@cache
+def architecture() -> int:
+    """The compute capability of this machine's GPU, 90 for 9.0; also where there is none."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 # What was measured --------------------------------------------------------------------------------------------------

@@ -50,12 +50,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for dtype, dim in itertools.product(options.dtypes, options.dims):
         seen: set[Launch] = set()
         for name in options.mixers:
-            for launch in step_launches(MIXERS[name], dim, DTYPES[dtype]):
-                if launch not in seen:
-                    seen.add(launch)
-                    found = {str(arch): launch.compile(arch) for arch in options.archs}
-                    kernels.append({"mixer": name, "dtype": dtype, "dim": dim} | launch.told() | {"archs": found})
-                    _progress(kernels[-1])
+            steps = [step_launches(MIXERS[name], dim, DTYPES[dtype], arch) for arch in options.archs]
+            for launches in zip(*steps, strict=True):  # the same kernel, as each card has it
+                if launches[0] not in seen:
+                    seen.add(launches[0])
+                    print(f"compiling {launches[0].name} of {name}, {dtype}, D = {dim}", file=sys.stderr, flush=True)
+                    found = {str(arch): one.compile(arch) for arch, one in zip(options.archs, launches, strict=True)}
+                    kernels.append(
+                        {"kernel": launches[0].name, "mixer": name, "dtype": dtype, "dim": dim, "archs": found}
+                    )
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     return {"versions": versions, "kernels": kernels}
 
@@ -70,20 +73,21 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Registers to a thread, KiB of shared memory to a block, and bytes of stack to a thread where there are any."""
+    """By card: channels of keys x of values to a tile, warps, registers, shared memory, and stack if there is any."""
     archs = list(figures["kernels"][0]["archs"])
     rows = []
     for kernel in figures["kernels"]:
-        what = [kernel[name] for name in ("kernel", "mixer", "dtype", "dim", "tile", "warps")]
+        what = [kernel[name] for name in ("kernel", "mixer", "dtype", "dim")]
         rows.append([*what, *map(_cell, kernel["archs"].values())])
-    return markdown(["kernel", "mixer", "dtype", "D", "tile", "warps", *(f"sm_{arch}" for arch in archs)], rows)
+    return markdown(["kernel", "mixer", "dtype", "D", *(f"sm_{arch}" for arch in archs)], rows)
 
 
 def _cell(used: dict[str, Any]) -> str:
     if "error" in used:
         return "does not compile"
     spilled = f", {used['stack']} B spilled" if used["stack"] else ""
-    return f"{used['registers']} regs, {used['shared'] / 1024:.0f} KiB{spilled}"
+    shared = f"{used['shared'] / 1024:.0f} KiB"
+    return f"{used['tile']}, {used['warps']} warps: {used['registers']} regs, {shared}{spilled}"
 
 
 def beyond(kernel: dict[str, Any]) -> dict[str, str]:
@@ -95,10 +99,6 @@ def beyond(kernel: dict[str, Any]) -> dict[str, str]:
         elif used["stack"] or used["shared"] > SHARED_LIMITS[int(arch)] * 1024:
             found[arch] = _cell(used)
     return found
-
-
-def _progress(kernel: dict[str, Any]) -> None:
-    print(f"compiled {kernel['kernel']} of {kernel['mixer']}, D = {kernel['dim']}", file=sys.stderr, flush=True)
 
 
 # Launches -----------------------------------------------------------------------------------------------------------
@@ -114,11 +114,9 @@ class Launch:
     warps: int
     stages: int
 
-    def told(self) -> dict[str, Any]:
-        """What a table says of it."""
-        constants = dict(self.constants)
-        tile = "x".join(str(constants[name]) for name in ("BK", "BV") if name in constants)
-        return {"kernel": self.kernel.__name__, "tile": tile, "warps": self.warps, "stages": self.stages}
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
 
     def compile(self, arch: int) -> dict[str, Any]:
         """Registers to a thread, bytes of stack to a thread and of shared memory to a block; or what went wrong."""
@@ -136,7 +134,10 @@ class Launch:
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         except Exception as error:  # of any kind: the compiler's own, or its assembler's
             return {"error": _reason(error)}
-        return resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+        sizes = dict(self.constants)
+        tile = "x".join(str(sizes[name]) for name in ("BK", "BV") if name in sizes)
+        cut = {"tile": tile, "warps": self.warps, "stages": self.stages}
+        return cut | resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
 
 
 def _reason(error: BaseException) -> str:
@@ -160,11 +161,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype) -> list[Launch]:
+def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype, arch: int) -> list[Launch]:
     """What forward and backward launch with the default tilings, from an initial state and to a final one."""
     inputs = [x.requires_grad_() for x in mixer.inputs(Shape(tokens=64, heads=16, dim=dim), "cpu", dtype)]
     launches: list[Launch] = []
-    defaults = mock.patch.multiple(tuning, measured=dict, in_use={})
+    defaults = mock.patch.multiple(tuning, measured=dict, in_use={}, architecture=lambda: arch)
     cpu_may_run = mock.patch.object(backend, "check_triton")
     with defaults, cpu_may_run, _written_down(launches.append):
         state = torch.zeros(1, 16, dim, dim, requires_grad=True)

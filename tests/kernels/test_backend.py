@@ -1,0 +1,59 @@
+"""Which implementation "auto" means, and what the report says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lasp
+from lasp.kernels import backend, tuning
+from lasp.kernels.tuning import Tiling
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, with nothing measured in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tuning.measured.cache_clear()
+    monkeypatch.setattr(tuning, "in_use", {})
+    yield tmp_path
+    tuning.measured.cache_clear()
+
+
+def test_auto_is_triton_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(backend, "version", lambda name: "3.9.0")
+    assert backend.automatic(GPU, torch.bfloat16) == ("triton", "tensors are on a GPU, and triton 3.9.0 is installed")
+    assert backend.automatic(GPU, torch.float64) == ("torch", "Triton's kernels take no float64")
+    assert backend.automatic(CPU, torch.bfloat16)[0] == "torch"
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    assert backend.automatic(GPU, torch.bfloat16) == ("torch", "the package triton is not installed")
+
+
+def test_the_report_says_what_runs_on_a_cpu_and_why() -> None:
+    report = lasp.backend_report("cpu")
+    assert report.decay == report.delta == "torch: Triton's kernels need a GPU, and tensors are on cpu"
+    assert report.softmax.startswith("CpuFlash: ")
+    assert report.tilings == "none: Triton's kernels do not run"
+    assert f"torch {torch.__version__}" in report.versions
+    assert str(report).splitlines()[:1] == ["device    cpu"]
+    assert len(str(report).splitlines()) == 6
+
+
+def test_tilings_come_from_what_was_measured_and_else_from_the_defaults(home: Path) -> None:
+    arguments = ("attend", 128, 128, 1, False)
+    default = tuning.default_tiling(*arguments)
+    assert tuning.tiling(*arguments) == default
+    assert tuning.origin() == f"the defaults: `lasp tune` has not written {tuning.cache_file()}"
+    measured = Tiling(32, 32, warps=2, stages=4)
+    file = tuning.save({tuning.tuning_key(*arguments): measured})
+    assert file.parent == home / ".cache" / "lasp"
+    assert tuning.tiling(*arguments) == measured != default
+    assert tuning.tiling("carry", 128, 128, 1, False) == tuning.default_tiling("carry", 128, 128, 1, False)
+    assert tuning.origin() == f"1 that `lasp tune` measured, in {file}, and the defaults"
+    tuning.save({tuning.tuning_key("carry", 128, 128, 1, False): measured})
+    assert len(tuning.measured()) == 2
