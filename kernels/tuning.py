@@ -29,9 +29,10 @@ def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bo
 
 def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
     """What keeps everything in registers at 64 and 128 channels (`lasp bench kernels --compile-only`)."""
-    if whole_keys:  # the state's channels of one program, all of them
-        return Tiling(_power(key_dim, 256), _power(value_dim, 32 if key_dim > 64 else 64), warps=4, stages=2)
     per_channel, gradient = gates == 2, kernel == "grad_keys"
+    if whole_keys:
+        value = _power(value_dim, 32 if key_dim > 64 else 64)
+        return Tiling(_power(key_dim, 256), value, warps=8 if per_channel and key_dim > 64 else 4, stages=2)
     key = _power(key_dim, 32 if per_channel and gradient else 64)
     return Tiling(key, _power(value_dim, 64), warps=8 if per_channel or gradient else 4, stages=2)
 
