@@ -1,15 +1,12 @@
 """Triton on a CPU: its interpreter, with what it gets wrong about bf16 put right.
 
-It cuts digits off where every GPU rounds to the nearest, and multiplies the bits of bf16 as integers.
-Import this module before any of lasp's kernels.
+It cuts digits off where every GPU rounds to the nearest, and multiplies the bits of bf16 as integers. `conftest.py`
+chooses the interpreter.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import triton.language as tl

@@ -198,7 +198,7 @@ def carry(
             values += load_rows(v, start, length, b, hv, T, HV, V, e, C)
         if DELTA:
             w = load_rows(erased, start, length, b, h, T, H, K, d, C)
-            values = values - product(w, state, OPERAND, PRECISION)
+            values = values - product(w, state, tl.float32, PRECISION)
             if STORE:
                 store_rows(written, values, start, length, b, h, T, H, V, e, C)
         if GATES:
@@ -251,11 +251,11 @@ def carry_back(
             if GATES:
                 keys = keys * tl.exp(last - g)
             du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
-            du = du + product(keys, state, OPERAND, PRECISION)
+            du = du + product(keys, state, tl.float32, PRECISION)
             if STORE:
                 store_rows(written, du, start, length, b, h, T, H, V, e, C)
             w = load_rows(erased, start, length, b, h, T, H, K, d, C)
-            before -= product(tl.trans(w), du, OPERAND, PRECISION)
+            before -= product(tl.trans(w), du, tl.float32, PRECISION)
         for member in range(GROUP):
             ho = h * GROUP + member
             queries = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C) * from_start

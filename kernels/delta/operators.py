@@ -17,7 +17,7 @@ def solve(
     inverse, written, erased = _solved(k, v, beta, sums, chunks, heads, size)
     constants = sizes(k, k, v, sums, heads, v.shape[3], size) | {"HB": beta.shape[2]}
     tile = sized(kernels.solve, constants)
-    tensors = (k, v, beta, sums, inverse, written, erased, chunks)
+    tensors = (k, v, beta, sums, torch.empty_like(inverse), inverse, written, erased, chunks)
     grid = (len(chunks), k.shape[0] * heads)
     launch(kernels.solve, tile, grid, tensors, k.shape[1], **constants, **numerics(k.dtype))
     return inverse, written, erased

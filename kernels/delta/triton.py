@@ -8,47 +8,79 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.decay.triton import load_rows, load_sums, product, same_stretch, scores, store_rows
+from lasp.kernels.decay.triton import load_rows, load_sums, product, scores, seen, store_rows
 
-# Rows that are eliminated one by one; larger blocks are made of these by products.
+# Rows that are eliminated one by one, 2 ** 4: the least that a product takes.
 BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def unit_lower_inverse(a, C: tl.constexpr):
-    """`(I + a)^-1` of a strictly lower triangular a [C, C], in fp32 throughout.
+def at_blocks(
+    pointer, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, row, column, N: tl.constexpr, SIZE: tl.constexpr
+):
+    """N blocks of a chunk's lower triangular matrix [C, C], kept as [B, T, H, C]: addresses [N, SIZE, SIZE], and which
+    are of the matrix. The first block starts at `row` and `column`, each of the others C / N further."""
+    n, i = tl.arange(0, N)[:, None, None] * (C // N), tl.arange(0, SIZE)
+    rows, columns = n + row + i[None, :, None], n + column + i[None, None, :]
+    token = tl.cast(b, tl.int64) * T + start + rows
+    return pointer + (token * H + h) * C + columns, (rows < length) & (columns <= rows)
 
-    Blocks of 16 on the diagonal by elimination, all of them at once. Then two neighbours X, Y are joined by
-    `-Y·a·X` between them, until one block is left.
+
+@triton.jit
+def load_blocks(
+    pointer, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, row, column, N: tl.constexpr, SIZE: tl.constexpr
+):
+    at, mask = at_blocks(pointer, start, length, b, h, T, H, C, row, column, N, SIZE)
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def invert(system, inverse, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
+    """`(I + a)^-1` of a chunk's strictly lower triangular a [C, C], from `system` to `inverse`, in fp32 throughout.
+
+    Blocks of 16 on the diagonal by elimination, all of them at once. Then neighbours X, Y are joined by `-Y·a·X`
+    between them until one block is left. What is above the diagonal stays unwritten.
     """
     blocks: tl.constexpr = C // BLOCK
-    i, n = tl.arange(0, BLOCK), tl.arange(0, blocks)
-    diagonal = (n[:, None] == n[None, :])[:, None, :, None]
-    own = tl.sum(tl.where(diagonal, tl.reshape(a, [blocks, BLOCK, blocks, BLOCK]), 0.0), 2)
+    i = tl.arange(0, BLOCK)
+    a = load_blocks(system, start, length, b, h, T, H, C, 0, 0, blocks, BLOCK)
     x = tl.zeros([blocks, BLOCK, BLOCK], dtype=tl.float32) + tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None, :, :]
-    for row in range(1, BLOCK):
-        here = (i == row)[None, :, None]
-        a_row = tl.sum(tl.where(here, own, 0.0), 1)
-        x = tl.where(here, x - tl.sum(a_row[:, :, None] * x, 1)[:, None, :], x)
-    inverse = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [C, C])
-    half = BLOCK
-    while half < C:
-        row = tl.arange(0, C)
-        between = ((row & half) != 0)[:, None] & ((row & half) == 0)[None, :] & same_stretch(half, C)
-        step = tl.dot(inverse, tl.where(between, a, 0.0), input_precision="tf32x3")
-        inverse -= tl.dot(step, inverse, input_precision="tf32x3")
-        half *= 2
-    return inverse
+    for line in range(1, BLOCK):
+        here = (i == line)[None, :, None]
+        a_line = tl.sum(tl.where(here, a, 0.0), 1)
+        x = tl.where(here, x - tl.sum(a_line[:, :, None] * x, 1)[:, None, :], x)
+    at, mask = at_blocks(inverse, start, length, b, h, T, H, C, 0, 0, blocks, BLOCK)
+    tl.store(at, x, mask=mask)
+    for level in tl.static_range(4, LEVELS):
+        join(system, inverse, start, length, b, h, T, H, C, C >> (level + 1), 1 << level)
+    tl.debug_barrier()
+
+
+@triton.jit
+def join(
+    system, inverse, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr
+):
+    """N pairs of neighbouring blocks of the inverse, `-Y·a·X`."""
+    tl.debug_barrier()
+    x = load_blocks(inverse, start, length, b, h, T, H, C, 0, 0, N, SIZE)
+    y = load_blocks(inverse, start, length, b, h, T, H, C, SIZE, SIZE, N, SIZE)
+    a = load_blocks(system, start, length, b, h, T, H, C, SIZE, 0, N, SIZE)
+    between = tl.dot(tl.dot(y, a, input_precision="tf32x3"), x, input_precision="tf32x3")
+    at, mask = at_blocks(inverse, start, length, b, h, T, H, C, SIZE, 0, N, SIZE)
+    tl.store(at, -between, mask=mask)
 
 
 @triton.jit
 def solve(
-    k, v, beta, sums, inverse, written, erased, chunks, T,
+    k, v, beta, sums, system, inverse, written, erased, chunks, T,
     HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HB: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
     GATES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`X = (I + diag(beta)·A)^-1`, `U = X·diag(beta)·v` and `W = X·diag(beta)·K'` of each chunk and state."""
+    """`X = (I + diag(beta)·A)^-1`, `U = X·diag(beta)·v` and `W = X·diag(beta)·K'` of each chunk and state.
+
+    `system` is room for diag(beta)·A, [B, T, H, C].
+    """
     chunk, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
     hk, hv, hg, hb = h // (H // HK), h // (H // HV), h // (H // HG), h // (H // HB)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
@@ -59,8 +91,10 @@ def solve(
         k, k, sums, start, length, b, hk, hk, hg, T, HK, HK, HG, K, C, BK, LEVELS, GATES, True, SCORES, PRECISION
     )
     rate = load_rows(beta, start, length, b, hb, T, HB, 1, tl.arange(0, 1), C).to(tl.float32)
-    x = unit_lower_inverse(rate * a, C)
-    store_rows(inverse, x, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    store_rows(system, rate * a, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    tl.debug_barrier()
+    invert(system, inverse, start, length, b, h, T, H, C, LEVELS)
+    x = load_inverse(inverse, start, length, b, h, T, H, C)
     for v0 in range(0, V, BV):
         e = v0 + tl.arange(0, BV)
         values = rate * load_rows(v, start, length, b, hv, T, HV, V, e, C)
@@ -71,6 +105,12 @@ def solve(
         if GATES:
             keys *= tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES))
         store_rows(erased, product(x, keys, tl.float32, PRECISION), start, length, b, h, T, H, K, d, C)
+
+
+@triton.jit
+def load_inverse(inverse, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr):
+    x = load_rows(inverse, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    return tl.where(seen(C, False), x, 0.0)
 
 
 @triton.jit
@@ -85,7 +125,7 @@ def grad_solve(
     chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
     e = tl.program_id(0) * BV + tl.arange(0, BV)
-    x = load_rows(inverse, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    x = load_inverse(inverse, start, length, b, h, T, H, C)
     du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
     y = product(tl.trans(x), du, tl.float32, PRECISION)
     rate = load_rows(beta, start, length, b, h // (H // HB), T, HB, 1, tl.arange(0, 1), C)
