@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -111,36 +111,56 @@ def neighbours(tiling: Tiling, whole_keys: bool) -> Iterator[Tiling]:
 
 
 def kernel_seconds(step: Contestant, repeat: int) -> dict[str, float]:
-    """Median seconds of each kernel in a step; nothing where one of them does not fit."""
+    """Median seconds of each kernel in a step; nothing where one of them does not fit.
+
+    fp32 inputs are cut into the same tiles and take twice the memory, so half of what there is must do.
+    """
+    from triton.runtime import driver
     from triton.runtime.errors import OutOfResources, PTXASError
 
+    there_is = driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
     try:
-        step()
+        first = _launches(step)
     except (OutOfResources, PTXASError):
         return {}
-    rounds = [_one_round(step) for _ in range(repeat)]
+    if 2 * max(one.shared for one in first) > there_is:
+        return {}
+    rounds = [_totals(_launches(step)) for _ in range(repeat)]
     return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
-def _one_round(step: Contestant) -> dict[str, float]:
-    """The seconds of each kernel, all its launches together, by the GPU's own clock."""
+class _Launch(NamedTuple):
+    """A launch as it was seen: bytes of shared memory to a block, seconds by the GPU's own clock."""
+
+    kernel: str
+    shared: int
+    seconds: float
+
+
+def _launches(step: Contestant) -> list[_Launch]:
+    """What a step launches."""
     from triton.runtime import JITFunction
 
-    launch, spans = JITFunction.run, []
+    launch, seen = JITFunction.run, []
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> Any:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        result = launch(kernel, *arguments, **options)
+        compiled = launch(kernel, *arguments, **options)
         end.record()
-        spans.append((kernel.__name__, start, end))
-        return result
+        seen.append((kernel.__name__, compiled.metadata.shared, start, end))
+        return compiled
 
     occupy_card()  # so that the CPU is ahead of the GPU when the first kernel begins
     with mock.patch.object(JITFunction, "run", run):
         step()
     torch.cuda.synchronize()
+    return [_Launch(name, shared, start.elapsed_time(end) / 1e3) for name, shared, start, end in seen]
+
+
+def _totals(launches: list[_Launch]) -> dict[str, float]:
+    """The seconds of each kernel, all its launches together."""
     totals: dict[str, float] = defaultdict(float)
-    for name, start, end in spans:
-        totals[name] += start.elapsed_time(end) / 1e3
+    for one in launches:
+        totals[one.kernel] += one.seconds
     return totals
