@@ -8,7 +8,6 @@ copies the bytes that must move, that of arithmetic the time in which it does th
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -216,9 +215,8 @@ def show(figures: dict[str, Any]) -> None:
     """Errors, then milliseconds; what was left out; what the card can do."""
     names = ["mixer", "passed", "worst error of lasp", "of fla"]
     print(markdown(names, [_check_line(name, found) for name, found in figures["checks"].items()]), end="\n\n")
-    heads = ["B, T, H, D", "mixer", "pass", "ms", "fla ms", "times faster", "memory floor", "arithmetic floor"]
-    lines = [_time_line(one, what) for one, what in itertools.product(figures["rows"], PASSES)]
-    print(markdown(heads, lines))
+    heads = ["forward, ms", "fla", "with backward, ms", "fla", "times faster", "memory floor", "arithmetic floor"]
+    print(markdown(["B, T, H, D", "mixer", *heads], map(_time_line, figures["rows"])))
     for name, shape in figures["left_out"]:
         print(f"no time was left for {name} at {_numbers(shape)}")
     told, most = figures["card"], figures["ceilings"]
@@ -235,12 +233,14 @@ def _worst(errors: list[float] | str | None) -> str | None:
     return f"{max(errors):.1e}" if isinstance(errors, list) else errors
 
 
-def _time_line(one: dict[str, Any], what: str) -> list[object]:
-    ours, theirs = (_pick(one["seconds"].get(who), what) for who in (_owner(one), "fla"))
+def _time_line(one: dict[str, Any]) -> list[object]:
+    """Milliseconds of both passes; how much faster, and the shares of the floors, with backward."""
+    both = [_pick(one["seconds"].get(who), what) for what in PASSES for who in (_owner(one), "fla")]
+    ours, theirs = both[2:]
     faster = f"{theirs / ours:.2f}" if isinstance(ours, float) and isinstance(theirs, float) else None
-    floors = one.get("shares", {}).get(what, {})
+    floors = one.get("shares", {}).get(PASSES[1], {})
     percents = (f"{floors[name]:.0%}" if name in floors else None for name in ("memory", "arithmetic"))
-    return [_numbers(one["shape"]), one["mixer"], what, *map(_milliseconds, (ours, theirs)), faster, *percents]
+    return [_numbers(one["shape"]), one["mixer"], *map(_milliseconds, both), faster, *percents]
 
 
 def _owner(one: dict[str, Any]) -> str:
