@@ -92,6 +92,8 @@ def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor 
     for cache in ("past_key_values", "cache_params", "state"):
         if kwargs.get(cache) is not None:
             raise ValueError(f"a parallelised model takes no {cache}: call lasp.unparallelize to generate")
+    if isinstance(kept := kwargs.get("logits_to_keep"), Tensor) or kept:
+        raise ValueError("logits_to_keep counts from the end of every rank's part: take them from all logits")
     if kwargs.get("cu_seqlens") is not None and kwargs.get("position_ids") is None:
         raise ValueError("cu_seqlens need position_ids of each document: use lasp.shard_batch")
     fields = {"batch": tokens.shape[0], "labels": kwargs.get("labels") is not None}

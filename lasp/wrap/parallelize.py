@@ -17,7 +17,7 @@ from lasp.wrap.model import balance, loss, prepare
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
 from lasp.wrap.refusal import check_model
-from lasp.wrap.swap import Function, calls, rebind, restore, swap
+from lasp.wrap.swap import Function, calls, rebind, restore, swap, undecorated
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
 
@@ -109,6 +109,16 @@ def _with_functions(original: Any, functions: Mapping[str, Function]) -> Functio
         return own(self, *args, **kwargs)
 
     return run
+
+
+def use_pytorch(model: nn.Module) -> None:
+    """Let a model compute its recurrences in PyTorch, where transformers would call an installed library of kernels.
+
+    flash-linear-attention needs a GPU, and transformers calls it without one too.
+    """
+    for module in model.modules():
+        for method, original, names in calls(module, FUNCTIONS):
+            swap(module, method, undecorated(original, names))
 
 
 def _swap_methods(module: nn.Module) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
+import lasp
+
 pytest.importorskip("accelerate")
+
+from tests.hf_models import make_single
+
 ROOT = Path(__file__).parents[2]
 # Ten sequences, most with another number of targets; two epochs of three steps, the last of each with half the batches.
 SCRIPT = """
@@ -60,6 +65,27 @@ def run(folder: Path, sp: int, dp: int) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"logs')]
     return json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({"compute_metrics": dict}, {}),
+        ({"compute_loss_func": sum}, {}),
+        ({}, {"label_smoothing_factor": 0.1}),
+        ({}, {"average_tokens_across_devices": False}),
+    ],
+)
+def test_what_would_see_a_part_is_refused(tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    from lasp.train.sharded_trainer import ShardedTrainer
+
+    (option,) = arguments | options
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))
+    with pytest.raises(ValueError, match=f"{option}.* would see a rank's part"):
+        ShardedTrainer(make_single("llama"), training, group=group, **arguments)
 
 
 @pytest.mark.slow

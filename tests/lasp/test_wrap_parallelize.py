@@ -51,6 +51,8 @@ def test_documents_are_isolated(config: Any) -> None:
         ({"labels": IDS}, "shift_labels"),
         ({"position_ids": IDS % 5}, "position_ids"),
         ({"attention_mask": torch.ones(2, 1, 20, 20)}, "2-D attention_mask"),
+        ({"logits_to_keep": 1}, "logits_to_keep"),
+        ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
