@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +18,13 @@ from tests.hf_models import make
 
 pytestmark = pytest.mark.mpi
 IDS = torch.randint(97, (5, 2, 37), generator=torch.Generator().manual_seed(0))  # five steps of two sequences
+KINDS = ["plain", "checkpointing", "ddp", "fsdp2"]
+CASES = [
+    *product(["LinearLlama", "qwen3_5"], KINDS),
+    ("qwen3_5 with LoRA", "plain"),
+    *(pytest.param("bamba", kind, marks=pytest.mark.slow) for kind in KINDS),
+    *(pytest.param("qwen3_5 with LoRA", kind, marks=pytest.mark.slow) for kind in KINDS[1:]),
+]
 
 
 def build(name: str) -> Any:
@@ -53,8 +61,7 @@ def curve(model: nn.Module, loss_of: Callable[[Tensor], Tensor], after: Callable
     return seen
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointing", "ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["LinearLlama", "qwen3_5", "bamba", "qwen3_5 with LoRA"])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_has_the_curve_of_one_process(world, group: lasp.SequenceGroup, name: str, kind: str) -> None:
     model = build(name)
     own = copy.deepcopy(model)
