@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
+from lasp.wrap import fla
 from lasp.wrap.attention import NAME, attention, describe_mask
 from lasp.wrap.model import balance, loss, prepare
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
-from lasp.wrap.refusal import check_model
+from lasp.wrap.refusal import check_model, family
 from lasp.wrap.swap import Function, calls, rebind, restore, swap, undecorated
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
@@ -71,6 +72,8 @@ def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> 
             _swap_methods(module)
             _swap_rotation(module)
     model.loss_function = partial(torch.compiler.disable(loss), wiring)
+    if family(model) in fla.MODELS:
+        swap(model, "_compute_logits_and_loss", torch.compiler.disable(fla.logits_and_loss))
     _swap_forward(model)
 
 
@@ -97,14 +100,15 @@ def _own_config(model: Any) -> None:
 
 def _swap_functions(module: nn.Module) -> None:
     """Methods that call a known recurrence call ours."""
-    for method, original, names in calls(module, FUNCTIONS):
-        swap(module, method, _with_functions(original, {name: FUNCTIONS[name] for name in names}))
+    functions = fla.FUNCTIONS if type(module).__module__.startswith("fla.") else FUNCTIONS
+    for method, original, names in calls(module, functions):
+        swap(module, method, _with_functions(original, {name: functions[name] for name in names}))
 
 
 def _with_functions(original: Any, functions: Mapping[str, Function]) -> Function:
     @torch.compiler.disable
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = LayerCall.of(self, kwargs.pop("cu_seqlens", None))
+        call = LayerCall.of(self, kwargs.get("cu_seqlens"))
         own = rebind(original, {name: partial(function, call) for name, function in functions.items()})
         return own(self, *args, **kwargs)
 
@@ -123,7 +127,7 @@ def use_pytorch(model: nn.Module) -> None:
 
 def _swap_methods(module: nn.Module) -> None:
     """Modules that mix tokens in code of their own get a method of ours."""
-    for path, function in METHODS.get(type(module).__name__, {}).items():
+    for path, function in (METHODS | fla.METHODS).get(type(module).__name__, {}).items():
         *child, method = path.split(".")
         swap(module.get_submodule(".".join(child)), method, _with_call(function))
 

@@ -6,10 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import lasp
 
 pytest.importorskip("transformers")
+
+from tests.fla_stub import DeltaNet, GLAForCausalLM, Model, make
+
+IDS = torch.arange(20).view(1, 20)
 ROOT = Path(__file__).parents[2]
 # As the library does without a GPU: some of it raises when it is imported, the rest when it is called.
 STUB = {
@@ -48,3 +56,36 @@ def test_without_a_gpu_the_torch_code_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = ["0 active drivers", "True", "True"], ["runs alone", "True", "True"]
     assert done.stdout.splitlines() == [f"qwen3_5 {x}" for x in told[0]] + [f"kimi_linear {x}" for x in told[1]]
+
+
+def refused(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lasp.parallelize(model, None)
+
+
+def test_restored() -> None:
+    model = make(GLAForCausalLM)
+    before = model(IDS, labels=IDS)
+    ours = lasp.parallelize(model, None)(**lasp.shard_batch({"input_ids": IDS, "labels": IDS}, None))
+    torch.testing.assert_close((ours.loss, ours.logits), (before.loss, before.logits))
+    assert torch.equal(lasp.unparallelize(model)(IDS, labels=IDS).loss, before.loss)
+
+
+def test_layers_and_losses_that_are_not_known_are_refused() -> None:
+    model = make(GLAForCausalLM)
+    model.attn.rotary = type("RotaryEmbedding", (torch.nn.Module,), {"__module__": "fla.modules.rotary.ops"})()
+    refused(model, r"attn\.rotary \(RotaryEmbedding\)")
+    model = make(GLAForCausalLM)
+    model.config.use_l2warp = True
+    refused(model, "use_l2warp")
+    other = type("GLAForSequenceClassification", (Model,), {"__module__": GLAForCausalLM.__module__, "layer": DeltaNet})
+    refused(make(other), "only causal language models")
+    other = type("HGRNForCausalLM", (Model,), {"__module__": "fla.models.hgrn.stub", "layer": DeltaNet})
+    sys.modules["fla.models.hgrn.stub"] = sys.modules[__name__]
+    refused(make(other), "HGRNForCausalLM .* is not verified")
+
+
+def test_padding_is_refused() -> None:
+    model = lasp.parallelize(make(GLAForCausalLM), None)
+    with pytest.raises(ValueError, match="no attention_mask here"):
+        model(IDS, attention_mask=torch.ones_like(IDS))
