@@ -134,7 +134,12 @@ class GatedDeltaNet(Layer):
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
         length = hidden_states.shape[1]
-        x, _, cu_seqlens = unpad_hidden_states(hidden_states, kwargs.get("cu_seqlens"), attention_mask, length)
+        x, _, cu_seqlens = unpad_hidden_states(
+            hidden_states=hidden_states,
+            cu_seqlens=kwargs.get("cu_seqlens"),
+            attention_mask=attention_mask,
+            q_len=length,
+        )
         if cu_seqlens is None:  # all three at once
             weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
             mixed, _ = causal_conv1d(x=self.project(x), weight=weight, bias=bias, activation="silu", backend="triton")
@@ -179,15 +184,19 @@ class Model(PreTrainedModel):
         x = self.embeddings(input_ids)
         x = x + self.attn(hidden_states=x, attention_mask=attention_mask, use_cache=use_cache, **kwargs)[0]
         loss, logits = self._compute_logits_and_loss(
-            hidden_states=x, labels=labels, logits_to_keep=0, num_items_in_batch=num_items_in_batch
+            hidden_states=x,
+            labels=labels,
+            logits_to_keep=0,
+            num_items_in_batch=num_items_in_batch,
+            fuse_linear_cross_entropy=False,
         )
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    def _compute_logits_and_loss(self, hidden_states, labels=None, logits_to_keep=0, *, num_items_in_batch=None):
+    def _compute_logits_and_loss(self, hidden_states, labels=None, logits_to_keep=0, **options):
         logits = self.lm_head(hidden_states)
-        return None if labels is None else F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        ), logits
+        if labels is None:
+            return None, logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits
 
 
 class GLAForCausalLM(Model):

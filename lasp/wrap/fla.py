@@ -48,8 +48,9 @@ def logits_and_loss(
     logits_to_keep: int | None = 0,
     *,
     num_items_in_batch: Tensor | int | None = None,
+    fuse_linear_cross_entropy: bool | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """`_compute_logits_and_loss` of every model; the labels come shifted."""
+    """`_compute_logits_and_loss` of every model, never fused; the labels come shifted."""
     logits = model.lm_head(hidden_states)
     if labels is None:
         return None, logits
@@ -140,7 +141,7 @@ def short_convolution(
 
 
 def not_unpadded(
-    call: LayerCall, hidden_states: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None, _: int
+    call: LayerCall, hidden_states: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None, q_len: int
 ) -> tuple[Tensor, None, Tensor | None]:
     """`unpad_hidden_states` would pack a rank's part as if it were the whole sequence."""
     if attention_mask is not None:
