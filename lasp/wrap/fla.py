@@ -1,7 +1,7 @@
 """Models of flash-linear-attention 0.6: what their layers call, over a group. Compared on stubs, not with its kernels.
 
 Tensors are [B, T, H, D] and gates log decays. Each function takes the arguments of the one that it stands in for, after
-what it knows of the sequence; it returns the output and, in the place of a final state, None.
+what it knows of the sequence, cu_seqlens too; it returns the output and, in the place of a final state, None.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def gla(
     gk: Tensor | None = None,
     scale: float | None = None,
     state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """`chunk_gla` with g and `fused_recurrent_gla` with gk, [B, T, H, K]."""
@@ -78,7 +79,15 @@ def gla(
     return output, None
 
 
-def delta(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, None]:
+def delta(
+    call: LayerCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """`chunk_delta_rule`: no decay. beta [B, T, H]."""
     return gated_delta_rule(call, q, k, v, beta.new_zeros(beta.shape), beta, **options)
 
@@ -98,6 +107,7 @@ def gated_delta(
     allow_neg_eigval: bool = False,
     safe_gate: bool = False,
     state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`chunk_gated_delta_rule` with g [B, T, H], `chunk_kda` with g [B, T, H, K]; beta [B, T, H]."""
@@ -123,6 +133,7 @@ def convolution(
     bias: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """`causal_conv1d`. x [B, T, D], weight [D, W], bias [D]."""

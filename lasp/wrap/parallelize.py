@@ -100,15 +100,18 @@ def _own_config(model: Any) -> None:
 
 def _swap_functions(module: nn.Module) -> None:
     """Methods that call a known recurrence call ours."""
-    functions = fla.FUNCTIONS if type(module).__module__.startswith("fla.") else FUNCTIONS
+    theirs = type(module).__module__.startswith("fla.")
+    functions = fla.FUNCTIONS if theirs else FUNCTIONS
+    # A layer of flash-linear-attention hands documents on to its convolutions; one of transformers would refuse them.
+    take: Function = dict.get if theirs else dict.pop
     for method, original, names in calls(module, functions):
-        swap(module, method, _with_functions(original, {name: functions[name] for name in names}))
+        swap(module, method, _with_functions(original, {name: functions[name] for name in names}, take))
 
 
-def _with_functions(original: Any, functions: Mapping[str, Function]) -> Function:
+def _with_functions(original: Any, functions: Mapping[str, Function], take: Function) -> Function:
     @torch.compiler.disable
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = LayerCall.of(self, kwargs.get("cu_seqlens"))
+        call = LayerCall.of(self, take(kwargs, "cu_seqlens", None))
         own = rebind(original, {name: partial(function, call) for name, function in functions.items()})
         return own(self, *args, **kwargs)
 

@@ -13,7 +13,6 @@ WIRING = "_lasp_wiring"
 _HARMLESS = {
     "position_ids", "position_embeddings", "use_cache", "num_items_in_batch", "shift_labels", "labels",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
-    "cu_seqlens",  # a `LayerCall` knows them
 }  # fmt: skip
 
 
