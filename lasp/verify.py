@@ -100,18 +100,19 @@ def compare(plain: Any, own: Any, group: SequenceGroup | None, seq_len: int) -> 
         sync_gradients(own, group)
     parts = {name: shard(output, group) for name, output in theirs.outputs.items() if name in ours.outputs}
     layers = {name: _difference(ours.outputs[name], part) for name, part in parts.items()}
-    reference = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    largest = max((float(grad.abs().max()) for grad in reference.values()), default=0.0)
-    found = {name: p.grad for name, p in own.named_parameters()}
-    gradients = {
-        # Beside the others some gradients are 0 but for rounding: a key's bias shifts all scores alike.
-        name: _difference(found[name], grad, floor=1e-2 * largest)
-        for name, grad in reference.items()
-    }
+    gradients = _gradient_differences(own, plain)
     logits = _difference(ours.logits, shard(theirs.logits, group))
     errors = [_difference(ours.loss, theirs.loss), logits, *layers.values(), *gradients.values()]
     worst = iter(_over_ranks(errors, group, device))
     return Report(next(worst), next(worst), dict(zip(layers, worst)), dict(zip(gradients, worst)))  # noqa: B905
+
+
+def _gradient_differences(own: nn.Module, plain: nn.Module) -> dict[str, float]:
+    reference = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    largest = max((float(grad.abs().max()) for grad in reference.values()), default=0.0)
+    found = {name: p.grad for name, p in own.named_parameters()}
+    # Beside the others some gradients are 0 but for rounding: a key's bias shifts all scores alike.
+    return {name: _difference(found[name], grad, floor=1e-2 * largest) for name, grad in reference.items()}
 
 
 def _without_cache(model: Any) -> dict[str, Any]:

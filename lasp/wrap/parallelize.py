@@ -17,7 +17,7 @@ from lasp.wrap.attention import NAME, attention, describe_mask
 from lasp.wrap.model import balance, loss, prepare
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
-from lasp.wrap.refusal import check_model, family
+from lasp.wrap.refusal import check_adapters, check_model, family
 from lasp.wrap.swap import Function, calls, rebind, restore, swap, undecorated
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
@@ -35,6 +35,7 @@ def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "au
         raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
     check_scan(scan)
     check_model(target)
+    check_adapters(model)
     wire(target, group, attention, scan)
     return model
 

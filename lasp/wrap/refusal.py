@@ -32,7 +32,10 @@ _TOKENWISE = {
     nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
     nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict,
 }  # fmt: skip
-_TRUSTED = ("transformers.activations", "transformers.pytorch_utils", "torch.nn.modules.activation", "peft.tuners.lora")
+_TRUSTED = (
+    "transformers.activations", "transformers.pytorch_utils", "torch.nn.modules.activation", "peft.tuners.lora",
+    "peft.utils.other",
+)  # fmt: skip
 _MIXING = {nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d}  # among torch's activations
 
 
@@ -58,6 +61,13 @@ def check_model(model: Any) -> None:
         fla.check_options(model)
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True replaces whole modules; load the model without it")
+
+
+def check_adapters(model: Any) -> None:
+    """Raises ValueError for a wrapper of peft that puts tokens before the sequence: every rank would have them."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(f"{type(config).__name__} puts tokens of its own before every rank's part; LoRA does not")
 
 
 def _causal_language_models() -> set[str]:
