@@ -11,7 +11,9 @@ import torch
 
 import lasp
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 from tests.hf_models import FAMILIES, make
 
