@@ -54,6 +54,11 @@ def chunk_gated_delta_rule(q, k, v, g, beta, A_log, dt_bias, cu_seqlens=None, al
     return recurrence(l2norm(q), l2norm(k), v, g.unsqueeze(-1), (1 + allow_neg_eigval) * beta.sigmoid())
 
 
+def chunk_retention(q, k, v, cu_seqlens=None):
+    decay = 1 - 2.0 ** (-5 - torch.arange(HEADS, dtype=q.dtype))
+    return recurrence(q, k, v, decay.log().view(HEADS, 1).expand(q.shape))
+
+
 def chunk_kda(q, k, v, g, beta, A_log, dt_bias, cu_seqlens=None, lower_bound=None, **options):
     assert options == IN_KERNEL
     g, rate = g + dt_bias.view(HEADS, DIM), A_log.exp().view(HEADS, 1)
@@ -167,6 +172,33 @@ class KimiDeltaAttention(Layer):
         return self.o_proj(o.flatten(2)), None, past_key_values
 
 
+class RotaryEmbedding(nn.Module):
+    __module__ = "fla.modules.stub"
+    dim, base, scale, interleaved = DIM, 10000.0, None, False
+
+    def forward(self, q, k, seqlen_offset=0, max_seqlen=None, cu_seqlens=None):
+        angles = torch.arange(q.shape[1], dtype=q.dtype).outer(torch.tensor([1.0, 0.01], dtype=q.dtype)).unsqueeze(1)
+        turned = torch.polar(torch.ones_like(angles), angles)
+        pairs = (torch.complex(*x.chunk(2, -1)) * turned for x in (q, k))
+        return tuple(torch.cat([x.real, x.imag], -1) for x in pairs)
+
+
+class MultiScaleRetention(Layer):
+    __module__ = "fla.layers.stub"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary = RotaryEmbedding()
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+        length = hidden_states.shape[1]
+        x, _, cu_seqlens = unpad_hidden_states(hidden_states, kwargs.get("cu_seqlens"), attention_mask, length)
+        q, k, v = self.queries_keys_values(x, cu_seqlens)
+        q, k = self.rotary(q, k, seqlen_offset=0, max_seqlen=length, cu_seqlens=cu_seqlens)
+        o, _ = chunk_retention(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+        return self.o_proj(o.flatten(2)), None, past_key_values
+
+
 class Model(PreTrainedModel):
     """A layer behind an embedding, and the loss where flash-linear-attention's models compute it."""
 
@@ -219,7 +251,12 @@ class KDAForCausalLM(Model):
     layer = KimiDeltaAttention
 
 
-MODELS = (GLAForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM, KDAForCausalLM)
+class RetNetForCausalLM(Model):
+    __module__ = "fla.models.retnet.stub"
+    layer = MultiScaleRetention
+
+
+MODELS = (GLAForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM, KDAForCausalLM, RetNetForCausalLM)
 for cls in MODELS:  # transformers looks a model's module up
     sys.modules[cls.__module__] = sys.modules[__name__]
 

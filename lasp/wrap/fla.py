@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,8 +25,12 @@ MODELS = {
     "fla.delta_net": "DeltaNetForCausalLM",
     "fla.gated_deltanet": "GatedDeltaNetForCausalLM",
     "fla.kda": "KDAForCausalLM",
+    "fla.retnet": "RetNetForCausalLM",
 }
-MIXERS = {"GatedLinearAttention", "DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "ShortConvolution"}
+MIXERS = {
+    "GatedLinearAttention", "DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "MultiScaleRetention",
+    "ShortConvolution", "RotaryEmbedding",
+}  # fmt: skip
 TOKENWISE = {"RMSNorm", "LayerNorm", "FusedRMSNormGated", "FusedRMSNormSwishGate", "GatedMLP", "SwiGLULinear"}
 
 
@@ -77,6 +82,12 @@ def gla(
     output = linear_attention(q.to(v.dtype), k.to(v.dtype), v, log_decay, scale=scale, **call.recurrence)
     assert isinstance(output, Tensor)
     return output, None
+
+
+def retention(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
+    """`chunk_retention`: head i keeps 1 - 2^(-5 - i) per token (arXiv:2307.08621, equation 8)."""
+    heads = torch.arange(q.shape[2], dtype=compute_dtype(q), device=q.device)
+    return gla(call, q, k, v, torch.log1p(-(2 ** (-5 - heads))), **options)
 
 
 def delta(
@@ -151,6 +162,27 @@ def short_convolution(
     return convolution(call, x, module.weight.squeeze(1), module.bias, module.activation, **others)
 
 
+def rotation(
+    call: LayerCall, module: Any, q: Tensor, k: Tensor, seqlen_offset: int = 0, max_seqlen: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`RotaryEmbedding.forward`, which counts from the first token that it is given. q, k [B, T, H, D]."""
+    positions = call.wiring.positions
+    if module.scale is not None or module.interleaved or seqlen_offset or positions is None:
+        raise ValueError("RotaryEmbedding: neither scale_base (xPos) nor interleaved pairs nor an offset are known")
+    # Not from module.inv_freq, which a model in bf16 has rounded.
+    steps = torch.arange(0, module.dim, 2, dtype=compute_dtype(q), device=q.device)
+    angles = positions.to(steps).outer(1.0 / module.base ** (steps / module.dim)).unsqueeze(1)
+    return _rotated(q, angles), _rotated(k, angles)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x [B, T, H, D] with its first 2·R channels turned by angles [T, 1, R]."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    size = angles.shape[-1]
+    a, b, rest = x.split([size, size, x.shape[-1] - 2 * size], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
 def not_unpadded(
     call: LayerCall, hidden_states: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None, q_len: int
 ) -> tuple[Tensor, None, Tensor | None]:
@@ -165,6 +197,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chunk_gla": gla,
     "fused_chunk_gla": gla,
     "fused_recurrent_gla": gla,
+    "chunk_retention": retention,
+    "fused_chunk_retention": retention,
+    "parallel_retention": retention,
+    "fused_recurrent_retention": retention,
     "chunk_delta_rule": delta,
     "fused_recurrent_delta_rule": delta,
     "chunk_gated_delta_rule": gated_delta,
@@ -174,4 +210,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d": convolution,
     "unpad_hidden_states": not_unpadded,
 }
-METHODS: dict[str, dict[str, Callable[..., Any]]] = {"ShortConvolution": {"forward": short_convolution}}
+METHODS: dict[str, dict[str, Callable[..., Any]]] = {
+    "ShortConvolution": {"forward": short_convolution},
+    "RotaryEmbedding": {"forward": rotation},
+}

@@ -76,6 +76,7 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
         own = own.to(tokens.device)
         begin_call(group, lambda: _check_positions(kwargs.get("position_ids"), own))()
         kwargs["position_ids"] = own.unsqueeze(0)
+    wiring.positions = kwargs["position_ids"].flatten(0, -2)[0]
     if kwargs.get("labels") is not None:
         kwargs["labels"] = kwargs["shift_labels"]  # models of flash-linear-attention hand on no others
     parameters = inspect.signature(type(model).forward).parameters

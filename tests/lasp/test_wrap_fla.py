@@ -15,7 +15,7 @@ import lasp
 
 pytest.importorskip("transformers")
 
-from tests.fla_stub import DeltaNet, GLAForCausalLM, Model, make
+from tests.fla_stub import DeltaNet, GLAForCausalLM, Model, RetNetForCausalLM, make
 
 IDS = torch.arange(20).view(1, 20)
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,8 @@ def test_restored() -> None:
 
 def test_layers_and_losses_that_are_not_known_are_refused() -> None:
     model = make(GLAForCausalLM)
-    model.attn.rotary = type("RotaryEmbedding", (torch.nn.Module,), {"__module__": "fla.modules.rotary.ops"})()
-    refused(model, r"attn\.rotary \(RotaryEmbedding\)")
+    model.attn.shift = type("TokenShift", (torch.nn.Module,), {"__module__": "fla.modules.token_shift"})()
+    refused(model, r"attn\.shift \(TokenShift\)")
     model = make(GLAForCausalLM)
     model.config.use_l2warp = True
     refused(model, "use_l2warp")
@@ -83,6 +83,13 @@ def test_layers_and_losses_that_are_not_known_are_refused() -> None:
     other = type("HGRNForCausalLM", (Model,), {"__module__": "fla.models.hgrn.stub", "layer": DeltaNet})
     sys.modules["fla.models.hgrn.stub"] = sys.modules[__name__]
     refused(make(other), "HGRNForCausalLM .* is not verified")
+
+
+def test_other_rotations_are_refused() -> None:
+    model = lasp.parallelize(make(RetNetForCausalLM), None)
+    model.attn.rotary.interleaved = True
+    with pytest.raises(ValueError, match="interleaved"):
+        model(IDS)
 
 
 def test_padding_is_refused() -> None:
