@@ -31,8 +31,7 @@ def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_
     """What keeps everything in registers at 64 and 128 channels (`lasp bench kernels --compile-only`)."""
     per_channel, gradient = gates == 2, kernel == "grad_keys"
     if whole_keys:
-        value = _power(value_dim, 32 if key_dim > 64 else 64)
-        return Tiling(_power(key_dim, 256), value, warps=8 if per_channel and key_dim > 64 else 4, stages=2)
+        return Tiling(_power(key_dim, 256), _power(value_dim, 32), warps=8, stages=2)
     key = _power(key_dim, 32 if per_channel and gradient else 64)
     return Tiling(key, _power(value_dim, 64), warps=8 if per_channel or gradient else 4, stages=2)
 
