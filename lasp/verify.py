@@ -16,7 +16,7 @@ from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.gradients import sync_gradients
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.sharding import shard, shard_batch
-from lasp.wrap.parallelize import base_model, parallelize, unparallelize
+from lasp.wrap.parallelize import base_model, parallelize, unparallelize, use_pytorch
 from lasp.wrap.wiring import WIRING
 
 # fp32 parts by 1e-5 over a few layers; a layer that misses the tokens of another rank by 1e-1.
@@ -60,9 +60,10 @@ def verify(model: Any, group: SequenceGroup | None, seq_len: int = 64) -> Report
     """Compare a training step of a model over the group with one of a single device: outputs, loss, every gradient.
 
     model: of Hugging Face, parallelised or not, with the same weights on every rank; it is copied and left as it is.
-    seq_len: tokens of the random sequence over all ranks. Both copies run in fp32, without dropout. Returns the report.
-    Raises ValueError, on every rank, where anything differs by more than 1e-3 of its largest number, naming the first
-    layer; and whatever `parallelize` refuses.
+    seq_len: tokens of the random sequence over all ranks. Both copies run in fp32, without dropout, and the one device
+    in the model's own PyTorch code, whatever kernels are installed. Returns the report. Raises ValueError, on every
+    rank, where anything differs by more than 1e-3 of its largest number, naming the first layer; and whatever
+    `parallelize` refuses.
     """
     plain, own = copy.deepcopy(model).float(), copy.deepcopy(model).float()
     if hasattr(base_model(model), WIRING):
@@ -85,6 +86,7 @@ class Step(NamedTuple):
 
 def compare(plain: Any, own: Any, group: SequenceGroup | None, seq_len: int) -> Report:
     """The report on two copies of a model, `own` wired to the group."""
+    use_pytorch(plain)
     device = next(plain.parameters()).device
     vocabulary = plain.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (2, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
@@ -98,18 +100,19 @@ def compare(plain: Any, own: Any, group: SequenceGroup | None, seq_len: int) -> 
         sync_gradients(own, group)
     parts = {name: shard(output, group) for name, output in theirs.outputs.items() if name in ours.outputs}
     layers = {name: _difference(ours.outputs[name], part) for name, part in parts.items()}
-    reference = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    largest = max((float(grad.abs().max()) for grad in reference.values()), default=0.0)
-    found = {name: p.grad for name, p in own.named_parameters()}
-    gradients = {
-        # Beside the others some gradients are 0 but for rounding: a key's bias shifts all scores alike.
-        name: _difference(found[name], grad, floor=1e-2 * largest)
-        for name, grad in reference.items()
-    }
+    gradients = _gradient_differences(own, plain)
     logits = _difference(ours.logits, shard(theirs.logits, group))
     errors = [_difference(ours.loss, theirs.loss), logits, *layers.values(), *gradients.values()]
     worst = iter(_over_ranks(errors, group, device))
     return Report(next(worst), next(worst), dict(zip(layers, worst)), dict(zip(gradients, worst)))  # noqa: B905
+
+
+def _gradient_differences(own: nn.Module, plain: nn.Module) -> dict[str, float]:
+    reference = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    largest = max((float(grad.abs().max()) for grad in reference.values()), default=0.0)
+    found = {name: p.grad for name, p in own.named_parameters()}
+    # Beside the others some gradients are 0 but for rounding: a key's bias shifts all scores alike.
+    return {name: _difference(found[name], grad, floor=1e-2 * largest) for name, grad in reference.items()}
 
 
 def _without_cache(model: Any) -> dict[str, Any]:

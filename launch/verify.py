@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lasp.launch.torchrun import launched_rank, run_ranks
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
 from lasp.verify import Report, compare
 from lasp.wrap.parallelize import parallelize
+from lasp.wrap.refusal import check_model
 from lasp.wrap.shrink import shrink
 
 # More would mean that `shrink` does not know how this kind names its sizes.
@@ -27,9 +29,9 @@ def main(argv: list[str]) -> int:
     if options.sp < 1 or options.seq_len < options.sp:
         print_error(f"--sp must be at least 1 and --seq-len at least --sp, got {options.sp} and {options.seq_len}")
         return USER_ERROR
-    if launched_rank() is None:
-        return run_ranks("lasp.launch.verify", argv, options.sp)
     _quiet()
+    if launched_rank() is None:
+        return _refused(options.model) or run_ranks("lasp.launch.verify", argv, options.sp)
     group = SequenceGroup.from_mesh(init_mesh(sp=options.sp, device="cpu"), layout=options.layout)
     try:
         report = probe(options.model, group, options.seq_len)
@@ -45,15 +47,21 @@ def main(argv: list[str]) -> int:
 
 
 def _quiet() -> None:
-    """Without the notes of every rank that transformers falls back to slower code, which is then replaced.
-
-    flash-linear-attention raises without a GPU, and transformers calls it wherever it is installed.
-    """
-    if not torch.cuda.is_available():
-        sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
+    """Without the notes of every rank that slower code runs than a GPU's: here it is the reference, or replaced."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"fla\.")
+
+
+def _refused(name: str) -> int:
+    """What needs no ranks: `USER_ERROR` for a model that is unknown or refused, said once, and otherwise 0."""
+    try:
+        check_model(tiny_model(configuration(name)))
+    except ValueError as error:
+        print_error(str(error))
+        return USER_ERROR
+    return 0
 
 
 def probe(name: str, group: SequenceGroup, seq_len: int) -> Report:

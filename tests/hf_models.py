@@ -58,6 +58,13 @@ FAMILIES = {
     "llama_dynamic": _softmax(
         "llama", "Llama", max_position_embeddings=16, rope_parameters=_ROPE | {"rope_type": "dynamic", "factor": 4.0}
     ),
+    "phi3_longrope": _softmax(
+        "phi3", "Phi3", original_max_position_embeddings=16,
+        rope_parameters=_ROPE | {
+            "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 4.0, 9.0, 16.0],
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "mistral": _softmax("mistral", "Mistral", sliding_window=9),
     "qwen2": _softmax("qwen2", "Qwen2"),
     "qwen3": _softmax("qwen3", "Qwen3", head_dim=8),

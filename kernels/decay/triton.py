@@ -23,31 +23,31 @@ LOWEST = tl.constexpr(-80.0)
 
 
 @triton.jit
-def at_rows(pointer, row, b, h, T, H: tl.constexpr, D: tl.constexpr, d):
-    """Addresses of [B, T, H, D] at tokens `row` [C] and channels `d`."""
-    token = tl.cast(b, tl.int64) * T + row
-    return pointer + (token * H + h)[:, None] * D + d[None, :]
+def at_rows(pointer, start, row, b, h, T, H: tl.constexpr, D: tl.constexpr, d):
+    """Addresses of [B, T, H, D] at tokens `row` behind `start` and channels `d`. Only the first needs 64 bits."""
+    first = (tl.cast(b, tl.int64) * T + start) * H + h
+    return pointer + first * D + (row * (H * D))[:, None] + d[None, :]
 
 
 @triton.jit
 def load_rows(pointer, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr):
     row = tl.arange(0, C)
     mask = (row < length)[:, None] & (d < D)[None, :]
-    return tl.load(at_rows(pointer, start + row, b, h, T, H, D, d), mask=mask, other=0.0)
+    return tl.load(at_rows(pointer, start, row, b, h, T, H, D, d), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(pointer, tile, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr):
     row = tl.arange(0, C)
     mask = (row < length)[:, None] & (d < D)[None, :]
-    tl.store(at_rows(pointer, start + row, b, h, T, H, D, d), tile.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(at_rows(pointer, start, row, b, h, T, H, D, d), tile.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def at_state(pointer, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
     """Addresses of [slots, B, H, K, V]."""
     head = (tl.cast(slot, tl.int64) * B + b) * H + h
-    return pointer + (head * K + k)[:, None] * V + v[None, :]
+    return pointer + head * (K * V) + (k * V)[:, None] + v[None, :]
 
 
 @triton.jit
@@ -66,13 +66,47 @@ def store_state(pointer, tile, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, 
 def load_sums(sums, row, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, k, GATES: tl.constexpr):
     """G at tokens `row` of the chunk, [rows, 1] or [rows, D]; behind the chunk's end its last."""
     d = k if GATES == 2 else tl.arange(0, 1)
-    at = at_rows(sums, start + tl.minimum(row, length - 1), b, h, T, H, D, d)
+    at = at_rows(sums, start, tl.minimum(row, length - 1), b, h, T, H, D, d)
     return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
+
+
+@triton.jit
+def from_start(
+    tile, sums, start, length, b, h, T, H: tl.constexpr, K: tl.constexpr, k, C: tl.constexpr, GATES: tl.constexpr
+):
+    """A tile decayed from the chunk's start to each token."""
+    if GATES:
+        D: tl.constexpr = K if GATES == 2 else 1
+        tile = tile * tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, h, T, H, D, k, GATES))
+    return tile
+
+
+@triton.jit
+def to_end(
+    tile, sums, start, length, b, h, T, H: tl.constexpr, K: tl.constexpr, k, C: tl.constexpr, GATES: tl.constexpr
+):
+    """A tile decayed from each token to the chunk's end."""
+    if GATES:
+        D: tl.constexpr = K if GATES == 2 else 1
+        g = load_sums(sums, tl.arange(0, C), start, length, b, h, T, H, D, k, GATES)
+        last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, h, T, H, D, k, GATES)
+        tile = tile * tl.exp(last - g)
+    return tile
+
+
+@triton.jit
+def over_chunk(state, sums, start, length, b, h, T, H: tl.constexpr, K: tl.constexpr, k, GATES: tl.constexpr):
+    """A state decayed from the chunk's start to its end."""
+    if GATES:
+        D: tl.constexpr = K if GATES == 2 else 1
+        last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, h, T, H, D, k, GATES)
+        state = state * tl.trans(tl.exp(last))
+    return state
 
 
 # Inside a chunk -----------------------------------------------------------------------------------------------------
@@ -88,12 +122,12 @@ def seen(C: tl.constexpr, STRICT: tl.constexpr):
 @triton.jit
 def decays(sums, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, STRICT: tl.constexpr, GATES: tl.constexpr):
     """The decay from key to query [C, C] and 0 where it is not seen; the mask alone where decays are not per head."""
-    mask = seen(C, STRICT)
+    decay = tl.full([C, C], 1.0, dtype=tl.float32)
     if GATES == 1:
         row = tl.arange(0, C)
         g = load_sums(sums, row, start, length, b, h, T, H, 1, row, 1)
-        return tl.where(mask, tl.exp(tl.minimum(g - tl.trans(g), 0.0)), 0.0)
-    return tl.where(mask, 1.0, 0.0)
+        decay = tl.exp(tl.minimum(g - tl.trans(g), 0.0))
+    return tl.where(seen(C, STRICT), decay, 0.0)
 
 
 @triton.jit
@@ -149,9 +183,9 @@ def scores(
             )
         else:
             total += product(q_tile, tl.trans(k_tile), OPERAND, PRECISION)
-    if GATES == 2:
-        return total
-    return total * decays(sums, start, length, b, hg, T, HG, C, STRICT, GATES)
+    if GATES != 2:
+        total *= decays(sums, start, length, b, hg, T, HG, C, STRICT, GATES)
+    return total
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -184,7 +218,6 @@ def carry(
     tiles: tl.constexpr = (V + BV - 1) // BV
     d, e = tl.program_id(0) // tiles * BK + tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
-    D: tl.constexpr = K if GATES == 2 else 1
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
         state = load_state(starts, segment, b, B, h, H, K, V, d, e)
@@ -201,11 +234,8 @@ def carry(
             values = values - product(w, state, tl.float32, PRECISION)
             if STORE:
                 store_rows(written, values, start, length, b, h, T, H, V, e, C)
-        if GATES:
-            g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
-            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
-            keys = keys * tl.exp(last - g)
-            state = state * tl.trans(tl.exp(last))
+        keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
+        state = over_chunk(state, sums, start, length, b, hg, T, HG, K, d, GATES)
         state += product(tl.trans(keys), values, OPERAND, PRECISION)
     store_state(ends, state, segment, b, B, h, H, K, V, d, e)
 
@@ -227,8 +257,9 @@ def carry_back(
     tiles: tl.constexpr = (V + BV - 1) // BV
     d, e = tl.program_id(0) // tiles * BK + tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
     hk, hg = h // (H // HK), h // (H // HG)
-    D: tl.constexpr = K if GATES == 2 else 1
     GROUP: tl.constexpr = HO // H
+    # The chain is in fp32, but for one product that would not fit into registers beside decays per channel.
+    LAST: tl.constexpr = OPERAND if GATES == 2 else tl.float32
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
         state = load_state(starts, segment, b, B, h, H, K, V, d, e)
@@ -238,30 +269,23 @@ def carry_back(
         start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
         if STORE:
             store_state(states, state, chunk, b, B, h, H, K, V, d, e)
-        from_start = tl.full([C, 1], scale, dtype=tl.float32)
-        if GATES:
-            g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
-            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
-            from_start = tl.exp(g) * scale
-        before = state
-        if GATES:
-            before = before * tl.trans(tl.exp(last))
         if DELTA:
             keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
-            if GATES:
-                keys = keys * tl.exp(last - g)
+            keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
             du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
             du = du + product(keys, state, tl.float32, PRECISION)
             if STORE:
                 store_rows(written, du, start, length, b, h, T, H, V, e, C)
+        state = over_chunk(state, sums, start, length, b, hg, T, HG, K, d, GATES)
+        if DELTA:
             w = load_rows(erased, start, length, b, h, T, H, K, d, C)
-            before -= product(tl.trans(w), du, tl.float32, PRECISION)
+            state -= product(tl.trans(w), du, LAST, PRECISION)
         for member in range(GROUP):
             ho = h * GROUP + member
-            queries = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C) * from_start
+            queries = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C)
+            queries = from_start(queries.to(tl.float32) * scale, sums, start, length, b, hg, T, HG, K, d, C, GATES)
             do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
-            before += product(tl.trans(queries), do, OPERAND, PRECISION)
-        state = before
+            state += product(tl.trans(queries), do, OPERAND, PRECISION)
     store_state(ends, state, segment, b, B, h, H, K, V, d, e)
 
 
@@ -282,15 +306,13 @@ def attend(
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
     e = tl.program_id(0) * BV + tl.arange(0, BV)
-    D: tl.constexpr = K if GATES == 2 else 1
     total = tl.zeros([C, BV], dtype=tl.float32)
     if READ:
         slot = tl.load(chunks + 3 * chunk + 2)
         for k0 in range(0, K, BK):
             d = k0 + tl.arange(0, BK)
             queries = load_rows(q, start, length, b, hq, T, HQ, K, d, C)
-            if GATES:
-                queries = queries * tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES))
+            queries = from_start(queries, sums, start, length, b, hg, T, HG, K, d, C, GATES)
             total += product(queries, load_state(states, slot, b, B, h, H, K, V, d, e), OPERAND, PRECISION)
     if INSIDE:
         p = scores(
@@ -316,7 +338,6 @@ def grad_values(
     hk, hg = h // (H // HK), h // (H // HG)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
     e = tl.program_id(0) * BV + tl.arange(0, BV)
-    D: tl.constexpr = K if GATES == 2 else 1
     GROUP: tl.constexpr = HO // H
     total = tl.zeros([C, BV], dtype=tl.float32)
     if INSIDE:
@@ -334,10 +355,7 @@ def grad_values(
         for k0 in range(0, K, BK):
             d = k0 + tl.arange(0, BK)
             keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
-            if GATES:
-                g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES)
-                last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
-                keys = keys * tl.exp(last - g)
+            keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
             dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
             total += product(keys, dstate, OPERAND, PRECISION)
     store_rows(dv, total, start, length, b, h, T, H, V, e, C)
@@ -446,12 +464,11 @@ def grad_keys(
             carried += product(values, tl.trans(dstate), OPERAND, PRECISION)
             if TRAINED:
                 held += tl.sum(load_state(states, slot, b, B, h, H, K, V, d, e) * dstate, 1)
-        if GATES:
-            last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, hg, T, HG, D, d, GATES)
-            carried *= tl.exp(last - g)
-            if TRAINED:
-                kept = by_gate(k_tile * carried, GATES)
-                gates += tl.cumsum(kept, 0) - kept + tl.exp(last) * tl.trans(by_gate_of_state(held, GATES))
+        carried = to_end(carried, sums, start, length, b, hg, T, HG, K, d, C, GATES)
+        if TRAINED:
+            kept = by_gate(k_tile * carried, GATES)
+            passed = over_chunk(by_gate_of_state(held, GATES), sums, start, length, b, hg, T, HG, K, d, GATES)
+            gates += tl.cumsum(kept, 0) - kept + tl.trans(passed)
         dk_total += carried
     store_rows(dk, dk_total, start, length, b, h, T, H, K, d, C)
     if TRAINED:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.decay.triton import load_rows, load_sums, product, scores, seen, store_rows
+from lasp.kernels.decay.triton import from_start, load_rows, product, scores, seen, store_rows
 
 # Rows that are eliminated one by one, 2 ** 4: the least that a product takes.
 BLOCK = tl.constexpr(16)
@@ -22,8 +22,8 @@ def at_blocks(
     are of the matrix. The first block starts at `row` and `column`, each of the others C / N further."""
     n, i = tl.arange(0, N)[:, None, None] * (C // N), tl.arange(0, SIZE)
     rows, columns = n + row + i[None, :, None], n + column + i[None, None, :]
-    token = tl.cast(b, tl.int64) * T + start + rows
-    return pointer + (token * H + h) * C + columns, (rows < length) & (columns <= rows)
+    first = (tl.cast(b, tl.int64) * T + start) * H + h
+    return pointer + first * C + rows * (H * C) + columns, (rows < length) & (columns <= rows)
 
 
 @triton.jit
@@ -84,7 +84,6 @@ def solve(
     chunk, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
     hk, hv, hg, hb = h // (H // HK), h // (H // HV), h // (H // HG), h // (H // HB)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    D: tl.constexpr = K if GATES == 2 else 1
     # Keys decayed per channel are rounded once more than others.
     SCORES: tl.constexpr = tl.float32 if GATES == 2 else OPERAND
     a = scores(
@@ -102,8 +101,7 @@ def solve(
     for k0 in range(0, K, BK):
         d = k0 + tl.arange(0, BK)
         keys = rate * load_rows(k, start, length, b, hk, T, HK, K, d, C)
-        if GATES:
-            keys *= tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, D, d, GATES))
+        keys = from_start(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
         store_rows(erased, product(x, keys, tl.float32, PRECISION), start, length, b, h, T, H, K, d, C)
 
 

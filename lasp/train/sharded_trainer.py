@@ -8,6 +8,8 @@ from transformers import Trainer
 
 from lasp.parallel.collator import ShardedCollator
 from lasp.parallel.group import SequenceGroup
+from lasp.wrap.parallelize import base_model
+from lasp.wrap.wiring import WIRING
 
 
 class ShardedTrainer(Trainer):
@@ -18,23 +20,41 @@ class ShardedTrainer(Trainer):
     gradients nothing is needed: `Trainer` multiplies the loss by the number of ranks before DDP divides by it, and
     `num_items_in_batch` counts the targets of all ranks.
 
-    Raises ValueError for compute_metrics, which would see parts of sequences, and for data sets without random access,
-    which one rank would read for all.
+    Raises ValueError for a model that is not parallelised over the group; for what would see or count a rank's part
+    alone (compute_metrics, compute_loss_func, label smoothing, average_tokens_across_devices=False); and for data sets
+    without random access, which one rank would read for all.
     """
 
     def __init__(self, *args: Any, group: SequenceGroup, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.compute_metrics is not None:
-            raise ValueError("compute_metrics would see a rank's part of each sequence; the loss is of the whole")
+        for option, used in self._options_of_a_part():
+            if used:
+                raise ValueError(f"{option} would see a rank's part of each sequence; the loss is of the whole")
+        wiring = getattr(base_model(self.model), WIRING, None)
+        if wiring is None or wiring.group != group:
+            raise ValueError(
+                "the model is not parallelised over this group: lasp.parallelize(model, group) comes first"
+            )
         self.group = group
         self.data_collator: Any = ShardedCollator(group, self.data_collator)
         self.args.prediction_loss_only = True
+
+    def _options_of_a_part(self) -> list[tuple[str, bool]]:
+        return [
+            ("compute_metrics", self.compute_metrics is not None),
+            ("compute_loss_func", self.compute_loss_func is not None),
+            ("label_smoothing_factor", self.args.label_smoothing_factor != 0),
+            ("average_tokens_across_devices=False", not self.args.average_tokens_across_devices),
+        ]
 
     def get_train_dataloader(self) -> DataLoader:
         return self._deal_out(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return self._deal_out(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self._deal_out(super().get_test_dataloader(test_dataset))
 
     def _deal_out(self, loader: DataLoader) -> DataLoader:
         """Deal out batches over groups: accelerate deals them out over all ranks."""

@@ -76,6 +76,9 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
         own = own.to(tokens.device)
         begin_call(group, lambda: _check_positions(kwargs.get("position_ids"), own))()
         kwargs["position_ids"] = own.unsqueeze(0)
+    wiring.positions = kwargs["position_ids"].flatten(0, -2)[0]
+    if kwargs.get("labels") is not None:
+        kwargs["labels"] = kwargs["shift_labels"]  # models of flash-linear-attention hand on no others
     parameters = inspect.signature(type(model).forward).parameters
     if "position_ids" not in parameters:
         kwargs.pop("position_ids", None)
@@ -92,6 +95,8 @@ def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor 
     for cache in ("past_key_values", "cache_params", "state"):
         if kwargs.get(cache) is not None:
             raise ValueError(f"a parallelised model takes no {cache}: call lasp.unparallelize to generate")
+    if isinstance(kept := kwargs.get("logits_to_keep"), Tensor) or kept:
+        raise ValueError("logits_to_keep counts from the end of every rank's part: take them from all logits")
     if kwargs.get("cu_seqlens") is not None and kwargs.get("position_ids") is None:
         raise ValueError("cu_seqlens need position_ids of each document: use lasp.shard_batch")
     fields = {"batch": tokens.shape[0], "labels": kwargs.get("labels") is not None}

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
+from lasp.wrap import fla
 from lasp.wrap.attention import NAME, attention, describe_mask
 from lasp.wrap.model import balance, loss, prepare
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
-from lasp.wrap.refusal import check_model
-from lasp.wrap.swap import Function, calls, rebind, restore, swap
+from lasp.wrap.refusal import check_adapters, check_model, family
+from lasp.wrap.swap import Function, calls, rebind, restore, swap, undecorated
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
 
@@ -34,6 +35,7 @@ def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "au
         raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
     check_scan(scan)
     check_model(target)
+    check_adapters(model)
     wire(target, group, attention, scan)
     return model
 
@@ -71,6 +73,8 @@ def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> 
             _swap_methods(module)
             _swap_rotation(module)
     model.loss_function = partial(torch.compiler.disable(loss), wiring)
+    if family(model) in fla.MODELS:
+        swap(model, "_compute_logits_and_loss", torch.compiler.disable(fla.logits_and_loss))
     _swap_forward(model)
 
 
@@ -97,23 +101,37 @@ def _own_config(model: Any) -> None:
 
 def _swap_functions(module: nn.Module) -> None:
     """Methods that call a known recurrence call ours."""
-    for method, original, names in calls(module, FUNCTIONS):
-        swap(module, method, _with_functions(original, {name: FUNCTIONS[name] for name in names}))
+    theirs = type(module).__module__.startswith("fla.")
+    functions = fla.FUNCTIONS if theirs else FUNCTIONS
+    # A layer of flash-linear-attention hands documents on to its convolutions; one of transformers would refuse them.
+    take: Function = dict.get if theirs else dict.pop
+    for method, original, names in calls(module, functions):
+        swap(module, method, _with_functions(original, {name: functions[name] for name in names}, take))
 
 
-def _with_functions(original: Any, functions: Mapping[str, Function]) -> Function:
+def _with_functions(original: Any, functions: Mapping[str, Function], take: Function) -> Function:
     @torch.compiler.disable
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = LayerCall.of(self, kwargs.pop("cu_seqlens", None))
+        call = LayerCall.of(self, take(kwargs, "cu_seqlens", None))
         own = rebind(original, {name: partial(function, call) for name, function in functions.items()})
         return own(self, *args, **kwargs)
 
     return run
 
 
+def use_pytorch(model: nn.Module) -> None:
+    """Let a model compute its recurrences in PyTorch, where transformers would call an installed library of kernels.
+
+    flash-linear-attention needs a GPU, and transformers calls it without one too.
+    """
+    for module in model.modules():
+        for method, original, names in calls(module, FUNCTIONS):
+            swap(module, method, undecorated(original, names))
+
+
 def _swap_methods(module: nn.Module) -> None:
     """Modules that mix tokens in code of their own get a method of ours."""
-    for path, function in METHODS.get(type(module).__name__, {}).items():
+    for path, function in (METHODS | fla.METHODS).get(type(module).__name__, {}).items():
         *child, method = path.split(".")
         swap(module.get_submodule(".".join(child)), method, _with_call(function))
 

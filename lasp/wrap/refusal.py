@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lasp.wrap import fla
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
 from lasp.wrap.swap import calls
@@ -31,21 +32,24 @@ _TOKENWISE = {
     nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
     nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict,
 }  # fmt: skip
-_TRUSTED = ("transformers.activations", "transformers.pytorch_utils", "torch.nn.modules.activation", "peft.tuners.lora")
+_TRUSTED = (
+    "transformers.activations", "transformers.pytorch_utils", "torch.nn.modules.activation", "peft.tuners.lora",
+    "peft.utils.other",
+)  # fmt: skip
 _MIXING = {nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d}  # among torch's activations
 
 
 def check_model(model: Any) -> None:
     """Raises ValueError where the model, a module in it or an option of it is not known to be exact."""
     name, folder = type(model).__name__, family(model)
-    if folder not in VERIFIED:
+    if folder not in (*VERIFIED, *fla.MODELS):
         own = sorted({type(m).__name__ for m in model.modules() if not _tokenwise(type(m))} - {name})
         raise ValueError(
             f"{name} ({type(model).__module__}) is not verified: of its modules {', '.join(own)} any may mix tokens "
             "unseen. docs/models.md lists what is. It needs an adapter in lasp/wrap where it mixes tokens, a line in "
             "lasp/wrap/refusal.py, and lasp.verify"
         )
-    if name not in _causal_language_models():
+    if name not in (_causal_language_models() if folder in VERIFIED else {fla.MODELS[folder]}):
         raise ValueError(f"{name}: only causal language models are sequence-parallel")
     foreign = [f"{path} ({type(m).__qualname__})" for path, m in model.named_modules() if not _known(model, path, m)]
     if foreign:
@@ -53,8 +57,17 @@ def check_model(model: Any) -> None:
             f"modules that may mix tokens and are not known in {name}: {', '.join(foreign)}. Each needs an adapter in "
             "lasp/wrap; what treats every token by itself can be built from torch.nn's layers"
         )
+    if folder in fla.MODELS:
+        fla.check_options(model)
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True replaces whole modules; load the model without it")
+
+
+def check_adapters(model: Any) -> None:
+    """Raises ValueError for a wrapper of peft that puts tokens before the sequence: every rank would have them."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(f"{type(config).__name__} puts tokens of its own before every rank's part; LoRA does not")
 
 
 def _causal_language_models() -> set[str]:
@@ -64,14 +77,16 @@ def _causal_language_models() -> set[str]:
 
 
 def family(module: Any) -> str | None:
-    """The folder of transformers/models that a module's class comes from."""
-    parts = type(module).__module__.split(".")
-    return parts[2] if parts[:2] == ["transformers", "models"] else None
+    """The folder of transformers/models, or "fla." and that of fla/models, that a module's class comes from."""
+    package, *parts = type(module).__module__.split(".")
+    if package not in ("transformers", "fla") or len(parts) < 2 or parts[0] != "models":
+        return None
+    return parts[1] if package == "transformers" else f"fla.{parts[1]}"
 
 
 def _known(model: nn.Module, path: str, module: nn.Module) -> bool:
     cls = type(module)
-    if family(module) == family(model) or _tokenwise(cls):
+    if (family(model) in fla.MODELS and fla.is_known(module)) or family(module) == family(model) or _tokenwise(cls):
         return "Indexer" not in cls.__name__
     # Convolutions and the like belong to the mixer around them, if that is one that we know.
     mixer = model.get_submodule(path.rpartition(".")[0])

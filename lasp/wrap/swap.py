@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -38,6 +38,12 @@ def calls(module: nn.Module, names: Mapping[str, Any]) -> Iterator[tuple[str, An
             found = {n for n in innermost.__code__.co_names if n in names and n in innermost.__globals__}
             if found:
                 yield method, function, found
+
+
+def undecorated(function: Any, names: Iterable[str]) -> Any:
+    """The same function, calling what the globals of these names decorate."""
+    known = _innermost(function).__globals__
+    return rebind(function, {n: known[n].__wrapped__ for n in names if hasattr(known[n], "__wrapped__")})
 
 
 def _innermost(function: Any) -> Any:

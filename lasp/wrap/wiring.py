@@ -19,13 +19,14 @@ _HARMLESS = {
 class Wiring:
     """Shared by all modules of one model; a deep copy of the model shares the process group, which cannot be copied.
 
-    before: the attention implementation to restore. packed, length: of the batch that the model was last called with,
-    whether it has documents and its number of tokens over all ranks.
+    before: the attention implementation to restore. Of the batch that the model was last called with: whether it has
+    documents, its number of tokens over all ranks, and the positions of this rank's tokens [T].
     """
 
     def __init__(self, group: SequenceGroup | None, method: str, scan: str, before: str) -> None:
         self.group, self.method, self.scan, self.before = group, method, scan, before
         self.packed, self.length = False, 0
+        self.positions: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
         return Wiring(self.group, self.method, self.scan, self.before)

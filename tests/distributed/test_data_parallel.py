@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ from tests.hf_models import make
 
 pytestmark = pytest.mark.mpi
 IDS = torch.randint(97, (5, 2, 37), generator=torch.Generator().manual_seed(0))  # five steps of two sequences
+Backward = Callable[[Tensor], Any]
+KINDS = ["plain", "checkpointing", "ddp", "fsdp2"]
+CASES = [
+    *product(["LinearLlama", "qwen3_5"], KINDS),
+    ("qwen3_5", "accelerate"),
+    ("qwen3_5 with LoRA", "plain"),
+    *(pytest.param("bamba", kind, marks=pytest.mark.slow) for kind in KINDS),
+    *(pytest.param("qwen3_5 with LoRA", kind, marks=pytest.mark.slow) for kind in KINDS[1:]),
+]
 
 
 def build(name: str) -> Any:
@@ -38,23 +48,38 @@ def group(world) -> lasp.SequenceGroup:
     return lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, dp=2, device="cpu"))
 
 
-def curve(model: nn.Module, loss_of: Callable[[Tensor], Tensor], after: Callable[[], None] = lambda: None) -> list[Any]:
+def curve(model: nn.Module, loss_of: Callable[[Tensor], Tensor], backward: Backward) -> list[Any]:
     """Losses and gradient norms of five steps, clipped."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     seen = []
     for ids in IDS:
         loss = loss_of(ids)
         optimizer.zero_grad()
-        loss.backward()
-        after()
+        backward(loss)
         norm = lasp.clip_grad_norm_(model, 0.5)
         optimizer.step()
         seen.append((loss.item(), norm.item()))
     return seen
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointing", "ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["LinearLlama", "qwen3_5", "bamba", "qwen3_5 with LoRA"])
+def distribute(model: Any, group: lasp.SequenceGroup, kind: str) -> tuple[nn.Module, Backward]:
+    """What to call in the model's place, and what to do with its loss."""
+    if kind in ("ddp", "fsdp2"):
+        return lasp.data_parallel(model, group, kind), Tensor.backward
+    if kind == "accelerate":
+        accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+        return accelerator.prepare(model), lambda loss: accelerator.backward(group.size * loss)
+    if kind == "checkpointing":
+        model.activation_checkpointing_enable()
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        lasp.sync_gradients(model, group)
+
+    return model, backward
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_has_the_curve_of_one_process(world, group: lasp.SequenceGroup, name: str, kind: str) -> None:
     model = build(name)
     own = copy.deepcopy(model)
@@ -62,20 +87,17 @@ def test_has_the_curve_of_one_process(world, group: lasp.SequenceGroup, name: st
     def whole_loss(ids: Tensor) -> Tensor:  # transformers would compute it in fp32
         return lasp.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
 
-    expected = curve(model, whole_loss)
+    expected = curve(model, whole_loss, Tensor.backward)
     options = {"group": group} if name == "LinearLlama" else {}
     own = own if options else lasp.parallelize(own, group)
-    by_itself = kind in ("ddp", "fsdp2")
-    parallel = lasp.data_parallel(own, group, kind) if by_itself else own
-    if kind == "checkpointing":
-        own.activation_checkpointing_enable()
+    parallel, backward = distribute(own, group, kind)
     replica = slice(world.rank // 2, world.rank // 2 + 1)
 
     def loss_of(ids: Tensor) -> Tensor:
         batch = {"input_ids": ids[replica], "labels": ids[replica]}
         return parallel(**lasp.shard_batch(batch, group), **options).loss
 
-    seen = curve(own, loss_of, lambda: None if by_itself else lasp.sync_gradients(own, group))
+    seen = curve(own, loss_of, backward)
     losses = torch.tensor(world.allgather([loss for loss, _ in seen]), dtype=torch.float64)
     assert torch.equal(losses[0::2], losses[1::2])  # the ranks of a sequence know its loss
     assert losses.mean(0).tolist() == pytest.approx([loss for loss, _ in expected], abs=1e-9)

@@ -19,7 +19,11 @@ pytest.importorskip("transformers")
 from tests.hf_models import FAMILIES, VOCABULARY, make
 
 GroupOf = Callable[..., lasp.SequenceGroup | None]
-SIZES_AND_LAYOUTS = [(2, "contiguous"), (2, "zigzag"), (4, "contiguous"), (4, "zigzag")]
+# Both sizes and both layouts always; the other two pairs with the slow tests.
+CUTS = [
+    [(2, "zigzag"), (4, "contiguous")],
+    pytest.param([(2, "contiguous"), (4, "zigzag")], marks=pytest.mark.slow),
+]
 
 
 class Run(NamedTuple):
@@ -82,11 +86,12 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_equals_one_device(group_of: GroupOf, name: str) -> None:
+def test_equals_one_device(group_of: GroupOf, name: str, cuts: list[tuple[int, str]]) -> None:
     model, ids = make(name), tokens(2, 37)
     theirs = on_one_device(copy.deepcopy(model), {"input_ids": ids}, ids)
-    for size, layout in SIZES_AND_LAYOUTS:
+    for size, layout in cuts:
         group = group_of(size, layout)
         if group is not None:
             own = lasp.parallelize(copy.deepcopy(model), group)
@@ -98,7 +103,7 @@ KINDS = ["qwen3_5", "kimi_linear", "bamba", "mamba", "minimax", "recurrent_gemma
 DOCUMENTS = ["mistral", "qwen3_5", "kimi_linear", "bamba", "nemotron_h", "minimax", "lfm3"]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
 def test_shards_shorter_than_the_kernel(group_of: GroupOf, name: str, layout: str) -> None:
     group, model, ids = group_of(4, layout), make(name), tokens(2, 9)

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
+import lasp
+
 pytest.importorskip("accelerate")
+
+from tests.hf_models import make_single
+
 ROOT = Path(__file__).parents[2]
 # Ten sequences, most with another number of targets; two epochs of three steps, the last of each with half the batches.
 SCRIPT = """
@@ -43,11 +48,12 @@ else:
     lasp.parallelize(model, group)
     trainer = ShardedTrainer(model, options, train_dataset=samples, eval_dataset=held_out, group=group)
 trainer.train()
+test_loss = trainer.predict(held_out["even"]).metrics["test_loss"]
 if trainer.args.process_index == 0:
     keys = ("loss", "grad_norm", "eval_odd_loss", "eval_even_loss")
     logs = {key: [log[key] for log in trainer.state.log_history if key in log] for key in keys}
     weights = [p.double().norm().item() for p in model.parameters()]
-    print(json.dumps({"logs": logs, "weights": weights}))
+    print(json.dumps({"logs": logs | {"test": [test_loss]}, "weights": weights}))
 """
 
 
@@ -62,11 +68,44 @@ def run(folder: Path, sp: int, dp: int) -> dict[str, Any]:
     return json.loads(line)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({"compute_metrics": dict}, {}),
+        ({"compute_loss_func": sum}, {}),
+        ({}, {"label_smoothing_factor": 0.1}),
+        ({}, {"average_tokens_across_devices": False}),
+    ],
+)
+def test_what_would_see_a_part_is_refused(tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    from lasp.train.sharded_trainer import ShardedTrainer
+
+    (option,) = arguments | options
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))
+    with pytest.raises(ValueError, match=f"{option}.* would see a rank's part"):
+        ShardedTrainer(make_single("llama"), training, group=group, **arguments)
+
+
+def test_a_model_that_is_not_parallelised_over_the_group_is_refused(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    from lasp.train.sharded_trainer import ShardedTrainer
+
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))
+    for model in (make_single("llama"), lasp.parallelize(make_single("llama"), None)):
+        with pytest.raises(ValueError, match="not parallelised over this group"):
+            ShardedTrainer(model, training, group=group)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_trains_as_one_process(tmp_path: Path) -> None:
     expected = run(tmp_path, 1, 1)
-    assert [len(values) for values in expected["logs"].values()] == [6, 6, 2, 2]
+    assert [len(values) for values in expected["logs"].values()] == [6, 6, 2, 2, 1]
     for sp, dp in ((2, 1), (2, 2)):
         seen = run(tmp_path, sp, dp)
         for key, values in expected["logs"].items():

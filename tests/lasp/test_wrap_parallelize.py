@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,12 +11,21 @@ import torch
 
 import lasp
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
+
+from tests.hf_models import FAMILIES, make
+
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1,
     "attn_implementation": "eager",
 }  # fmt: skip
 IDS = torch.arange(40).reshape(2, 20)
+REFUSE_DOCUMENTS = {
+    "mamba", "mamba2", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "zaya", "llama_dynamic",
+    "phi3_longrope",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -51,6 +61,8 @@ def test_documents_are_isolated(config: Any) -> None:
         ({"labels": IDS}, "shift_labels"),
         ({"position_ids": IDS % 5}, "position_ids"),
         ({"attention_mask": torch.ones(2, 1, 20, 20)}, "2-D attention_mask"),
+        ({"logits_to_keep": 1}, "logits_to_keep"),
+        ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
@@ -88,6 +100,17 @@ def test_token_wise_modules_are_not(config: Any) -> None:
     torch.testing.assert_close(lasp.parallelize(model, None)(IDS).logits, before)
 
 
+def test_adapters_that_add_no_tokens_are_taken(config: Any) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    before = model(IDS).logits
+    torch.testing.assert_close(lasp.parallelize(model, None)(IDS).logits, before)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="PromptTuningConfig puts tokens of its own"):
+        lasp.parallelize(peft.get_peft_model(transformers.LlamaForCausalLM(config), prompt), None)
+
+
 def test_wrong_class_and_kernels_are_refused(config: Any) -> None:
     with pytest.raises(ValueError, match="causal language models"):
         lasp.parallelize(transformers.LlamaForSequenceClassification(config), None)
@@ -122,6 +145,21 @@ def test_documents_that_do_not_reach_a_mixer_are_refused() -> None:
     batch = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 7, 20])}, None)
     with pytest.raises(ValueError, match="cu_seqlens on to MambaMixer"):
         model(**batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_documents_are_isolated_or_refused(name: str) -> None:
+    """As docs/huggingface.md says which."""
+    model, bounds = make(name), [0, 1, 7, 20]
+    apart = torch.cat([model(IDS[:1, a:b], use_cache=False).logits for a, b in pairwise(bounds)], 1)
+    lasp.parallelize(model, None)
+    batch = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": torch.tensor(bounds)}, None)
+    if name in REFUSE_DOCUMENTS:
+        with pytest.raises(ValueError, match=r"cu_seqlens on to|rope_type"):
+            model(**batch)
+    else:
+        torch.testing.assert_close(model(**batch).logits, apart, rtol=0, atol=1e-9)
 
 
 def test_rope_of_one_length_takes_no_documents(config: Any) -> None:

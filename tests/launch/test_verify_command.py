@@ -1,0 +1,84 @@
+"""`lasp verify`: exit codes, and what is refused before ranks start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lasp.launch import verify
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A model's folder with a configuration and no weights."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 500, **sizes}))
+    return str(tmp_path)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lasp.launch.cli", "verify", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bloom"], ["BloomAttention", "not verified", "docs/models.md"]),
+        (["no such model"], ["no such model", "no model type"]),
+        (["{folder}/nothing"], ["nothing", "no model type"]),
+        (["xlm"], ["cannot make a tiny xlm", "lasp.verify"]),
+        (["llama", "--sp", "0"], ["--sp", "got 0"]),
+        (["llama", "--sp", "8", "--seq-len", "7"], ["--seq-len", "8 and 7"]),
+    ],
+)
+def test_what_is_refused_starts_no_ranks(folder, capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(verify, "run_ranks", lambda *_: pytest.fail("ranks started"))
+    assert verify.main([argument.format(folder=folder) for argument in arguments]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("lasp: error: ")
+    assert stderr.count("\n") == 1
+    assert all(part in stderr for part in said), stderr
+
+
+def test_an_sp_that_is_no_number_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        verify.main(["llama", "--sp", "two"])
+    assert caught.value.code == 2
+    assert "--sp" in capsys.readouterr().err
+
+
+def test_what_is_not_parallel_has_exit_code_1(capsys, monkeypatch):
+    wrong = verify.Report(0.5, 0.5, {"model.layers.0.self_attn": 0.5}, {})
+    monkeypatch.setattr(verify, "launched_rank", lambda: 0)
+    monkeypatch.setattr(verify, "compare", lambda *_: wrong)
+    assert verify.main(["llama", "--sp", "1"]) == 1
+    assert "not parallel: first model.layers.0.self_attn, by 5.0e-01" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(120)
+def test_what_is_exact_has_exit_code_0_and_is_told_once(folder):
+    done = run(folder, "--sp", "2", "--seq-len", "16")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("parallel and exact: ")
+    assert done.stdout.count("\n") == 1
+    assert not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_ranks_of_torchrun_are_refused_once():
+    """As under Slurm, where no process stands before the ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "lasp.launch.verify", "bloom", "--sp", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert len([line for line in done.stderr.splitlines() if line.startswith("lasp: error:")]) == 1, done.stderr
