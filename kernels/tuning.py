@@ -22,6 +22,9 @@ class Tiling:
     stages: int
 
 
+SMALL = (86, 89, 120, 121)
+"""Cards with 99 KiB of shared memory to a block, where data centers' have 163 or 227."""
+
 in_use: dict[str, Tiling] = {}
 """The tilings of the kernels that have run, by `tuning_key`. `lasp tune` puts in what it tries."""
 
@@ -42,10 +45,12 @@ def default_tiling(
     A gradient of keys is many tiles at once, and decays per channel are tiles of their own: less of each, or 8 warps.
     Cards before sm_90 multiply out of registers, later ones out of shared memory. arch: by default that of this card.
     """
-    per_channel, hopper = gates == 2, (arch or architecture()) >= 90
+    arch = arch or architecture()
+    per_channel, hopper = gates == 2, arch >= 90
     if whole_keys:  # the state's channels of one program, all of them
-        key = _power(key_dim, 256)
-        return Tiling(key, _power(value_dim, max(16, (2048 if per_channel else 4096) // key)), warps=8, stages=2)
+        value = 16 if per_channel and key_dim > 64 else 32
+        crowded = arch in SMALL or (per_channel and key_dim > 128)
+        return Tiling(_power(key_dim, 256), _power(value_dim, value), warps=8, stages=1 if crowded else 2)
     if kernel == "grad_keys":
         key, value = (32, 32) if per_channel else (64, 64)
         return Tiling(_power(key_dim, key if hopper else key // 2), _power(value_dim, value), warps=8, stages=2)
