@@ -37,19 +37,16 @@ def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bo
     return in_use[key]
 
 
-def default_tiling(
-    kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool, arch: int | None = None
-) -> Tiling:
+def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
     """What keeps everything in registers at 64 and 128 channels in bf16 (`lasp bench kernels --compile-only`).
 
     A gradient of keys is many tiles at once, and decays per channel are tiles of their own: less of each, or 8 warps.
-    Cards before sm_90 multiply out of registers, later ones out of shared memory. arch: by default that of this card.
+    Cards before sm_90 multiply out of registers, later ones out of shared memory.
     """
-    arch = arch or architecture()
-    per_channel, hopper = gates == 2, arch >= 90
+    per_channel, hopper = gates == 2, architecture() >= 90
     if whole_keys:  # the state's channels of one program, all of them
         value = 16 if per_channel and key_dim > 64 else 32
-        crowded = arch in SMALL or (per_channel and key_dim > 128)
+        crowded = architecture() in SMALL or (per_channel and key_dim > 128)
         return Tiling(_power(key_dim, 256), _power(value_dim, value), warps=8, stages=1 if crowded else 2)
     if kernel == "grad_keys":
         key, value = (32, 32) if per_channel else (64, 64)
