@@ -48,11 +48,17 @@ def cut_problem(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int,
 
 
 def solve_cut(
-    problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int, ...], scan: str, chunk_size: int = 8
+    problem: Problem,
+    group: lasp.SequenceGroup,
+    lengths: tuple[int, ...],
+    scan: str,
+    chunk_size: int = 8,
+    backend: str = "auto",
 ) -> dict[str, torch.Tensor]:
     """The cut problem's results, put together again."""
     attention = lasp.linear_attention if problem.beta is None else lasp.delta_rule
-    run = partial(attention, output_final_state=True, chunk_size=chunk_size, group=group, scan=scan)
+    options = {"chunk_size": chunk_size, "scan": scan, "backend": backend}
+    run = partial(attention, output_final_state=True, group=group, **options)
     local = solve(cut_problem(problem, group, lengths), run)
     whole = {}
     for name, value in local.items():

@@ -1,0 +1,41 @@
+"""The Triton kernels' stages with a scan between them, in the interpreter, against the token-by-token reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tests.interpreter  # noqa: F401 - mends Triton's interpreter
+from tests.distributed.cutting import case, house_lengths, solve_cut
+from tests.oracle import assert_close
+
+pytestmark = pytest.mark.mpi
+
+SMALL = {"heads": (1, 1, 1, 1), "dtype": torch.float32}
+PACKED = (0, 1, 10, 10, 21, 37)
+
+
+@pytest.mark.parametrize(
+    ("decay", "layout", "scan", "options"),
+    [
+        ("none", "contiguous", "gather", {"beta": 2.0}),
+        ("head", "contiguous", "gather", {"cu_seqlens": PACKED}),
+        ("token", "zigzag", "ring", {"heads": (2, 1, 2, 2), "cu_seqlens": PACKED}),
+        ("channel", "contiguous", "gather", {"strength": 50.0}),
+        ("token", "zigzag", "gather", {"beta": 2.0}),
+        ("channel", "contiguous", "ring", {"beta": 2.0, "cu_seqlens": PACKED}),
+        ("none", "contiguous", "gather", {"causal": False, "cu_seqlens": PACKED}),
+    ],
+    ids=str,
+)
+def test_two_ranks(group_of, decay: str, layout: str, scan: str, options: dict[str, Any]) -> None:
+    if (group := group_of(2, layout)) is None:
+        return
+    problem, expected = case(decay, **SMALL | options)
+    lengths = house_lengths(2, "zigzag") if layout == "zigzag" else (5, 32)
+    seen = solve_cut(problem, group, lengths, scan, chunk_size=16, backend="triton")
+    assert_close(seen, expected, problem, 1e-4)
