@@ -140,7 +140,7 @@ def make_plan(
     """The plan of one rank. lengths: every rank's number of tokens; bounds: cu_seqlens, None for one document."""
     pieces = pieces_of(lengths, layout) if sum(lengths) else (Piece(0, 0, 0, 0, 0),)
     bounds = (0, sum(lengths)) if bounds is None else bounds
-    last_full = max((p.order for p in pieces if p.stop > p.start), default=0)
+    last_full = max([0, *(p.order for p in pieces if p.stop > p.start)])
     links, runs, links_per_rank = [], [], [0] * len(lengths)
     for piece in pieces:
         found = _runs(piece, bounds, piece.order == last_full)
@@ -164,8 +164,11 @@ def _runs(piece: Piece, bounds: tuple[int, ...], closes: bool) -> list[Run]:
     """The runs of a piece. An empty document belongs to the piece that holds its position, one at the very end of the
     sequence to the piece that `closes` it. An empty piece passes everything through: one empty run."""
     runs = []
-    nearest = max(bisect_left(bounds, piece.start) - 1, 0)
-    for document in range(nearest, min(bisect_right(bounds, piece.stop), len(bounds) - 1)):
+    nearest, behind = 0, 1
+    if len(bounds) > 2:  # torch.compile cannot trace a bisection
+        nearest = max(bisect_left(bounds, piece.start) - 1, 0)
+        behind = min(bisect_right(bounds, piece.stop), len(bounds) - 1)
+    for document in range(nearest, behind):
         start, stop = bounds[document], bounds[document + 1]
         first, end = max(start, piece.start), min(stop, piece.stop)
         empty_here = start == stop and (piece.start <= start < piece.stop or (closes and start == piece.stop))

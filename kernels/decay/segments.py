@@ -7,7 +7,8 @@ over keys and values, which is also how a state that arrives from another rank e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class SegmentStates(ABC):
         self._entered = False
         self._entering: Tensor | None = None
         self._filled: Tensor | None = None
+        self._made: dict[str, Any] = {}
 
     @abstractmethod
     def carry(self, starts: Tensor | None, store: bool) -> Pass:
@@ -40,19 +42,25 @@ class SegmentStates(ABC):
     def make_transfers(self) -> Tensor:
         """What each segment does to a state that enters it, forwards: [segments, B, H, 1 or K, 1 or K]."""
 
-    @cached_property
+    @property
     def transfers(self) -> Tensor:
         """The same, made once."""
-        return self.make_transfers()
+        return self._once("transfers", self.make_transfers)
 
-    @cached_property
+    @property
     def _empty(self) -> Tensor:
-        return self.carry(None, False)[2]
+        return self._once("empty", lambda: self.carry(None, False)[2])
 
-    @cached_property
+    @property
     def _true(self) -> Pass:
         assert self._entered, "what enters the runs is known by now"
-        return self.carry(self._entering, True)
+        return self._once("true", lambda: self.carry(self._entering, True))
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What torch.compile can trace of a cached property."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     @property
     def states(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from lasp.kernels.decay import operators
 from lasp.kernels.decay.chunked import Gradients
 from lasp.kernels.decay.recurrence import DecayCall, Grads
 from lasp.kernels.decay.segments import Pass, SegmentStates
-from lasp.kernels.decay.table import DeviceTable, device_table, processors
+from lasp.kernels.decay.table import device_table, processors
 from lasp.kernels.documents import chunk_table
 
 # Without a mask nothing is computed inside a chunk, whose length is then that of a tile.
@@ -41,30 +40,22 @@ class Arranged:
     """The inputs of a call as the kernels take them."""
 
     def __init__(self, inputs: Any, call: DecayCall, at_once: int) -> None:
-        self._log_decay, self._at_once = inputs[3], at_once
         self.q, self.k, self.v = (x.contiguous() for x in inputs[:3])
         self.heads, self.scale, self.causal = call.heads, call.scale, call.causal
         self.size = min(call.chunk_size, LONGEST_CHUNK)
-        self.runs = call.runs
         self.trained = inputs[3] is not None and inputs[3].requires_grad
+        programs = self.q.shape[0] * self.heads * -(-self.q.shape[3] // 64) * -(-self.v.shape[3] // 64)
+        chunks = chunk_table(call.runs, self.size, 1)
+        self.table = device_table(chunks, self.causal, programs, at_once, self.q.device)
+        self.sums = None if inputs[3] is None else self._sum(inputs[3])
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the integers that most operators take: heads of states, value channels, tokens to a chunk."""
         return self.heads, self.v.shape[3], self.size
 
-    @cached_property
-    def table(self) -> DeviceTable:
-        programs = self.q.shape[0] * self.heads * -(-self.q.shape[3] // 64) * -(-self.v.shape[3] // 64)
-        chunks = chunk_table(self.runs, self.size, 1)
-        return device_table(chunks, self.causal, programs, self._at_once, self.q.device)
-
-    @cached_property
-    def sums(self) -> Tensor | None:
+    def _sum(self, gates: Tensor) -> Tensor:
         """The running sums of log-decays within chunks, [B, T, HG, 1 or K]."""
-        gates = self._log_decay
-        if gates is None:
-            return None
         gates = gates.expand(*self.q.shape[:2], -1) if gates.dim() == 1 else gates
         gates = gates.unsqueeze(-1) if gates.dim() == 3 else gates
         sums: Tensor = operators.sum_gates(gates.contiguous(), self.table.chunks, self.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,14 +21,9 @@ class DeltaArranged(Arranged):
     def __init__(self, inputs: Any, call: DeltaCall, at_once: int) -> None:
         super().__init__(inputs, call, at_once)
         self.beta = inputs[4].contiguous()
-
-    @cached_property
-    def solved(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The inverse, U and W of each chunk."""
-        done: tuple[Tensor, Tensor, Tensor] = solve(
+        self.inverse, self.written, self.erased = solve(
             self.k, self.v, self.beta, self.sums, self.table.chunks, self.heads, self.size
         )
-        return done
 
 
 class DeltaStates(DecayStates):
@@ -44,9 +38,8 @@ class DeltaStates(DecayStates):
 
     def carry(self, starts: Tensor | None, store: bool) -> Pass:
         own = self.own
-        _, written, erased = own.solved
         table = own.table.chunks, own.table.segments
-        done: Pass = operators.carry(own.k, written, own.sums, erased, starts, *table, *own.shape, store, False)
+        done: Pass = operators.carry(own.k, own.written, own.sums, own.erased, starts, *table, *own.shape, store, False)
         return done
 
     def make_transfers(self) -> Tensor:
@@ -55,7 +48,7 @@ class DeltaStates(DecayStates):
         eye = torch.eye(dim, device=own.k.device).expand(len(own.table.segments), own.k.shape[0], own.heads, -1, -1)
         table = own.table.chunks, own.table.segments
         options = own.heads, dim, own.size, False, True
-        transfers: Tensor = operators.carry(own.k, None, own.sums, own.solved[2], eye.contiguous(), *table, *options)[2]
+        transfers: Tensor = operators.carry(own.k, None, own.sums, own.erased, eye.contiguous(), *table, *options)[2]
         return transfers
 
 
@@ -64,31 +57,20 @@ class DeltaAdjoint(DecayAdjoint):
 
     own: DeltaArranged
 
-    @cached_property
-    def _grad_inside(self) -> Tensor:
-        """The gradient of what the tokens write, as far as it comes from their chunk."""
+    def __init__(self, forwards: DeltaStates, grad: Tensor) -> None:
+        super().__init__(forwards, grad)
         own = self.own
-        grad: Tensor = operators.grad_values(
-            own.q,
-            own.k,
-            self.grad,
-            own.sums,
-            None,
-            own.table.chunks,
-            own.heads,
-            own.scale,
-            own.size,
-            True,
+        # The gradient of what the tokens write, as far as it comes from their chunk.
+        self._grad_inside: Tensor = operators.grad_values(
+            own.q, own.k, self.grad, own.sums, None, own.table.chunks, own.heads, own.scale, own.size, True,
             torch.float32,
-        )
-        return grad
+        )  # fmt: skip
 
     def carry(self, starts: Tensor | None, store: bool) -> Pass:
         own = self.own
-        _, _, erased = own.solved
         table = own.table.chunks, own.table.segments
         done: Pass = operators.carry_back(
-            own.q, own.k, self.grad, own.sums, erased, self._grad_inside, starts, *table, own.heads, own.scale,
+            own.q, own.k, self.grad, own.sums, own.erased, self._grad_inside, starts, *table, own.heads, own.scale,
             own.size, store,
         )  # fmt: skip
         return done
@@ -105,7 +87,7 @@ class TritonDelta(DeltaCall, TritonDecay):
         """None: what tokens write is known when the state is, and the output is computed at once."""
         return None
 
-    def adjoint(self, inputs: Any, grad: Tensor, entered: DecayStates) -> DeltaAdjoint:
+    def adjoint(self, inputs: Any, grad: Tensor, entered: Any) -> DeltaAdjoint:
         """Gradients of the states, each run with nothing after it."""
         return DeltaAdjoint(entered, grad)
 
@@ -130,7 +112,7 @@ class TritonDelta(DeltaCall, TritonDecay):
         error = operators.attend(
             own.k, own.k, entered.values, own.sums, entered.states, asked, *settings, torch.float32
         )
-        dv, dbeta = grad_solve(own.solved[0], own.beta, du, error, own.table.chunks)
+        dv, dbeta = grad_solve(own.inverse, own.beta, du, error, own.table.chunks)
         rows, columns, gates = operators.grad_keys(
             own.k, own.k, entered.values, dv, own.sums, entered.states, None, *settings, own.trained, torch.float32
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from lasp.kernels.documents import document_bounds
@@ -57,3 +58,8 @@ def check_scale(scale: float | None) -> float | None:
 def check_beside(name: str, x: Tensor, q: Tensor) -> None:
     if not x.is_floating_point() or x.device != q.device:
         raise ValueError(f"{name} must be floating and on the device of q, {q.device}, got {x.dtype} on {x.device}")
+
+
+def may_look_at(values: Tensor) -> bool:
+    """Whether values can be checked: an accelerator would be waited for, and torch.compile traces without values."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()

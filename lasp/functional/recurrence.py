@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import check_beside, check_documents, check_heads, check_scale, check_tokens
+from lasp.functional.checks import (
+    check_beside,
+    check_documents,
+    check_heads,
+    check_scale,
+    check_tokens,
+    may_look_at,
+)
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, fingerprint
@@ -32,12 +38,15 @@ def plan_call(
     tokens: this rank's number of them; steps: how many steps of the recurrence each takes.
     """
 
-    @cache
+    made: list[Plan] = []  # torch.compile cannot trace functools.cache around a closure
+
     def plan() -> Plan:
-        agreed = lengths()
-        bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(agreed))
-        rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
-        return make_plan(agreed, rank, layout, bounds).times(steps)
+        if not made:
+            agreed = lengths()
+            bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(agreed))
+            rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
+            made.append(make_plan(agreed, rank, layout, bounds).times(steps))
+        return made[0]
 
     # Contiguous and in one document, the runs are known before the ranks have agreed.
     one_run = cu_seqlens is None and (group is None or group.layout == "contiguous")
@@ -134,8 +143,7 @@ def _check_decay(q: Tensor, log_decay: Tensor | None) -> None:
     if log_decay.dim() == 4 and log_decay.shape[3] != q.shape[3]:
         raise ValueError(f"log_decay {shape} must share its last dim with q {list(q.shape)}")
     check_beside("log_decay", log_decay, q)
-    # On an accelerator the check would wait for the device; `lasp.verify` makes it there.
-    if log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
+    if may_look_at(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
 
 
@@ -159,7 +167,7 @@ def _check_beta(beta: Tensor, k: Tensor) -> None:
 
 def _check_erasure(beta: Tensor, k: Tensor) -> None:
     """Beyond `beta·|k|^2 = 2` a token makes what its key held larger, and chunks overflow (2411.12537)."""
-    if beta.device.type != "cpu" or not beta.numel():  # an accelerator would have to be waited for
+    if not may_look_at(beta) or not beta.numel():
         return
     if not bool(((beta >= 0) & (beta <= 2)).all()):
         raise ValueError(f"beta must lie in [0, 2], got values from {beta.min().item()} to {beta.max().item()}")

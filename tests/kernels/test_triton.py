@@ -166,3 +166,18 @@ def test_refuses_fp64() -> None:
     x = torch.zeros(1, 4, 1, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="takes float32, bfloat16 and float16, got"):
         lasp.linear_attention(x, x, x, backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+@pytest.mark.parametrize("delta", [False, True], ids=["decay", "delta"])
+def test_compiles_without_a_graph_break(delta: bool) -> None:
+    given = {name: x.requires_grad_() for name, x in arguments(Case("head", delta)).items()}
+    call = lasp.delta_rule if delta else lasp.linear_attention
+
+    def loss(inputs: dict[str, Tensor]) -> Tensor:
+        return call(**inputs, backend="triton", chunk_size=16).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(loss(given), list(given.values()))
+    seen = torch.autograd.grad(compiled(given), list(given.values()))
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
