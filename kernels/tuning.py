@@ -51,8 +51,10 @@ def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_
     if kernel == "grad_keys":
         key, value = (32, 32) if per_channel else (64, 64)
         return Tiling(_power(key_dim, key if hopper else key // 2), _power(value_dim, value), warps=8, stages=2)
-    warps = 8 if per_channel or kernel == "solve" else 4
-    return Tiling(_power(key_dim, 64), _power(value_dim, 32 if kernel == "grad_solve" else 64), warps, stages=2)
+    if kernel == "grad_solve":
+        return Tiling(_power(key_dim, 64), _power(value_dim, 32), warps=4, stages=2)
+    warps = 4 if gates == 1 and kernel != "solve" else 8  # without decays 4 make the assembler save registers and spill
+    return Tiling(_power(key_dim, 64), _power(value_dim, 64), warps, stages=2)
 
 
 def _power(size: int, most: int) -> int:
