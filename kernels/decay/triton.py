@@ -375,17 +375,18 @@ def grad_inside(
             squares = tl.where(same_stretch(1 << level, C), dp, 0.0)
             dq += tl.where(later, product(squares, columns, tl.float32, PRECISION) * decay, 0.0)
             dk += tl.where(later, 0.0, product(tl.trans(squares), rows, tl.float32, PRECISION) * decay)
-        return dq, dk
-    ds = dp * decays(sums, start, length, b, h, T, H, C, True, GATES)
-    return product(ds, k, OPERAND, PRECISION), product(tl.trans(ds), q, OPERAND, PRECISION)
+    else:
+        ds = dp * decays(sums, start, length, b, h, T, H, C, True, GATES)
+        dq, dk = product(ds, k, OPERAND, PRECISION), product(tl.trans(ds), q, OPERAND, PRECISION)
+    return dq, dk
 
 
 @triton.jit
 def by_gate(tile, GATES: tl.constexpr):
     """A tile [C, D] summed over what shares a gate."""
-    if GATES == 2:
-        return tile
-    return tl.sum(tile, 1)[:, None]
+    if GATES == 1:
+        tile = tl.sum(tile, 1)[:, None]
+    return tile
 
 
 @triton.jit
@@ -480,6 +481,6 @@ def grad_keys(
 @triton.jit
 def by_gate_of_state(held, GATES: tl.constexpr):
     """What the channels of a state [D] hold, summed over what shares a gate: [D or 1, 1]."""
-    if GATES == 2:
-        return held[:, None]
-    return tl.sum(held, 0)[None, None]
+    if GATES == 1:
+        held = tl.sum(held, 0)[None]
+    return held[:, None]
