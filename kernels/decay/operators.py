@@ -56,13 +56,15 @@ def launch(
     Constants that a kernel has no use for are left out.
     """
     some = next(x for x in tensors if x is not None)
+    # Tiles of fp32 operands take twice the shared memory, which leaves no room for a second stage.
+    stages = 1 if constants.get("OPERAND") == tl.float32 else tile.stages
     constants |= {"BK": tile.key, "BV": tile.value}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     arguments = [some if x is None else x for x in tensors]
     if 0 in grid:
         return
     with torch.cuda.device(some.device) if some.is_cuda else nullcontext():
-        kernel[tuple(grid)](*arguments, *numbers, **constants, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[tuple(grid)](*arguments, *numbers, **constants, num_warps=tile.warps, num_stages=stages)
 
 
 def sized(kernel: Any, constants: dict[str, Any], whole_keys: bool = False) -> Tiling:

@@ -455,7 +455,7 @@ def grad_keys(
                     dq_total += own * k_tile
                     dk_total += own * q_tile
             store_rows(dq, dq_total, start, length, b, ho, T, HO, K, d, C)
-    gates = tl.cumsum(later, 0, reverse=True)
+    gates = running(later, GATES, True)
     if CARRIED:
         held, carried = tl.zeros([BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
         for v0 in range(0, V, BV):
@@ -469,13 +469,23 @@ def grad_keys(
         if TRAINED:
             kept = by_gate(k_tile * carried, GATES)
             passed = over_chunk(by_gate_of_state(held, GATES), sums, start, length, b, hg, T, HG, K, d, GATES)
-            gates += tl.cumsum(kept, 0) - kept + tl.trans(passed)
+            gates += running(kept, GATES, False) - kept + tl.trans(passed)
         dk_total += carried
     store_rows(dk, dk_total, start, length, b, h, T, H, K, d, C)
     if TRAINED:
         part = dgates if GATES == 2 else dgates + tl.cast(tl.program_id(0), tl.int64) * B * T * H
         column = d if GATES == 2 else tl.arange(0, 1)
         store_rows(part, gates, start, length, b, h, T, H, D, column, C)
+
+
+@triton.jit
+def running(tile, GATES: tl.constexpr, REVERSE: tl.constexpr):
+    """Sums of a tile [C, 1 or D] up to each token, or from it on. Triton 3.6 cannot scan a tile of one column."""
+    if GATES == 2:
+        sums = tl.cumsum(tile, 0, reverse=REVERSE)
+    else:
+        sums = tl.cumsum(tl.sum(tile, 1), 0, reverse=REVERSE)[:, None]
+    return sums
 
 
 @triton.jit
