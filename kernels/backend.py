@@ -21,38 +21,41 @@ if TYPE_CHECKING:  # triton is slow to import, and not there on every machine
     from lasp.kernels.delta.triton_recurrence import TritonDelta
 
 BACKENDS = ("auto", "torch", "triton")
+CHUNK_SIZES = (16, 32, 64, 128)
+"""Those that Triton's kernels have tiles for."""
+MOST_ERASING_CHANNELS = 256
+"""The delta rule's states need all channels of their keys in one tile."""
 
 
-def decay_family(backend: str, q: Tensor) -> type[DecayRecurrence] | type[TritonDecay]:
+def decay_family(backend: str, q: Tensor, chunk_size: int | None = None) -> type[DecayRecurrence] | type[TritonDecay]:
     """What sets up a call of the decay family for inputs like q."""
-    if resolve(backend, q) == "torch":
+    if resolve(backend, q, chunk_size) == "torch":
         return DecayRecurrence
     from lasp.kernels.decay.triton_recurrence import TritonDecay
 
     return TritonDecay
 
 
-def delta_family(backend: str, q: Tensor) -> type[DeltaRecurrence] | type[TritonDelta]:
+def delta_family(backend: str, q: Tensor, chunk_size: int | None = None) -> type[DeltaRecurrence] | type[TritonDelta]:
     """What sets up a call of the delta family for inputs like q."""
-    if resolve(backend, q) == "torch":
+    if resolve(backend, q, chunk_size, MOST_ERASING_CHANNELS) == "torch":
         return DeltaRecurrence
     from lasp.kernels.delta.triton_recurrence import TritonDelta
 
     return TritonDelta
 
 
-def resolve(backend: str, q: Tensor) -> str:
-    """The backend that "auto" means for inputs like q: Triton on CUDA, PyTorch elsewhere and for fp64.
+def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channels: int | None = None) -> str:
+    """The backend that "auto" means for inputs like q: Triton on CUDA, PyTorch elsewhere.
 
-    Raises ValueError for one that is unknown or cannot run here.
+    most_channels: of keys, that Triton's kernels take. Raises ValueError for one that is unknown or cannot do it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        return automatic(q.device, q.dtype)[0]
-    if backend == "triton":
-        check_triton(q)
-    return backend
+    chosen = automatic(q.device, q.dtype)[0] if backend == "auto" else backend
+    if chosen == "triton":
+        check_triton(q, chunk_size, most_channels)
+    return chosen
 
 
 def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -66,7 +69,7 @@ def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "triton", f"tensors are on a GPU, and triton {version('triton')} is installed"
 
 
-def check_triton(q: Tensor) -> None:
+def check_triton(q: Tensor, chunk_size: int | None, most_channels: int | None) -> None:
     """Raise ValueError unless Triton's kernels can run on inputs like q."""
     if not _has_triton():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
@@ -74,6 +77,13 @@ def check_triton(q: Tensor) -> None:
         raise ValueError("backend='triton' takes float32, bfloat16 and float16, got torch.float64")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend='triton' needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1)")
+    if chunk_size not in (None, *CHUNK_SIZES):
+        raise ValueError(f"backend='triton' takes a chunk_size of {CHUNK_SIZES}, got {chunk_size}; 'torch' takes any")
+    if most_channels is not None and q.shape[3] > most_channels:
+        raise ValueError(
+            f"backend='triton' takes at most {most_channels} channels of keys in the delta rule, got {q.shape[3]}; "
+            "'torch' takes any"
+        )
 
 
 def _has_triton() -> bool:

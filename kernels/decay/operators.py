@@ -79,7 +79,7 @@ def sum_gates(log_decay: Tensor, chunks: Tensor, size: int) -> Tensor:
     sums = torch.empty_like(log_decay, dtype=torch.float32)
     constants = {"H": heads, "D": dim, "C": size, "K": dim, "V": dim}
     tile = sized(kernels.sum_gates, constants)
-    grid = (tiles(dim, tile.key), len(chunks), batch * heads)
+    grid = (tiles(dim, tile.key) * len(chunks), batch * heads)
     launch(kernels.sum_gates, tile, grid, (log_decay, sums, chunks), length, **constants)
     return sums
 
@@ -165,7 +165,7 @@ def attend(
     constants = sizes(q, k, v, sums, heads, v.shape[3], size)
     flags = {"STRICT": strict, "INSIDE": inside, "READ": states is not None, "ADD": before is not None}
     tile = sized(kernels.attend, constants)
-    grid = (tiles(v.shape[3], tile.value), len(chunks), q.shape[0] * constants["HO"])
+    grid = (tiles(v.shape[3], tile.value) * len(chunks), q.shape[0] * constants["HO"])
     tensors = (q, k, v, sums, states, before, output, chunks)
     launch(kernels.attend, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags, **numerics(k.dtype))
     return output
@@ -192,7 +192,7 @@ def grad_values(
     dv = grad.new_empty((*q.shape[:2], heads, grad.shape[3]), dtype=dtype)
     constants = sizes(q, k, None, sums, heads, grad.shape[3], size)
     tile = sized(kernels.grad_values, constants)
-    grid = (tiles(grad.shape[3], tile.value), len(chunks), q.shape[0] * heads)
+    grid = (tiles(grad.shape[3], tile.value) * len(chunks), q.shape[0] * heads)
     flags = {"INSIDE": inside, "CARRIED": grad_states is not None}
     tensors = (q, k, grad, sums, grad_states, dv, chunks)
     launch(kernels.grad_values, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags, **numerics(k.dtype))
@@ -222,7 +222,7 @@ def grad_keys(
     tile = sized(kernels.grad_keys, constants)
     parts = tiles(k.shape[3], tile.key) if constants["GATES"] == 1 else 1
     dq, dk, dgates = _key_grads(q, k, grad, sums, heads, trained, dtype, parts)
-    grid = (tiles(k.shape[3], tile.key), len(chunks), q.shape[0] * heads)
+    grid = (tiles(k.shape[3], tile.key) * len(chunks), q.shape[0] * heads)
     flags = {"STRICT": strict, "INSIDE": inside, "READ": grad is not None, "CARRIED": grad_states is not None}
     flags |= {"TRAINED": trained}
     tensors = (q, k, v, grad, sums, states, grad_states, dq, dk, dgates, chunks)

@@ -192,11 +192,19 @@ def scores(
 
 
 @triton.jit
+def place(D: tl.constexpr, BD: tl.constexpr):
+    """The chunk of a program, and its tile of D channels. Tiles of a chunk are neighbours, and share what they read."""
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles
+
+
+@triton.jit
 def sum_gates(log_decay, sums, chunks, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     """The running sums of log-decays [B, T, H, D] within each chunk."""
-    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    chunk, tile = place(D, BK)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    d = tl.program_id(0) * BK + tl.arange(0, BK)
+    d = tile * BK + tl.arange(0, BK)
     g = load_rows(log_decay, start, length, b, h, T, H, D, d, C).to(tl.float32)
     store_rows(sums, tl.cumsum(tl.maximum(g, LOWEST), 0), start, length, b, h, T, H, D, d, C)
 
@@ -301,11 +309,12 @@ def attend(
 
     ADD: to what `before` holds.
     """
-    chunk, b, ho = tl.program_id(1), tl.program_id(2) // HO, tl.program_id(2) % HO
+    chunk, tile = place(V, BV)
+    b, ho = tl.program_id(1) // HO, tl.program_id(1) % HO
     h, hq = ho // (HO // H), ho // (HO // HQ)
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = tile * BV + tl.arange(0, BV)
     total = tl.zeros([C, BV], dtype=tl.float32)
     if READ:
         slot = tl.load(chunks + 3 * chunk + 2)
@@ -334,10 +343,11 @@ def grad_values(
     GATES: tl.constexpr, INSIDE: tl.constexpr, CARRIED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each state's values [B, T, H, V]: from INSIDE the chunk, from what is CARRIED to its end."""
-    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    chunk, tile = place(V, BV)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
     hk, hg = h // (H // HK), h // (H // HG)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = tile * BV + tl.arange(0, BV)
     GROUP: tl.constexpr = HO // H
     total = tl.zeros([C, BV], dtype=tl.float32)
     if INSIDE:
@@ -404,11 +414,12 @@ def grad_keys(
     what earlier keys carry to the end, and by the state that passes the whole chunk. `dgates` is [tiles of channels,
     B, T, H] where gates are per head, and [B, T, H, K] where they are per channel.
     """
-    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    chunk, tile = place(K, BK)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
     slot = tl.load(chunks + 3 * chunk + 2)
-    d = tl.program_id(0) * BK + tl.arange(0, BK)
+    d = tile * BK + tl.arange(0, BK)
     i = tl.arange(0, C)
     D: tl.constexpr = K if GATES == 2 else 1
     BD: tl.constexpr = BK if GATES == 2 else 1
@@ -473,7 +484,7 @@ def grad_keys(
         dk_total += carried
     store_rows(dk, dk_total, start, length, b, h, T, H, K, d, C)
     if TRAINED:
-        part = dgates if GATES == 2 else dgates + tl.cast(tl.program_id(0), tl.int64) * B * T * H
+        part = dgates if GATES == 2 else dgates + tl.cast(tile, tl.int64) * B * T * H
         column = d if GATES == 2 else tl.arange(0, 1)
         store_rows(part, gates, start, length, b, h, T, H, D, column, C)
 

@@ -46,7 +46,7 @@ def grad_solve(
     tile = sized(kernels.grad_solve, constants)
     dv = torch.empty_like(error)
     dbeta = error.new_empty((tiles(value_dim, tile.value), batch, length, heads, 1), dtype=torch.float32)
-    grid = (len(dbeta), len(chunks), batch * heads)
+    grid = (len(dbeta) * len(chunks), batch * heads)
     tensors = (inverse, beta, grad_written, error, dv, dbeta, chunks)
     precision = numerics(grad_written.dtype)
     launch(kernels.grad_solve, tile, grid, tensors, batch, length, **constants, **precision)

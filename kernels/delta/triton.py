@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.decay.triton import from_start, load_rows, product, scores, seen, store_rows
+from lasp.kernels.decay.triton import from_start, load_rows, place, product, scores, seen, store_rows
 
 # Rows that are eliminated one by one, 2 ** 4: the least that a product takes.
 BLOCK = tl.constexpr(16)
@@ -120,14 +120,15 @@ def grad_solve(
 
     error: what was asked of each token to write, [B, T, H, V]. `dbeta` is [tiles of channels, B, T, H].
     """
-    chunk, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    chunk, tile = place(V, BV)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = tile * BV + tl.arange(0, BV)
     x = load_inverse(inverse, start, length, b, h, T, H, C)
     du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
     y = product(tl.trans(x), du, tl.float32, PRECISION)
     rate = load_rows(beta, start, length, b, h // (H // HB), T, HB, 1, tl.arange(0, 1), C)
     store_rows(dv, y * rate, start, length, b, h, T, H, V, e, C)
     part = tl.sum(y * load_rows(error, start, length, b, h, T, H, V, e, C), 1)[:, None]
-    rates = dbeta + tl.cast(tl.program_id(0), tl.int64) * B * T * H
+    rates = dbeta + tl.cast(tile, tl.int64) * B * T * H
     store_rows(rates, part, start, length, b, h, T, H, 1, tl.arange(0, 1), C)

@@ -16,7 +16,7 @@ from lasp.functional.recurrence import (
     state_heads,
     whole_results,
 )
-from lasp.kernels.backend import delta_family, resolve
+from lasp.kernels.backend import delta_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
@@ -142,14 +142,14 @@ def _delta(
     def check() -> Arguments:
         if log_decay is not None and log_decay.dim() == 1:
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
-        resolve(backend, q)
+        delta_family(backend, q, chunk_size)
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options, steps)
 
     plan, runs = plan_call(begin_call(group, check), q.shape[1] // steps, cu_seqlens, group, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
-    recurrence = delta_family(backend, q)(
+    recurrence = delta_family(backend, q, chunk_size)(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),

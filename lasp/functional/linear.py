@@ -15,7 +15,7 @@ from lasp.functional.recurrence import (
     state_heads,
     whole_results,
 )
-from lasp.kernels.backend import decay_family, resolve
+from lasp.kernels.backend import decay_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
@@ -63,13 +63,13 @@ def linear_attention(
     def check() -> Arguments:
         if log_decay is not None and not causal:
             raise ValueError("causal=False takes no log_decay: a token has no last token to decay from")
-        resolve(backend, q)
+        decay_family(backend, q, chunk_size)
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, None, initial_state, cu_seqlens, options)
 
     plan, runs = plan_call(begin_call(group, check), q.shape[1], cu_seqlens, group)
     heads = state_heads(k.shape[2], v.shape[2], gate_heads(log_decay), initial_state=initial_state)
-    recurrence = decay_family(backend, q)(
+    recurrence = decay_family(backend, q, chunk_size)(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),

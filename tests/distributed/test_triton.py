@@ -20,22 +20,24 @@ PACKED = (0, 1, 10, 10, 21, 37)
 
 
 @pytest.mark.parametrize(
-    ("decay", "layout", "scan", "options"),
+    ("decay", "lengths", "scan", "options"),
     [
-        ("none", "contiguous", "gather", {"beta": 2.0}),
-        ("head", "contiguous", "gather", {"cu_seqlens": PACKED}),
-        ("token", "zigzag", "ring", {"heads": (2, 1, 2, 2), "cu_seqlens": PACKED}),
-        ("channel", "contiguous", "gather", {"strength": 50.0}),
-        ("token", "zigzag", "gather", {"beta": 2.0}),
-        ("channel", "contiguous", "ring", {"beta": 2.0, "cu_seqlens": PACKED}),
-        ("none", "contiguous", "gather", {"causal": False, "cu_seqlens": PACKED}),
+        ("none", (5, 32), "gather", {"beta": 2.0}),
+        ("head", (37, 0), "gather", {"cu_seqlens": PACKED}),
+        ("token", None, "ring", {"heads": (2, 1, 2, 2), "cu_seqlens": PACKED}),
+        ("channel", (5, 32), "gather", {"strength": 50.0}),
+        ("token", None, "gather", {"beta": 2.0}),
+        ("channel", (5, 32), "ring", {"beta": 2.0, "cu_seqlens": PACKED}),
+        ("none", (5, 32), "gather", {"causal": False, "cu_seqlens": PACKED}),
     ],
     ids=str,
 )
-def test_two_ranks(group_of, decay: str, layout: str, scan: str, options: dict[str, Any]) -> None:
+def test_two_ranks(group_of, decay: str, lengths: tuple[int, int] | None, scan: str, options: dict[str, Any]) -> None:
+    """lengths: of the ranks' contiguous parts, None for zigzag."""
+    layout = "zigzag" if lengths is None else "contiguous"
     if (group := group_of(2, layout)) is None:
         return
     problem, expected = case(decay, **SMALL | options)
-    lengths = house_lengths(2, "zigzag") if layout == "zigzag" else (5, 32)
+    lengths = lengths or house_lengths(2, layout)
     seen = solve_cut(problem, group, lengths, scan, chunk_size=16, backend="triton")
     assert_close(seen, expected, problem, 1e-4)

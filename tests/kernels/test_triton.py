@@ -162,10 +162,15 @@ def test_short_inputs_err_at_most_twice_as_much_as_pytorch(gates: str, delta: bo
         assert error(seen[name], value) < 2 * allowed, name
 
 
-def test_refuses_fp64() -> None:
+def test_refuses_what_it_has_no_tiles_for() -> None:
     x = torch.zeros(1, 4, 1, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="takes float32, bfloat16 and float16, got"):
         lasp.linear_attention(x, x, x, backend="triton")
+    x = torch.zeros(1, 4, 1, 257)
+    with pytest.raises(ValueError, match="got 48; 'torch' takes any"):
+        lasp.linear_attention(x, x, x, backend="triton", chunk_size=48)
+    with pytest.raises(ValueError, match="at most 256 channels of keys in the delta rule, got 257"):
+        lasp.delta_rule(x, x, x, torch.zeros(1, 4, 1), backend="triton")
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
