@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from tests.hf_models import FAMILIES, make
+from tests.hf_models import FAMILIES, make, make_single
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1,
@@ -168,6 +168,18 @@ def test_rope_of_one_length_takes_no_documents(config: Any) -> None:
     batch = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 7, 20])}, None)
     with pytest.raises(ValueError, match="dynamic"):
         model(**batch)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5", "bailing_hybrid", "falcon_h1"])
+def test_autocast(name: str) -> None:
+    """As near to fp32 as transformers itself comes."""
+    model = make_single(name)
+    exact = model(IDS, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(IDS, use_cache=False).logits
+        ours = lasp.parallelize(model, None)(**lasp.shard_batch({"input_ids": IDS, "labels": IDS}, None))
+    ours.loss.backward()
+    assert (ours.logits - exact).abs().max() < 2 * (theirs - exact).abs().max()
 
 
 def test_compiled(config: Any) -> None:
