@@ -75,7 +75,12 @@ def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> 
     model.loss_function = partial(torch.compiler.disable(loss), wiring)
     if family(model) in fla.MODELS:
         swap(model, "_compute_logits_and_loss", torch.compiler.disable(fla.logits_and_loss))
+    swap(model, "generate", _refuse_to_generate)
     _swap_forward(model)
+
+
+def _refuse_to_generate(_: Any, *args: Any, **kwargs: Any) -> None:
+    raise ValueError("a parallelised model sees a part of each sequence: call lasp.unparallelize to generate")
 
 
 def _switch_attention(model: Any) -> None:

@@ -61,6 +61,10 @@ def check_model(model: Any) -> None:
         fla.check_options(model)
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True replaces whole modules; load the model without it")
+    if "_loss_function" in vars(model):
+        raise ValueError(
+            f"{name} has a loss_function of its own, which would see a rank's part: del model._loss_function"
+        )
 
 
 def check_adapters(model: Any) -> None:
