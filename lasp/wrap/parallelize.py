@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasp.parallel import softmax
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
 from lasp.wrap import fla
@@ -34,6 +35,8 @@ def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "au
     if hasattr(target, WIRING):
         raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
     check_scan(scan)
+    if attention not in softmax.METHODS:
+        raise ValueError(f"attention must be one of {', '.join(softmax.METHODS)}, got {attention!r}")
     check_model(target)
     check_adapters(model)
     wire(target, group, attention, scan)

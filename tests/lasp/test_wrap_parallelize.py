@@ -114,6 +114,14 @@ def test_adapters_that_add_no_tokens_are_taken(config: Any) -> None:
         lasp.parallelize(peft.get_peft_model(transformers.LlamaForCausalLM(config), prompt), None)
 
 
+@pytest.mark.parametrize("option", ["attention", "scan"])
+def test_unknown_ways_to_exchange_are_refused_at_once(config: Any, option: str) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match=f"{option} must be one of auto, .*got 'telepathy'"):
+        lasp.parallelize(model, None, **{option: "telepathy"})
+    lasp.parallelize(model, None)
+
+
 def test_a_loss_of_ones_own_is_refused(config: Any) -> None:
     model = transformers.LlamaForCausalLM(config)
     model.loss_function = torch.nn.functional.cross_entropy
