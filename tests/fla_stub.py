@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 HEADS, DIM, VOCABULARY = 2, 4, 97
@@ -199,7 +199,7 @@ class MultiScaleRetention(Layer):
         return self.o_proj(o.flatten(2)), None, past_key_values
 
 
-class Model(PreTrainedModel):
+class Model(PreTrainedModel, GenerationMixin):
     """A layer behind an embedding, and the loss where flash-linear-attention's models compute it."""
 
     config_class = PretrainedConfig

@@ -53,7 +53,8 @@ def attention(
     if sliding_window not in (None, attention_mask.window):
         raise ValueError(f"{where}: sliding_window={sliding_window}, but its mask has {attention_mask.window}")
     call = LayerCall.of(module, cu_seqlens)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    # Autocast leaves rotated queries and keys in fp32, and values in its own dtype.
+    q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     output = softmax_attention(
         q, k, v, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux,
         key_mask=attention_mask.key_mask, method=call.wiring.method, **call.sequence,

@@ -67,8 +67,10 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
     group = wiring.group
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    lengths = begin_call(group, lambda: _check_inputs(args, kwargs, tokens))()
+    lengths = begin_call(group, lambda: _check_inputs(model, args, kwargs, tokens))()
     assert tokens is not None, "checked"
+    if 0 in lengths:
+        raise ValueError(f"every rank needs a token, the ranks hold {list(lengths)}: use lasp.shard_batch")
     wiring.packed, wiring.length = kwargs.get("cu_seqlens") is not None, sum(lengths)
     if not wiring.packed:
         rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
@@ -87,7 +89,7 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
     return kwargs
 
 
-def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> Arguments:
+def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> Arguments:
     if tokens is None or len(args) > 1:
         raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
     if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
@@ -99,11 +101,14 @@ def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor 
         raise ValueError("logits_to_keep counts from the end of every rank's part: take them from all logits")
     if kwargs.get("cu_seqlens") is not None and kwargs.get("position_ids") is None:
         raise ValueError("cu_seqlens need position_ids of each document: use lasp.shard_batch")
-    fields = {"batch": tokens.shape[0], "labels": kwargs.get("labels") is not None}
-    return Arguments(fields | {"documents": kwargs.get("cu_seqlens") is not None}, tokens.shape[1])
+    mask = kwargs.get("attention_mask")
+    if type(model).__name__ == "OPTForCausalLM" and mask is not None and not mask.all():
+        raise ValueError("OPT counts positions by its attention_mask: leave that out, with padding at the end only")
+    said = sorted(name for name, x in kwargs.items() if x is not None and x is not False)
+    return Arguments({"batch": tokens.shape[0], "arguments": said}, tokens.shape[1])
 
 
 def _check_positions(given: Tensor | None, own: Tensor) -> Arguments:
-    if given is not None and not (given == own).all():
+    if given is not None and (given.shape[-1] != len(own) or not (given == own).all()):
         raise ValueError("position_ids must count the whole sequence; packed documents need their cu_seqlens")
     return Arguments({}, len(own))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasp.parallel import softmax
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
 from lasp.wrap import fla
@@ -34,6 +35,8 @@ def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "au
     if hasattr(target, WIRING):
         raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
     check_scan(scan)
+    if attention not in softmax.METHODS:
+        raise ValueError(f"attention must be one of {', '.join(softmax.METHODS)}, got {attention!r}")
     check_model(target)
     check_adapters(model)
     wire(target, group, attention, scan)
@@ -75,7 +78,12 @@ def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> 
     model.loss_function = partial(torch.compiler.disable(loss), wiring)
     if family(model) in fla.MODELS:
         swap(model, "_compute_logits_and_loss", torch.compiler.disable(fla.logits_and_loss))
+    swap(model, "generate", _refuse_to_generate)
     _swap_forward(model)
+
+
+def _refuse_to_generate(_: Any, *args: Any, **kwargs: Any) -> None:
+    raise ValueError("a parallelised model sees a part of each sequence: call lasp.unparallelize to generate")
 
 
 def _switch_attention(model: Any) -> None:

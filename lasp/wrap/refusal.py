@@ -61,6 +61,10 @@ def check_model(model: Any) -> None:
         fla.check_options(model)
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True replaces whole modules; load the model without it")
+    if "_loss_function" in vars(model):
+        raise ValueError(
+            f"{name} has a loss_function of its own, which would see a rank's part: del model._loss_function"
+        )
 
 
 def check_adapters(model: Any) -> None:
@@ -90,13 +94,13 @@ def _known(model: nn.Module, path: str, module: nn.Module) -> bool:
         return "Indexer" not in cls.__name__
     # Convolutions and the like belong to the mixer around them, if that is one that we know.
     mixer = model.get_submodule(path.rpartition(".")[0])
-    return cls.__module__.startswith("torch.nn.") and mixes_known(mixer) and family(mixer) == family(model)
+    return cls.__module__.startswith("torch.nn.") and _mixes_known(mixer) and family(mixer) == family(model)
 
 
 def _tokenwise(cls: type) -> bool:
     return cls in _TOKENWISE or (cls not in _MIXING and cls.__module__.startswith(_TRUSTED))
 
 
-def mixes_known(module: nn.Module) -> bool:
+def _mixes_known(module: nn.Module) -> bool:
     """Whether a module mixes tokens in a way that has an adapter."""
     return type(module).__name__ in METHODS or any(calls(module, FUNCTIONS))

@@ -51,6 +51,17 @@ def test_evaluation_gives_the_true_loss_on_every_rank(world, group_of, size: int
     assert lasp.unshard(loss.reshape(1), group, 0).unique().numel() == 1
 
 
+def test_what_one_rank_does_otherwise_is_an_error_on_all(world, group_of) -> None:
+    group = group_of(4)
+    own, whole = lasp.parallelize(make("qwen3_moe"), group), batch(slice(0, 2), group)
+    flag = {"output_router_logits": True} if group.rank == 1 else {}
+    with pytest.raises(ValueError, match=r"ranks disagree on arguments.*output_router_logits"):
+        own(**whole, **flag)
+    empty = whole["input_ids"][:, : 0 if group.rank == 2 else None]
+    with pytest.raises(ValueError, match=r"every rank needs a token, the ranks hold \[8, 7, 0, 7\]"):
+        own(empty)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_accumulated_steps_weigh_every_target_alike(group_of, size: int) -> None:
     """Two steps with unequal numbers of targets, in the first of which a rank has none: one process, one batch."""

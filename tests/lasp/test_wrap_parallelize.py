@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import lasp
+from lasp.launch.verify import configuration, tiny_model
 
 pytest.importorskip("transformers")
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.hf_models import FAMILIES, make
+from tests.hf_models import FAMILIES, make, make_single
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1,
@@ -60,6 +62,7 @@ def test_documents_are_isolated(config: Any) -> None:
     [
         ({"labels": IDS}, "shift_labels"),
         ({"position_ids": IDS % 5}, "position_ids"),
+        ({"position_ids": IDS[:1, :7]}, "position_ids must count"),
         ({"attention_mask": torch.ones(2, 1, 20, 20)}, "2-D attention_mask"),
         ({"logits_to_keep": 1}, "logits_to_keep"),
         ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
@@ -109,6 +112,29 @@ def test_adapters_that_add_no_tokens_are_taken(config: Any) -> None:
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match="PromptTuningConfig puts tokens of its own"):
         lasp.parallelize(peft.get_peft_model(transformers.LlamaForCausalLM(config), prompt), None)
+
+
+@pytest.mark.parametrize("option", ["attention", "scan"])
+def test_unknown_ways_to_exchange_are_refused_at_once(config: Any, option: str) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match=f"{option} must be one of auto, .*got 'telepathy'"):
+        lasp.parallelize(model, None, **{option: "telepathy"})
+    lasp.parallelize(model, None)
+
+
+def test_a_loss_of_ones_own_is_refused(config: Any) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    model.loss_function = torch.nn.functional.cross_entropy
+    with pytest.raises(ValueError, match="loss_function of its own"):
+        lasp.parallelize(model, None)
+
+
+@pytest.mark.parametrize("name", ["llama", "xlstm"])  # one with a cache, and one that would go on without
+def test_generates_only_when_restored(name: str) -> None:
+    model = lasp.parallelize(make_single(name).eval(), None)
+    with pytest.raises(ValueError, match="unparallelize to generate"):
+        model.generate(IDS, max_new_tokens=2)
+    assert lasp.unparallelize(model).generate(IDS, max_new_tokens=2).shape == (2, 22)
 
 
 def test_wrong_class_and_kernels_are_refused(config: Any) -> None:
@@ -168,6 +194,55 @@ def test_rope_of_one_length_takes_no_documents(config: Any) -> None:
     batch = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 7, 20])}, None)
     with pytest.raises(ValueError, match="dynamic"):
         model(**batch)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5", "bailing_hybrid", "falcon_h1"])
+def test_autocast(name: str) -> None:
+    """As near to fp32 as transformers itself comes."""
+    model = make_single(name)
+    exact = model(IDS, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(IDS, use_cache=False).logits
+        ours = lasp.parallelize(model, None)(**lasp.shard_batch({"input_ids": IDS, "labels": IDS}, None))
+    ours.loss.backward()
+    assert (ours.logits - exact).abs().max() < 2 * (theirs - exact).abs().max()
+
+
+def test_opt_refuses_what_it_would_count_by_itself() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, num_hidden_layers=1, dropout=0.0))
+    mask = torch.ones_like(IDS)
+    before = model(IDS, attention_mask=mask).logits
+    lasp.parallelize(model, None)
+    torch.testing.assert_close(model(IDS, attention_mask=mask).logits, before)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="OPT counts positions"):
+        model(IDS, attention_mask=mask)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_padding_is_exact_or_refused() -> None:
+    """Of every verified model type, on one device: what its positions and masks make of padding."""
+    wrong, ids = {}, torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            model = tiny_model(configuration(name)).eval()
+            own = lasp.parallelize(copy.deepcopy(model), None)
+        except ValueError:
+            continue
+        for hidden in (slice(11), slice(26, None)):
+            mask = torch.ones_like(ids)
+            mask[0, hidden] = 0
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+            try:
+                difference = own(**lasp.shard_batch({"input_ids": ids, "attention_mask": mask}, None)).logits - expected
+            except ValueError:
+                continue
+            error = float(difference[mask.bool()].abs().max() / expected[mask.bool()].abs().max())
+            if not error < 1e-3:
+                wrong[name] = error
+    assert wrong == {}
 
 
 def test_compiled(config: Any) -> None:
