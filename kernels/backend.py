@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # triton is slow to import, and not there on every machine
     from lasp.kernels.delta.triton_recurrence import TritonDelta
 
 BACKENDS = ("auto", "torch", "triton")
-CHUNK_SIZES = (16, 32, 64, 128)
+CHUNK_SIZES = (16, 32, 64)
 """Those that Triton's kernels have tiles for."""
 MOST_ERASING_CHANNELS = 256
 """The delta rule's states need all channels of their keys in one tile."""

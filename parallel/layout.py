@@ -81,7 +81,7 @@ class Plan:
 
 def cut(length: int, pieces: int) -> tuple[int, ...]:
     """The bounds of `pieces` pieces of length // pieces tokens, the first length % pieces of them one longer."""
-    size, longer = divmod(length, pieces)
+    size, longer = length // pieces, length % pieces
     return tuple(i * size + min(i, longer) for i in range(pieces + 1))
 
 

@@ -26,11 +26,13 @@ def operator(function: Callable[..., Any]) -> Any:
 def numerics(dtype: torch.dtype) -> dict[str, Any]:
     """The dtype and the precision of products, for inputs of a dtype.
 
-    bf16 has the range of fp32 and goes as it is. fp16 has not, and states outgrow it: tf32 has its digits and fp32's
-    range. fp32 takes three products of tf32, which keep all but its last bits.
+    bf16 has the range of fp32 and goes as it is; what stays in fp32 beside it takes tf32, which cuts digits that bf16
+    does not have. fp16 has not that range, and states outgrow it: like fp32 it takes three products of tf32, which
+    keep all but the last bits.
     """
-    operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    return {"OPERAND": operand, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    if dtype == torch.bfloat16:
+        return {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}
+    return {"OPERAND": tl.float32, "PRECISION": "tf32x3"}
 
 
 def sizes(
@@ -227,7 +229,7 @@ def grad_keys(
     flags |= {"TRAINED": trained}
     tensors = (q, k, v, grad, sums, states, grad_states, dq, dk, dgates, chunks)
     launch(kernels.grad_keys, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags, **numerics(k.dtype))
-    return dq, dk, dgates.sum(0)
+    return dq, dk, dgates[0] if parts == 1 else dgates.sum(0)
 
 
 @grad_keys.register_fake

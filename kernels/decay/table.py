@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.documents import ChunkTable
+from lasp.kernels.documents import chunk_table
 
 # Chunks that a segment has at least: fewer would spend more on joining segments than they save.
 LEAST_CHUNKS = 8
@@ -26,18 +26,21 @@ class DeviceTable(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def device_table(table: ChunkTable, masked: bool, programs: int, processors: int, device: torch.device) -> DeviceTable:
-    """masked: each chunk reads a state of its own, else that of its run. programs: how many a segment is worked on by;
-    processors: how many the card runs at once."""
+def device_table(
+    runs: tuple[tuple[int, int], ...], size: int, masked: bool, programs: int, processors: int, device: torch.device
+) -> DeviceTable:
+    """runs: (offset, length) each, in tokens, cut into chunks of `size`. masked: each chunk reads a state of its own,
+    else that of its run. programs: how many a segment is worked on by; processors: how many the card runs at once."""
+    table = chunk_table(runs, size, 1)
     chunks = [
         (block.start + i * block.length, block.length, block.run) for block in table.blocks for i in range(block.chunks)
     ]
     counts = [last - first for first, last in table.runs]
     segments: list[tuple[int, int]] = []
     owner: list[int] = []
-    runs, chunk = [], 0
+    segment_runs, chunk = [], 0
     for cuts in segment_counts(counts, programs, processors):
-        runs.append((len(segments), len(segments) + len(cuts)))
+        segment_runs.append((len(segments), len(segments) + len(cuts)))
         for count in cuts:
             owner += [len(segments)] * count
             segments.append((chunk, chunk + count))
@@ -47,7 +50,7 @@ def device_table(table: ChunkTable, masked: bool, programs: int, processors: int
         torch.tensor(slots, dtype=torch.int32, device=device).view(-1, 3),
         torch.tensor(segments, dtype=torch.int32, device=device).view(-1, 2),
         torch.tensor(owner, dtype=torch.int64, device=device),
-        tuple(runs),
+        tuple(segment_runs),
     )
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Sums of 64 keep their digits, and a decay of exp(-80) is 0 beside anything that fp32 holds.
-LOWEST = tl.constexpr(-80.0)
+# Sums of 64 keep their digits, and exp(-40) is far below the last digit of what the next token adds.
+LOWEST = tl.constexpr(-40.0)
 
 
 # Tiles --------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def to_end(
         D: tl.constexpr = K if GATES == 2 else 1
         g = load_sums(sums, tl.arange(0, C), start, length, b, h, T, H, D, k, GATES)
         last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, h, T, H, D, k, GATES)
-        tile = tile * tl.exp(last - g)
+        tile = tile * tl.exp(tl.minimum(last - g, 0.0))
     return tile
 
 
@@ -206,7 +206,7 @@ def sum_gates(log_decay, sums, chunks, T, H: tl.constexpr, D: tl.constexpr, C: t
     start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
     d = tile * BK + tl.arange(0, BK)
     g = load_rows(log_decay, start, length, b, h, T, H, D, d, C).to(tl.float32)
-    store_rows(sums, tl.cumsum(tl.maximum(g, LOWEST), 0), start, length, b, h, T, H, D, d, C)
+    store_rows(sums, tl.cumsum(tl.where(g < LOWEST, LOWEST, g), 0), start, length, b, h, T, H, D, d, C)
 
 
 @triton.jit

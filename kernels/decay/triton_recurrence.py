@@ -12,10 +12,9 @@ from lasp.kernels.decay.chunked import Gradients
 from lasp.kernels.decay.recurrence import DecayCall, Grads
 from lasp.kernels.decay.segments import Pass, SegmentStates
 from lasp.kernels.decay.table import device_table, processors
-from lasp.kernels.documents import chunk_table
 
 # Without a mask nothing is computed inside a chunk, whose length is then that of a tile.
-LONGEST_CHUNK = 128
+LONGEST_CHUNK = 64
 
 
 class StateGradients(NamedTuple):
@@ -45,8 +44,7 @@ class Arranged:
         self.size = min(call.chunk_size, LONGEST_CHUNK)
         self.trained = inputs[3] is not None and inputs[3].requires_grad
         programs = self.q.shape[0] * self.heads * -(-self.q.shape[3] // 64) * -(-self.v.shape[3] // 64)
-        chunks = chunk_table(call.runs, self.size, 1)
-        self.table = device_table(chunks, self.causal, programs, at_once, self.q.device)
+        self.table = device_table(call.runs, self.size, self.causal, programs, at_once, self.q.device)
         self.sums = None if inputs[3] is None else self._sum(inputs[3])
 
     @property

@@ -108,7 +108,8 @@ class TritonDelta(DeltaCall, TritonDecay):
         """
         own = entered.own
         settings = own.table.chunks, own.heads, -1.0, own.size, True, True
-        asked = own.v.repeat_interleave(own.heads // own.v.shape[2], 2)
+        shared = own.heads // own.v.shape[2]
+        asked = own.v if shared == 1 else own.v.repeat_interleave(shared, 2)
         error = operators.attend(
             own.k, own.k, entered.values, own.sums, entered.states, asked, *settings, torch.float32
         )
