@@ -45,7 +45,23 @@ def test_passes(group_of: GroupOf, name: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each kind of mixing; the other families with the slow tests.
+KINDS = {
+    "llama",
+    "qwen3_5",
+    "kimi_linear",
+    "bamba",
+    "mamba",
+    "minimax",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "lfm3",
+    "zaya",
+}
+
+
+@pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_fails_without_the_exchange(group_of: GroupOf, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group, model = group_of(2, "contiguous"), make_single(name)
     if group is None:

@@ -27,7 +27,7 @@ def on_one_device(model: Model, bounds: list[int]) -> Tensor:
     return lasp.cross_entropy(torch.cat(logits, 1), torch.cat(targets, 1))
 
 
-@pytest.mark.parametrize("bounds", [[0, 61], [0, 13, 30, 61]])
+@pytest.mark.parametrize("bounds", [pytest.param([0, 61], marks=pytest.mark.slow), [0, 13, 30, 61]])
 @pytest.mark.parametrize("cls", MODELS)
 def test_equals_one_device(group_of: GroupOf, cls: type[Model], bounds: list[int]) -> None:
     model = make(cls)

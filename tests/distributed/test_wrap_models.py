@@ -112,7 +112,7 @@ def test_shards_shorter_than_the_kernel(group_of: GroupOf, name: str, layout: st
     assert_equal(on_ranks(lasp.parallelize(model, group), {"input_ids": ids}, ids, group), theirs)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "qwen3_5", "kimi_linear", "bamba", "mamba", "minimax", "zaya", "qwen3_moe"])
 def test_padding(group_of: GroupOf, name: str, side: str) -> None:
     group, model, ids = group_of(4, "zigzag"), make(name), tokens(2, 37)
@@ -137,7 +137,9 @@ def test_documents_are_isolated(group_of: GroupOf, name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["qwen3_5", "bamba", "recurrent_gemma"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bamba", "recurrent_gemma"))]
+)
 def test_checkpointing(group_of: GroupOf, name: str, reentrant: bool) -> None:
     group, model, ids = group_of(4, "contiguous"), make(name), tokens(2, 37)
     assert group is not None
