@@ -410,9 +410,9 @@ def grad_keys(
     """The gradients of queries [B, T, HO, K], and of each state's keys [B, T, H, K] and gates.
 
     INSIDE the chunk; of what queries READ from the entering state; of what is CARRIED to the chunk's end. A gate is
-    passed by what later queries see of earlier keys, by what they read, by
-    what earlier keys carry to the end, and by the state that passes the whole chunk. `dgates` is [tiles of channels,
-    B, T, H] where gates are per head, and [B, T, H, K] where they are per channel.
+    passed by what later queries see of earlier keys, by what they read, by what earlier keys carry to the end, and by
+    the state that passes the whole chunk. `dgates` is [tiles of channels, B, T, H] where gates are per head, and [B, T,
+    H, K] where they are per channel.
     """
     chunk, tile = place(K, BK)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H

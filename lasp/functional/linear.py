@@ -52,8 +52,8 @@ def linear_attention(
 
     scale: of the queries, K**-0.5 by default. initial_state: [B, H, K, V], with cu_seqlens [documents, H, K, V].
     cu_seqlens: bounds of packed documents [documents + 1], for B = 1. causal=False: every token reads its whole
-    document; no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "auto" or "torch". chunk_size: of
-    the kernel, in tokens.
+    document; no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "torch", "triton" (on a GPU,
+    fp32 and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64.
 
     Returns the output [B, T, Ho, V] in v's dtype; with output_final_state also the final states, shaped like
     initial_state, in fp32 (fp64 for fp64 inputs) and the same on every rank. Differentiable in q, k, v, log_decay and
