@@ -372,9 +372,9 @@ def test_peak_memory_of_the_ring_does_not_grow_with_ranks(world, group_of, backw
             own = 0 if group is None else peak_of(group, method, backward)
             peaks[size, method] = world.allreduce(own, MPI.MAX)
     block = 2 * PEAK_TOKENS * 2 * 32 * 4  # bytes of the keys and values of one rank, or of their gradients
-    headers = 8 * 1024  # of agreements, which a thread of gloo may hold a moment longer
-    assert peaks[4, "ring"] <= peaks[2, "ring"] + headers + (3 * block if backward else 0)
-    assert peaks[4, "gather"] >= peaks[2, "gather"] + (6 if backward else 4) * block
+    headers = 8 * 1024  # of agreements, which a thread of gloo may hold a moment longer: in any of the four calls
+    assert peaks[4, "ring"] <= peaks[2, "ring"] + (3 * block if backward else 0) + headers
+    assert peaks[4, "gather"] >= peaks[2, "gather"] + (6 if backward else 4) * block - headers
 
 
 # Mistakes -----------------------------------------------------------------------------------------------------------
