@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 from typing import Protocol
 
 import torch
@@ -19,8 +21,13 @@ from lasp.parallel.collectives import Message, Pending
 from lasp.parallel.layout import Piece
 from lasp.parallel.rotation import Rotation, Route
 
-Visit = Callable[[Keys], None]
-VisitBack = Callable[[Keys, Tensor, Tensor], None]  # adds to dk [B, N, Hk, K] and dv [B, N, Hk, V] of the block
+Messages = dict[Route, Tensor]
+# The first argument tells which of the heads a block holds; backward adds to its dk [B, N, H, K] and dv [B, N, H, V].
+Visit = Callable[[slice, Keys], None]
+VisitBack = Callable[[slice, Keys, Tensor, Tensor], None]
+
+# A smaller message is not split further: its kernel and its latency would cost more than its memory.
+LEAST_MESSAGE = 2**23  # bytes
 
 
 class KeyExchange(Protocol):
@@ -83,9 +90,16 @@ def _local(keys: Keys, piece: Piece) -> Keys:
     return Keys(span(piece), keys.k[:, rows], keys.v[:, rows], mask)
 
 
-# Ring ---------------------------------------------------------------------------------------------------------------
+def _add_home(home: Keys, rank: int, flat: _Packing, arrived: Messages) -> Messages:
+    """Add those gradients that are of this rank's own keys to them; returns the others."""
+    for route in [route for route in arrived if route.piece.rank == rank]:
+        own, found = _local(home, route.piece), flat.unpack(arrived.pop(route), route.piece)
+        own.k.add_(found.k)
+        own.v.add_(found.v)
+    return arrived
 
-Messages = dict[Route, Tensor]
+
+# Ring ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -102,23 +116,34 @@ class Ring:
     group: dist.ProcessGroup | None
 
     def forward(self, keys: Keys, visit: Visit) -> Keys:
-        packing, hops = _Packing.of(keys), self.rotation.hops
-        if hops:
-            collectives.record("ring", "forward", self._key_bytes(packing, keys.k), hops)
-        for _, blocks in self._turns(keys, packing):
-            while blocks:  # what was visited makes room for the hop after the next
-                visit(blocks.popitem()[1])
+        for heads in self._head_groups(keys):
+            some = keys.heads(heads)
+            packing = _Packing.of(some)
+            if self.rotation.hops:
+                collectives.record("ring", "forward", self._key_bytes(packing, keys.k), self.rotation.hops)
+            for _, blocks in self._turns(some, packing):
+                while blocks:  # what was visited makes room for the hop after the next
+                    visit(heads, blocks.popitem()[1])
         return keys
 
     def backward(self, kept: Keys, visit: VisitBack) -> tuple[Tensor, Tensor]:
-        packing, hops = _Packing.of(kept), self.rotation.hops
-        flat, dtype = packing.gradients, compute_dtype(kept.k)
-        if hops:
-            num_bytes = self._key_bytes(packing, kept.k) + self._gradient_bytes(flat, dtype)
-            collectives.record("ring", "backward", num_bytes, hops + 1)
-        home = Keys(kept.span, *(torch.zeros_like(x, dtype=dtype) for x in (kept.k, kept.v)))
+        home = Keys(kept.span, *(torch.zeros_like(x, dtype=compute_dtype(x)) for x in (kept.k, kept.v)))
         passing = Pending[Messages]([], {})
-        for hop, blocks in self._turns(kept, packing):
+        for heads in self._head_groups(kept):
+            passing = self._backward(kept.heads(heads), home.heads(heads), partial(visit, heads), passing)
+        passing.wait()
+        return home.k, home.v
+
+    def _backward(
+        self, keys: Keys, home: Keys, visit: Callable[[Keys, Tensor, Tensor], None], passing: Pending[Messages]
+    ) -> Pending[Messages]:
+        """All hops with some of the heads. passing: the gradients that are still in flight, before as after."""
+        packing = _Packing.of(keys)
+        flat = packing.gradients
+        if self.rotation.hops:
+            num_bytes = self._key_bytes(packing, keys.k) + self._gradient_bytes(flat, home.k.dtype)
+            collectives.record("ring", "backward", num_bytes, self.rotation.hops + 1)
+        for hop, blocks in self._turns(keys, packing):
             sums: Messages = {}
             for route, block in blocks.items():
                 into = _local(home, route.piece)
@@ -128,10 +153,34 @@ class Ring:
                 elif hop:
                     continue  # on its way to a rank that needs it
                 visit(block, into.k, into.v)
-            self._add(passing.wait(), sums, home, flat)
-            passing = self._pass_gradients(sums, flat, home.k, hop)
-        self._add(passing.wait(), {}, home, flat)
-        return home.k, home.v
+            arrived = passing.wait()
+            while arrived:  # what was added makes room for the next
+                route, gradient = arrived.popitem()
+                sums[route] += gradient
+            passing = self._pass_gradients(sums, flat, home, hop)
+        return passing
+
+    def _head_groups(self, keys: Keys) -> list[slice]:
+        """The heads that are passed around together: few, so that what is in flight takes no more memory than the keys
+        and values of one rank, on however many ranks.
+
+        Backward, a rank of a ring of two holds four messages at once: its own keys that leave, the other's that arrive,
+        and gradients of the heads before both ways. On a longer ring it is five: keys that it computes with and passes
+        on, the next, the sums of their gradients, and gradients both ways.
+        """
+        heads = keys.k.shape[2]
+        if not self.rotation.hops:
+            return [slice(0, heads)]
+        messages = 4 if self.rotation.hops == 1 else 5
+        head = self._mean_tokens * keys.k.shape[0] * (keys.k.shape[3] + keys.v.shape[3])
+        least = ceil(LEAST_MESSAGE / max(head * compute_dtype(keys.k).itemsize, 1))
+        together = max(heads // messages, least, 1)
+        return [slice(first, min(first + together, heads)) for first in range(0, heads, together)]
+
+    @property
+    def _mean_tokens(self) -> float:
+        """Per rank, the same on all."""
+        return sum(r.piece.stop - r.piece.start for own in self.rotation.routes for r in own) / self.rotation.ranks
 
     def _turns(self, keys: Keys, packing: _Packing) -> Iterator[tuple[int, dict[Route, Keys]]]:
         """The blocks that this rank holds after each hop, while the next hop is in flight."""
@@ -153,33 +202,21 @@ class Ring:
             buffers,
         )
 
-    def _pass_gradients(self, sums: Messages, flat: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
-        """Start sending the gradients of others' keys after them, or home where no rank follows that needs the keys."""
+    def _pass_gradients(self, sums: Messages, flat: _Packing, home: Keys, hop: int) -> Pending[Messages]:
+        """Start sending the gradients of others' keys after them, or home where no rank follows that needs the keys.
+        What comes home is added there when it is waited for."""
         outgoing = []
         for route, x in sums.items():
             to = self._holder(route, 0 if hop == route.last else hop + 1)
             outgoing.append(Message(x, to, _gradient_tag(route)))
-        buffers = {r: like.new_empty(flat.numel(r.piece)) for r in self.rotation.returning(self.rank, hop)}
-        return collectives.rotate(
-            outgoing,
-            [Message(x, self._holder(r, hop), _gradient_tag(r)) for r, x in buffers.items()],
-            self.group,
-            buffers,
-        )
+        buffers = {r: home.k.new_empty(flat.numel(r.piece)) for r in self.rotation.returning(self.rank, hop)}
+        incoming = [Message(x, self._holder(r, hop), _gradient_tag(r)) for r, x in buffers.items()]
+        arriving = collectives.rotate(outgoing, incoming, self.group, buffers)
+        return Pending([arriving], buffers, partial(_add_home, home, self.rank, flat))
 
     def _holder(self, route: Route, hop: int) -> int:
         """The rank in the group that holds a route's keys after `hop` hops."""
         return self.peers[route.holder(hop, self.rotation.ranks)]
-
-    def _add(self, arrived: Messages, sums: Messages, home: Keys, flat: _Packing) -> None:
-        """Add gradients that arrived: to the `sums` of others' keys, or to those of this rank, which came `home`."""
-        for route, gradient in arrived.items():
-            if route.piece.rank != self.rank:
-                sums[route] += gradient
-                continue
-            own, found = _local(home, route.piece), flat.unpack(gradient, route.piece)
-            own.k.add_(found.k)
-            own.v.add_(found.v)
 
     def _key_bytes(self, packing: _Packing, like: Tensor) -> int:
         hops = range(1, self.rotation.hops + 1)
@@ -227,12 +264,12 @@ class Gather:
         shown = None if keys.mask is None else mask.squeeze(-1).bool()
         heads = (keys.k.shape[2], -1)
         block = Keys(Span(0, sum(self.lengths)), k.unflatten(-1, heads), v.unflatten(-1, heads), shown)
-        visit(block)
+        visit(slice(0, block.k.shape[2]), block)
         return block
 
     def backward(self, kept: Keys, visit: VisitBack) -> tuple[Tensor, Tensor]:
         dk, dv = (torch.zeros_like(x, dtype=compute_dtype(x)) for x in (kept.k, kept.v))
-        visit(kept._replace(span=Span(0, sum(self.lengths))), dk, dv)
+        visit(slice(0, dk.shape[2]), kept._replace(span=Span(0, sum(self.lengths))), dk, dv)
         whole = torch.cat([dk.flatten(2), dv.flatten(2)], -1).transpose(0, 1)
         ranks = whole.new_zeros(len(self.lengths), max(self.lengths), *whole.shape[1:])
         for p in self.pieces:

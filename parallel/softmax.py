@@ -157,9 +157,9 @@ class _Attention(torch.autograd.Function):
         local = Span(0, q.shape[1])
         queries = Queries(local, q, *empty_attention(q, v))
 
-        def visit(keys: Keys) -> None:
+        def visit(heads: slice, keys: Keys) -> None:
             for piece in pieces:
-                attention.attend(queries.part(span(piece), piece.offset), keys)
+                attention.attend(queries.part(span(piece), piece.offset, _sharing(heads, q, k)), keys)
 
         kept = exchange.forward(Keys(local, k, v, key_mask), visit)
         if sinks is not None:
@@ -177,12 +177,19 @@ class _Attention(torch.autograd.Function):
         queries = Queries(Span(0, q.shape[1]), q, output, lse.masked_fill(lse == -torch.inf, torch.inf))
         dq = torch.zeros_like(q, dtype=compute_dtype(q))
 
-        def visit(keys: Keys, dk: Tensor, dv: Tensor) -> None:
+        def visit(heads: slice, keys: Keys, dk: Tensor, dv: Tensor) -> None:
+            shared = _sharing(heads, q, k)
             for piece in ctx.pieces:
                 rows = slice(piece.offset, piece.offset + piece.stop - piece.start)
-                part = queries.part(span(piece), piece.offset)
-                ctx.attention.gradients(part, grad[:, rows], keys, (dq[:, rows], dk, dv))
+                part = queries.part(span(piece), piece.offset, shared)
+                ctx.attention.gradients(part, grad[:, rows, shared], keys, (dq[:, rows, shared], dk, dv))
 
         dk, dv = ctx.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
         dsinks = None if sinks is None else sinks_gradient(sinks, output, lse, grad)
         return None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
+
+
+def _sharing(heads: slice, q: Tensor, k: Tensor) -> slice:
+    """The heads of queries q [B, T, Hq, K] that share some of the heads of keys k [B, N, Hk, K]."""
+    each = q.shape[2] // k.shape[2]
+    return slice(heads.start * each, heads.stop * each)

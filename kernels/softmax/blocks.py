@@ -23,10 +23,10 @@ class Queries(NamedTuple):
     output: Tensor  # [B, T, Hq, V], forward in the compute dtype
     lse: Tensor  # [B, T, Hq] in the compute dtype
 
-    def part(self, span: Span, offset: int) -> Queries:
-        """The queries of some of the tokens, which begin at `offset`: views."""
-        rows = slice(offset, offset + span.length)
-        return Queries(span, self.q[:, rows], self.output[:, rows], self.lse[:, rows])
+    def part(self, span: Span, offset: int, heads: slice = slice(None)) -> Queries:
+        """The queries of some of the tokens, which begin at `offset`, and of some heads: views."""
+        part = (slice(None), slice(offset, offset + span.length), heads)
+        return Queries(span, self.q[part], self.output[part], self.lse[part])
 
 
 class Keys(NamedTuple):
@@ -36,6 +36,10 @@ class Keys(NamedTuple):
     k: Tensor  # [B, N, Hk, K]
     v: Tensor  # [B, N, Hk, V]
     mask: Tensor | None = None  # [B, N] bool: False hides a key
+
+    def heads(self, part: slice) -> Keys:
+        """Those of some of the heads: views."""
+        return Keys(self.span, self.k[:, :, part], self.v[:, :, part], self.mask)
 
 
 @dataclass(frozen=True)
