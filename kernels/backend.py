@@ -19,30 +19,50 @@ from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
 if TYPE_CHECKING:  # triton is slow to import, and not there on every machine
     from lasp.kernels.decay.triton_recurrence import TritonDecay
     from lasp.kernels.delta.triton_recurrence import TritonDelta
+    from lasp.kernels.fla import FlaDecay, FlaDelta
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "fla")
 CHUNK_SIZES = (16, 32, 64)
 """Those that Triton's kernels have tiles for."""
 MOST_ERASING_CHANNELS = 256
 """The delta rule's states need all channels of their keys in one tile."""
+FLA_CHUNK_SIZES = (64,)
+FLA_CHANNELS = 256
+"""What flash-linear-attention's kernels take in every recurrence."""
 
 
-def decay_family(backend: str, q: Tensor, chunk_size: int | None = None) -> type[DecayRecurrence] | type[TritonDecay]:
+def decay_family(
+    backend: str, q: Tensor, chunk_size: int | None = None, causal: bool = True
+) -> type[DecayRecurrence] | type[TritonDecay] | type[FlaDecay]:
     """What sets up a call of the decay family for inputs like q."""
-    if resolve(backend, q, chunk_size) == "torch":
-        return DecayRecurrence
-    from lasp.kernels.decay.triton_recurrence import TritonDecay
+    chosen = resolve(backend, q, chunk_size)
+    if chosen == "fla":
+        if not causal:
+            raise ValueError("backend='fla' takes no causal=False; 'torch' and 'triton' do")
+        from lasp.kernels.fla import FlaDecay
 
-    return TritonDecay
+        return FlaDecay
+    if chosen == "triton":
+        from lasp.kernels.decay.triton_recurrence import TritonDecay
+
+        return TritonDecay
+    return DecayRecurrence
 
 
-def delta_family(backend: str, q: Tensor, chunk_size: int | None = None) -> type[DeltaRecurrence] | type[TritonDelta]:
+def delta_family(
+    backend: str, q: Tensor, chunk_size: int | None = None
+) -> type[DeltaRecurrence] | type[TritonDelta] | type[FlaDelta]:
     """What sets up a call of the delta family for inputs like q."""
-    if resolve(backend, q, chunk_size, MOST_ERASING_CHANNELS) == "torch":
-        return DeltaRecurrence
-    from lasp.kernels.delta.triton_recurrence import TritonDelta
+    chosen = resolve(backend, q, chunk_size, MOST_ERASING_CHANNELS)
+    if chosen == "fla":
+        from lasp.kernels.fla import FlaDelta
 
-    return TritonDelta
+        return FlaDelta
+    if chosen == "triton":
+        from lasp.kernels.delta.triton_recurrence import TritonDelta
+
+        return TritonDelta
+    return DeltaRecurrence
 
 
 def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channels: int | None = None) -> str:
@@ -54,7 +74,9 @@ def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channel
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     chosen = automatic(q.device, q.dtype)[0] if backend == "auto" else backend
     if chosen == "triton":
-        check_triton(q, chunk_size, most_channels)
+        check_kernels("triton", "triton", q, chunk_size, CHUNK_SIZES, most_channels)
+    if chosen == "fla":
+        check_kernels("fla", "flash-linear-attention", q, chunk_size, FLA_CHUNK_SIZES, FLA_CHANNELS)
     return chosen
 
 
@@ -62,32 +84,36 @@ def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that "auto" means for tensors of a dtype on a device, and why."""
     if device.type != "cuda":
         return "torch", f"Triton's kernels need a GPU, and tensors are on {device.type}"
-    if not _has_triton():
+    if not has_package("triton"):
         return "torch", "the package triton is not installed"
     if dtype == torch.float64:
         return "torch", "Triton's kernels take no float64"
     return "triton", f"tensors are on a GPU, and triton {version('triton')} is installed"
 
 
-def check_triton(q: Tensor, chunk_size: int | None, most_channels: int | None) -> None:
-    """Raise ValueError unless Triton's kernels can run on inputs like q."""
-    if not _has_triton():
-        raise ValueError("backend='triton' needs the package triton, which is not installed")
+def check_kernels(
+    backend: str, package: str, q: Tensor, chunk_size: int | None, chunk_sizes: tuple[int, ...], channels: int | None
+) -> None:
+    """Raise ValueError unless a backend of Triton kernels can run on inputs like q. channels: of keys, at most."""
+    if not has_package(backend):
+        raise ValueError(f"backend={backend!r} needs the package {package}, which is not installed")
     if q.dtype == torch.float64:
-        raise ValueError("backend='triton' takes float32, bfloat16 and float16, got torch.float64")
+        raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, got torch.float64")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend='triton' needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1)")
-    if chunk_size not in (None, *CHUNK_SIZES):
-        raise ValueError(f"backend='triton' takes a chunk_size of {CHUNK_SIZES}, got {chunk_size}; 'torch' takes any")
-    if most_channels is not None and q.shape[3] > most_channels:
+        raise ValueError(f"backend={backend!r} needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1)")
+    if chunk_size not in (None, *chunk_sizes):
+        sizes = " or ".join(map(str, chunk_sizes))
+        raise ValueError(f"backend={backend!r} takes a chunk_size of {sizes}, got {chunk_size}; 'torch' takes any")
+    if channels is not None and q.shape[3] > channels:
         raise ValueError(
-            f"backend='triton' takes at most {most_channels} channels of keys in the delta rule, got {q.shape[3]}; "
+            f"backend={backend!r} takes at most {channels} channels of keys in this recurrence, got {q.shape[3]}; "
             "'torch' takes any"
         )
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def has_package(name: str) -> bool:
+    """Whether a package is installed, found without importing it."""
+    return importlib.util.find_spec(name) is not None
 
 
 def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Operator:
@@ -131,7 +157,7 @@ def backend_report(device: torch.device | str | None = None, dtype: torch.dtype 
     operator = type(softmax_operator(tile, tile, masked=False, softcap=None))
     return BackendReport(
         device=f"{device.type} ({torch.cuda.get_device_name(device)})" if on_gpu else device.type,
-        versions=f"torch {torch.__version__}, triton {version('triton') if _has_triton() else 'not installed'}",
+        versions=f"torch {torch.__version__}, triton {version('triton') if has_package('triton') else 'not installed'}",
         decay=f"{backend}: {reason}",
         delta=f"{backend}: {reason}",
         softmax=f"{operator.__name__}: {(operator.__doc__ or '').splitlines()[0]}",

@@ -45,6 +45,10 @@ def sizes(
     return numbers | {"K": k.shape[3], "V": value_dim, "C": size, "LEVELS": size.bit_length() - 1}
 
 
+MOST_PROGRAMS = 65535
+"""CUDA's limit for all but the first dimension of a grid."""
+
+
 def tiles(size: int, tile: int) -> int:
     """How many tiles of a size it takes."""
     return -(-size // tile)
@@ -55,8 +59,13 @@ def launch(
 ) -> None:
     """Run a kernel on its tensors' device; one of them stands in for each that there is none of.
 
-    Constants that a kernel has no use for are left out.
+    Constants that a kernel has no use for are left out. Raises ValueError where a card has too few places.
     """
+    if max(grid[1:]) > MOST_PROGRAMS:
+        raise ValueError(
+            f"Triton's kernels take at most {MOST_PROGRAMS} heads x batch, and as many documents, got {max(grid[1:])}; "
+            "backend='torch' takes any number"
+        )
     some = next(x for x in tensors if x is not None)
     # Tiles of fp32 operands take twice the shared memory, which leaves no room for a second stage.
     stages = 1 if constants.get("OPERAND") == tl.float32 else tile.stages

@@ -16,7 +16,7 @@ from torch import Tensor
 from lasp.kernels.segment import Segment, transpose
 
 # States at the chunks, what the tokens write (or its gradient), and states that leave the segments.
-Pass = tuple[Tensor, Tensor, Tensor]
+Pass = tuple[Any, Any, Tensor]
 
 
 class SegmentStates(ABC):

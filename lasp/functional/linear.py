@@ -52,8 +52,9 @@ def linear_attention(
 
     scale: of the queries, K**-0.5 by default. initial_state: [B, H, K, V], with cu_seqlens [documents, H, K, V].
     cu_seqlens: bounds of packed documents [documents + 1], for B = 1. causal=False: every token reads its whole
-    document; no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "torch", "triton" (on a GPU,
-    fp32 and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64.
+    document; no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "torch", "triton", "fla" (both on a
+    GPU, fp32 and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32
+    or 64, of flash-linear-attention's 64.
 
     Returns the output [B, T, Ho, V] in v's dtype; with output_final_state also the final states, shaped like
     initial_state, in fp32 (fp64 for fp64 inputs) and the same on every rank. Differentiable in q, k, v, log_decay and
@@ -63,13 +64,13 @@ def linear_attention(
     def check() -> Arguments:
         if log_decay is not None and not causal:
             raise ValueError("causal=False takes no log_decay: a token has no last token to decay from")
-        decay_family(backend, q, chunk_size)
+        decay_family(backend, q, chunk_size, causal)
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, None, initial_state, cu_seqlens, options)
 
     plan, runs = plan_call(begin_call(group, check), q.shape[1], cu_seqlens, group)
     heads = state_heads(k.shape[2], v.shape[2], gate_heads(log_decay), initial_state=initial_state)
-    recurrence = decay_family(backend, q, chunk_size)(
+    recurrence = decay_family(backend, q, chunk_size, causal)(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),

@@ -166,7 +166,7 @@ def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype, arch: int) -> list
     inputs = [x.requires_grad_() for x in mixer.inputs(Shape(tokens=64, heads=16, dim=dim), "cpu", dtype)]
     launches: list[Launch] = []
     defaults = mock.patch.multiple(tuning, measured=dict, in_use={}, architecture=lambda: arch)
-    cpu_may_run = mock.patch.object(backend, "check_triton")
+    cpu_may_run = mock.patch.object(backend, "check_kernels")
     with defaults, cpu_may_run, _written_down(launches.append):
         state = torch.zeros(1, 16, dim, dim, requires_grad=True)
         output, final = mixer.ours(*inputs, backend="triton", initial_state=state, output_final_state=True)
