@@ -25,10 +25,9 @@ BACKENDS = ("auto", "torch", "triton", "fla")
 CHUNK_SIZES = (16, 32, 64)
 """Those that Triton's kernels have tiles for."""
 MOST_ERASING_CHANNELS = 256
-"""The delta rule's states need all channels of their keys in one tile."""
+"""The delta rule's states need all channels of their keys in one tile, of Triton's kernels and of others'."""
 FLA_CHUNK_SIZES = (64,)
-FLA_CHANNELS = 256
-"""What flash-linear-attention's kernels take in every recurrence."""
+"""What all of flash-linear-attention's operators take."""
 
 
 def decay_family(
@@ -68,7 +67,7 @@ def delta_family(
 def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channels: int | None = None) -> str:
     """The backend that "auto" means for inputs like q: Triton on CUDA, PyTorch elsewhere.
 
-    most_channels: of keys, that Triton's kernels take. Raises ValueError for one that is unknown or cannot do it.
+    most_channels: of keys, that kernels on a GPU take. Raises ValueError for a backend that is unknown or cannot do it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -76,7 +75,7 @@ def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channel
     if chosen == "triton":
         check_kernels("triton", "triton", q, chunk_size, CHUNK_SIZES, most_channels)
     if chosen == "fla":
-        check_kernels("fla", "flash-linear-attention", q, chunk_size, FLA_CHUNK_SIZES, FLA_CHANNELS)
+        check_kernels("fla", "flash-linear-attention", q, chunk_size, FLA_CHUNK_SIZES, most_channels)
     return chosen
 
 
@@ -106,7 +105,7 @@ def check_kernels(
         raise ValueError(f"backend={backend!r} takes a chunk_size of {sizes}, got {chunk_size}; 'torch' takes any")
     if channels is not None and q.shape[3] > channels:
         raise ValueError(
-            f"backend={backend!r} takes at most {channels} channels of keys in this recurrence, got {q.shape[3]}; "
+            f"backend={backend!r} takes at most {channels} channels of keys in the delta rule, got {q.shape[3]}; "
             "'torch' takes any"
         )
 

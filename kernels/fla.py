@@ -1,8 +1,8 @@
-"""Both families by flash-linear-attention's operators, behind the stages that ours have: for comparisons.
+"""Both families by flash-linear-attention's operators, behind the stages that ours have: to compare numbers.
 
 Its operators take the state that enters a sequence, return the one that leaves it, and differentiate by themselves. To
-them every run is a sequence. Where our kernels correct a part of their work when a state arrives, these compute again:
-over a group each pass of a training step calls an operator twice.
+them every run is a sequence. Where our kernels correct a part of their work when a state arrives, these compute again,
+and once more for the transfers of a delta rule.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FlaAdjoint(SegmentStates):
     reverse = True
 
     def __init__(self, forwards: FlaStates, grad: Tensor) -> None:
-        super().__init__(forwards._runs)
+        super().__init__(tuple((run, run + 1) for run in range(len(forwards.call.runs))))
         self.forwards, self.grad = forwards, grad
         self._given = [x is not None and x.requires_grad for x in forwards.inputs]
 
@@ -73,6 +73,12 @@ class FlaAdjoint(SegmentStates):
 
     def carry(self, ends: Tensor | None, store: bool) -> Pass:
         """Gradients of the inputs stand where other chains have those of the states at their chunks."""
+        if ends is None:
+            alone: Pass = self._once("alone", lambda: self._run(None))
+            return alone
+        return self._run(ends)
+
+    def _run(self, ends: Tensor | None) -> Pass:
         leaves, output, left = self._once("graph", self._differentiable)
         results, grads = ((output,), (self.grad,)) if ends is None else ((output, left), (self.grad, ends))
         start, *found = torch.autograd.grad(results, leaves, grads, retain_graph=True, materialize_grads=True)
@@ -141,28 +147,32 @@ class FlaDecay(DecayCall):
         q, v = inputs[0], inputs[2]
         batch, tokens = q.shape[:2]
         starts = self.zeros(inputs) if starts is None else starts
-        # The operators want as many heads everywhere, and sequences that differ in length one behind the other.
+        # The operators want as many heads everywhere, and sequences one behind the other. They may lose count at empty
+        # ones, which leave the state as it is.
         heads = max(q.shape[2], self.heads)
-        if tokens == 0:  # nothing to launch, but something to differentiate
+        full = [run for run, (_, length) in enumerate(self.runs) if length]
+        if not full:  # nothing to launch, but something to differentiate
             return v.repeat_interleave(heads // v.shape[2], 2) + 0 * starts.sum(), starts
         operator, others = self.operator(inputs)
         named = {"q": q, "k": inputs[1], "v": v} | others
-        bounds = [b * tokens + first for b in range(batch) for first, _ in self.runs] + [batch * tokens]
+        bounds = [b * tokens + self.runs[run][0] for b in range(batch) for run in full] + [batch * tokens]
         output, ends = operator(
             **{name: None if x is None else _flat(x, heads) for name, x in named.items()},
             scale=self.scale,
-            initial_state=starts.transpose(0, 1).flatten(0, 1).repeat_interleave(heads // self.heads, 1),
+            initial_state=starts[full].transpose(0, 1).flatten(0, 1).repeat_interleave(heads // self.heads, 1),
             output_final_state=True,
             cu_seqlens=torch.tensor(bounds, device=q.device),
         )
         ends = ends[:, :: heads // self.heads].unflatten(0, (batch, -1)).transpose(0, 1)
+        if len(full) < len(self.runs):
+            ends = starts.index_copy(0, torch.tensor(full, device=q.device), ends)
         return output.view(batch, tokens, heads, -1), ends
 
     def operator(self, inputs: Any) -> tuple[Operator, dict[str, Tensor | None]]:
         """The operator, and what it takes besides queries, keys and values."""
         gates = self.gates(inputs)
         if gates is not None and gates.dim() == 4:
-            return ops.chunk_gla, {"g": gates.expand(-1, -1, -1, inputs[0].shape[3])}
+            return ops.chunk_gla, {"g": gates}
         return ops.chunk_simple_gla, {"g": gates}
 
     def gates(self, inputs: Any) -> Tensor | None:
@@ -177,7 +187,7 @@ class FlaDecay(DecayCall):
         """What each run does to a state that enters it, [runs, B, H, 1 or K, 1]."""
         gates = self.gates(inputs)
         if gates is None:
-            return torch.ones(len(self.runs), inputs[0].shape[0], self.heads, 1, 1, device=inputs[0].device)
+            return self.zeros(inputs)[..., :1, :1] + 1
         gates = gates.unsqueeze(-1) if gates.dim() == 3 else gates
         sums = torch.stack([gates[:, first : first + length].sum(1) for first, length in self.runs])
         return decay_factor(sums).repeat_interleave(self.heads // gates.shape[2], 2).unsqueeze(-1)
@@ -203,11 +213,11 @@ class FlaDelta(DeltaCall, FlaDecay):
         return ops.chunk_gated_delta_rule, {"g": torch.zeros_like(rates) if gates is None else gates, "beta": rates}
 
     def transfers(self, inputs: Any) -> Tensor:
-        """What each run makes of the identity when it writes nothing, [runs, B, H, K, K]."""
-        q, k, _, log_decay, rates = inputs
-        identity = torch.eye(k.shape[3], device=k.device)
+        """What each run makes of the identity when it writes nothing, [runs, B, H, K, K], without short operands."""
+        k, log_decay, rates = inputs[1].float(), inputs[3], inputs[4].float()
+        identity = torch.eye(k.shape[3], dtype=k.dtype, device=k.device)
         starts = identity.expand(len(self.runs), k.shape[0], self.heads, -1, -1)
-        return self.run((q, k, torch.zeros_like(k), log_decay, rates), starts)[1]
+        return self.run((k, k, torch.zeros_like(k), log_decay, rates), starts)[1]
 
 
 def _flat(x: Tensor, heads: int) -> Tensor:

@@ -18,7 +18,7 @@ class Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._buffers: list[Tensor] = []
-        self._temporaries: dict[torch.dtype, Tensor] = {}
+        self._temporary = torch.empty(0, dtype=dtype, device=device)
         self._used = 0
 
     def rewind(self) -> None:
@@ -32,18 +32,15 @@ class Scratch:
         self._used += 1
         return buffer[: math.prod(shape)].view(shape)
 
-    def temporary(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def temporary(self, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape, the caller's until the next one is asked for."""
-        dtype = dtype or self._dtype
-        empty = torch.empty(0, dtype=dtype, device=self._device)
-        self._temporaries[dtype] = buffer = _at_least(self._temporaries.get(dtype, empty), math.prod(shape))
-        return buffer[: math.prod(shape)].view(shape)
+        self._temporary = _at_least(self._temporary, math.prod(shape))
+        return self._temporary[: math.prod(shape)].view(shape)
 
-    def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`a @ b` of batches of matrices [N, R, K] and [N, K, C], added to `onto` [N, R, C] if that is given."""
-        if onto is not None:
-            return torch.baddbmm(onto, a, b, out=onto)
-        return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
+    def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """`scale·a @ b` of batches of matrices [N, R, K] and [N, K, C], added to `onto` [N, R, C] if that is given."""
+        out = self(a.shape[0], a.shape[1], b.shape[2]) if onto is None else onto
+        return torch.baddbmm(out, a, b, beta=0 if onto is None else 1, alpha=scale, out=out)
 
 
 def _at_least(buffer: Tensor, numel: int) -> Tensor:

@@ -27,7 +27,7 @@ Visit = Callable[[slice, Keys], None]
 VisitBack = Callable[[slice, Keys, Tensor, Tensor], None]
 
 # A smaller message is not split further: its kernel and its latency would cost more than its memory.
-LEAST_MESSAGE = 2**23  # bytes
+LEAST_MESSAGE = 2**25  # bytes, of gradients
 
 
 class KeyExchange(Protocol):
@@ -161,12 +161,12 @@ class Ring:
         return passing
 
     def _head_groups(self, keys: Keys) -> list[slice]:
-        """The heads that are passed around together: few, so that what is in flight takes no more memory than the keys
-        and values of one rank, on however many ranks.
+        """The heads that are passed around together, the same on all ranks and in both passes.
 
         Backward, a rank of a ring of two holds four messages at once: its own keys that leave, the other's that arrive,
         and gradients of the heads before both ways. On a longer ring it is five: keys that it computes with and passes
-        on, the next, the sums of their gradients, and gradients both ways.
+        on, the next, the sums of their gradients, and gradients both ways. From five heads on they take no more memory
+        together than one rank's keys and values (in fp32), on however many ranks; fewer cannot be split as finely.
         """
         heads = keys.k.shape[2]
         if not self.rotation.hops:

@@ -137,7 +137,8 @@ class _Attention(torch.autograd.Function):
     """
     inputs     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hk, V], sinks [Hq] or None, key_mask [B, T] or None
     output     [B, T, Hq, V]
-    forward    ring: one hop of [B, T_r, Hk, K + V] after another; gather: one all-gather of the same
+    forward    ring: one hop of [B, T_r, Hk, K + V] after another, of long shards some heads after others; gather: one
+               all-gather of the same
     backward   ring: the same hops again, and the gradients of keys and values in fp32 after them and home;
                gather: one reduce-scatter of the gradients of keys and values in fp32
     """

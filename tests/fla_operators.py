@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -69,5 +68,12 @@ def in_place_of_fla() -> Iterator[None]:
     """Let `backend="fla"` find these."""
     package, ops = ModuleType("fla"), sys.modules[__name__]
     package.ops, package.__spec__ = ops, importlib.machinery.ModuleSpec("fla", None)  # type: ignore[attr-defined]
-    with mock.patch.dict(sys.modules, {"fla": package, "fla.ops": ops}):
-        yield  # what imported them in here is forgotten too
+    names = ("fla", "fla.ops", "lasp.kernels.fla")
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.modules |= {"fla": package, "fla.ops": ops}
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)

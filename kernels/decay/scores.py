@@ -42,12 +42,12 @@ def scores(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, scratch
 
 
 class MaskedScores:
-    """No decay, or one factor per head and token: `(q k^T) * L` with `L_ij = scale·exp(G_i - G_j)`."""
+    """No decay, or one factor per head and token: `scale·(q k^T) * L` with `L_ij = exp(G_i - G_j)`."""
 
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, scratch: Scratch) -> None:
-        self.q, self.k, self.log_decay, self._scratch = q, k, log_decay, scratch
-        self.mask = decay_mask(log_decay, k, scratch).mul_(scale)
-        self.values = scratch.product(q, k.mT)
+        self.q, self.k, self.log_decay, self._scale, self._scratch = q, k, log_decay, scale, scratch
+        self.mask = decay_mask(log_decay, k, scratch)
+        self.values = scratch.product(q, k.mT, scale=scale)
         self._by_query(self.values).mul_(self.mask)
 
     def backward(
@@ -63,7 +63,8 @@ class MaskedScores:
             )
             dlog = earlier.view(grad.shape[0], -1, *grad.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
         self._by_query(grad).mul_(self.mask)
-        return self._scratch.product(grad, self.k, dq), self._scratch.product(grad.mT, self.q, dk), dlog
+        product, scale = self._scratch.product, self._scale
+        return product(grad, self.k, dq, scale), product(grad.mT, self.q, dk, scale), dlog
 
     def _by_query(self, x: Tensor) -> Tensor:
         """[N, R, C] as [n·B, H, G, C, C], or with all heads in front where there is no decay."""
@@ -135,16 +136,18 @@ class DyadicScores:
 def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tensor:
     """`L` [n·B, H, 1, C, C] or [C, C]: exp of the log-decay summed over j < m <= i, zero above the diagonal.
 
-    The running sums and their differences are fp64: a sum near -3000 in fp32 has steps of 2e-4.
+    A running sum near -3000 in fp32 has steps of 2e-4: it is fp64, in two parts subtracted one after the other.
     """
     if log_decay is None:
         length = like.shape[-2]
         return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
     sums = log_decay.flatten(0, 1).squeeze(-1).double().cumsum(-1)
-    shape = (*sums.shape, sums.shape[-1])
-    steps = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch.temporary(*shape, dtype=torch.float64))
+    high = sums.to(like.dtype)
+    low = (sums - high).to(like.dtype)
+    steps = torch.sub(high.unsqueeze(-1), high.unsqueeze(-2), out=scratch(*sums.shape, sums.shape[-1]))
+    steps.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
     # Above the diagonal the differences are positive: decay_factor makes 1 of them, and tril_ 0.
-    return decay_factor(scratch(*shape).copy_(steps)).tril_().unsqueeze(2)
+    return decay_factor(steps).tril_().unsqueeze(2)
 
 
 def finite(log_decay: Tensor) -> Tensor:

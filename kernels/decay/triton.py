@@ -193,7 +193,7 @@ def scores(
 
 @triton.jit
 def place(D: tl.constexpr, BD: tl.constexpr):
-    """The chunk of a program, and its tile of D channels. Tiles of a chunk are neighbours, and share what they read."""
+    """The chunk, or segment, of a program, and its tile of D channels. Tiles of one are neighbours, and share reads."""
     tiles: tl.constexpr = (D + BD - 1) // BD
     return tl.program_id(0) // tiles, tl.program_id(0) % tiles
 
@@ -222,9 +222,10 @@ def carry(
     W, and what the tokens write is `U - W S`, which goes to `written`; without VALUES U is 0. The state's channels
     are independent but for W, which needs all of them in one tile.
     """
-    segment, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
-    tiles: tl.constexpr = (V + BV - 1) // BV
-    d, e = tl.program_id(0) // tiles * BK + tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    across: tl.constexpr = (V + BV - 1) // BV
+    segment, tile = place((K + BK - 1) // BK * across, 1)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
@@ -261,9 +262,10 @@ def carry_back(
     DELTA: `grad_written` holds the gradient of what tokens write as far as it comes from their chunk, du; the rest,
     `K'' dS`, is added and goes to `written`, and `dS` loses `W^T du`.
     """
-    segment, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
-    tiles: tl.constexpr = (V + BV - 1) // BV
-    d, e = tl.program_id(0) // tiles * BK + tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    across: tl.constexpr = (V + BV - 1) // BV
+    segment, tile = place((K + BK - 1) // BK * across, 1)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
     hk, hg = h // (H // HK), h // (H // HG)
     GROUP: tl.constexpr = HO // H
     # The chain is in fp32, but for one product that would not fit into registers beside decays per channel.

@@ -30,7 +30,8 @@ def fla() -> Iterator[None]:
         ("head", (37, 0), "ring", {"cu_seqlens": PACKED}),
         ("token", None, "ring", {"cu_seqlens": PACKED}),
         ("channel", (1, 20, 0, 16), "gather", {"strength": 50.0}),
-        ("none", None, "gather", {"beta": 2.0}),
+        ("channel", (1, 20, 0, 16), "ring", {"initial": False}),
+        ("none", None, "gather", {"beta": 2.0, "initial": False}),
         ("token", (1, 20, 0, 16), "gather", {"beta": 2.0}),
         ("channel", (5, 32), "ring", {"beta": 2.0, "cu_seqlens": PACKED}),
     ],
@@ -45,3 +46,11 @@ def test_parity(group_of, decay: str, lengths: tuple[int, ...] | None, scan: str
     problem, expected = case(decay, dtype=torch.float32, **options)
     seen = solve_cut(problem, group, lengths, scan, chunk_size=64, backend="fla")
     assert_close(seen, expected, problem, 1e-5, gates=1e-4)
+
+
+def test_short_inputs(group_of) -> None:
+    """The transfers of a delta rule are of fp32 operands."""
+    if (group := group_of(4)) is not None:
+        problem, expected = case("token", dtype=torch.bfloat16, beta=1.0)
+        seen = solve_cut(problem, group, (10, 9, 9, 9), "gather", chunk_size=64, backend="fla")
+        assert_close(seen, expected, problem, 2e-2)

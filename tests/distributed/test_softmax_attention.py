@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "key mask": {"key_mask": True},
     "grouped heads": {"heads": (8, 2, 2), "dims": (4, 7)},
     "one head of keys": {"heads": (4, 1, 1)},
+    "many heads": {"heads": (44, 11, 11)},
     "unlike heads": {"heads": (2, 4, 1)},
     "everything": {"cu_seqlens": DOCUMENTS, "window": 6, "softcap": 2.0, "sinks": True, "key_mask": True},
     "everything bidirectional": {"causal": False, "sinks": True, "key_mask": True, "dims": (4, 8)},
@@ -114,7 +115,7 @@ def cached_group_of(group_of) -> Callable[..., lasp.SequenceGroup | None]:
 
 @pytest.fixture
 def split_by_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the ring's backward pass some of the heads around at a time, as it does with long shards."""
+    """Let the ring pass some of the heads around at a time, as it does with long shards."""
     monkeypatch.setattr(keys, "LEAST_MESSAGE", 1)
 
 
@@ -212,6 +213,18 @@ def test_ring_bytes_zigzag(group_of, size: int) -> None:
     assert forward == [("ring", halves * half * INPUT, size - 1)]
     gradients = (size - 2) + max(size - 2 - rank, 0) + 1 + (rank > 0)
     assert backward == [("ring", halves * half * INPUT + gradients * half * SUM, size)]
+
+
+def test_some_heads_at_a_time_bring_the_same_bytes(group_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (group := group_of(2)) is None:
+        return
+    whole = traffic_of(group, "ring", causal=False)
+    monkeypatch.setattr(keys, "LEAST_MESSAGE", 1)
+    for records, (one,) in zip(traffic_of(group, "ring", causal=False), whole, strict=True):
+        assert len(records) == HEADS[1]
+        assert {op for op, _, _ in records} == {"ring"}
+        assert sum(num_bytes for _, num_bytes, _ in records) == one[1]
+        assert all(steps == one[2] for _, _, steps in records)
 
 
 def test_a_window_within_the_shard_takes_one_hop(group_of) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import lasp
-from tests.fla_operators import in_place_of_fla
+from lasp.kernels import backend
+from tests import fla_operators
+from tests.fla_operators import chunk_gla, in_place_of_fla
 from tests.oracle import DECAYS, assert_close, make_problem, solve
 
 
@@ -20,7 +22,10 @@ def fla() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("options", [{}, {"cu_seqlens": (0, 1, 10, 10, 37)}, {"strength": 50.0}], ids=str)
+OPTIONS = [{}, {"cu_seqlens": (0, 1, 10, 10, 37)}, {"strength": 50.0, "initial": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(
     ("decay", "beta"), [(decay, beta) for decay in DECAYS for beta in (None, 2.0) if (decay, beta) != ("head", 2.0)]
 )
@@ -37,6 +42,17 @@ def test_the_plain_delta_rule_in_half_precision_has_an_operator_of_its_own(fla: 
     assert_close(found, solve(problem), problem, 2e-2)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_alone_an_operator_runs_once_each_way(fla: None, monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
+    calls = []
+    monkeypatch.setattr(fla_operators, "chunk_gla", lambda *a, _own=chunk_gla, **o: (calls.append(1), _own(*a, **o))[1])
+    q = torch.randn(1, 8, 2, 4, requires_grad=backward)
+    output = lasp.linear_attention(q, q, q, -torch.rand(1, 8, 2, 4), backend="fla")
+    if backward:
+        output.sum().backward()
+    assert len(calls) == 1 + backward
+
+
 def test_no_gradient_where_none_is_asked(fla: None) -> None:
     q, k, v = (torch.randn(1, 8, 2, 4) for _ in range(3))
     v.requires_grad_()
@@ -51,21 +67,28 @@ def test_no_gradient_where_none_is_asked(fla: None) -> None:
         ({"causal": False}, "backend='fla' takes no causal=False"),
         ({"chunk_size": 32}, "backend='fla' takes a chunk_size of 64, got 32"),
         ({"dtype": torch.float64}, "backend='fla' takes float32, bfloat16 and float16, got torch.float64"),
-        ({"dim": 257}, "backend='fla' takes at most 256 channels of keys in this recurrence, got 257"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
 def test_what_it_cannot_do_is_refused(fla: None, options: dict[str, Any], message: str) -> None:
     options = dict(options)
-    q = torch.randn(1, 8, 2, options.pop("dim", 4), dtype=options.pop("dtype", torch.float32))
+    q = torch.randn(1, 8, 2, 4, dtype=options.pop("dtype", torch.float32))
     with pytest.raises(ValueError, match=message):
         lasp.linear_attention(q, q, q, backend="fla", **options)
 
 
+def test_too_many_channels_for_the_delta_rule_are_refused(fla: None) -> None:
+    q = torch.randn(1, 8, 2, 257)
+    with pytest.raises(ValueError, match="backend='fla' takes at most 256 channels of keys in the delta rule, got 257"):
+        lasp.delta_rule(q, q, q, torch.ones(1, 8, 2), backend="fla")
+
+
 def test_without_the_package_or_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 8, 2, 4)
-    with pytest.raises(ValueError, match="needs the package flash-linear-attention, which is not installed"):
-        lasp.delta_rule(q, q, q, torch.ones(1, 8, 2), backend="fla")
+    with monkeypatch.context() as nothing_installed:
+        nothing_installed.setattr(backend, "has_package", lambda name: False)
+        with pytest.raises(ValueError, match="needs the package flash-linear-attention, which is not installed"):
+            lasp.delta_rule(q, q, q, torch.ones(1, 8, 2), backend="fla")
     monkeypatch.delenv("TRITON_INTERPRET")
     with in_place_of_fla(), pytest.raises(ValueError, match="backend='fla' needs tensors on a GPU, got cpu"):
         lasp.linear_attention(q, q, q, backend="fla")

@@ -169,13 +169,13 @@ def test_refuses_what_it_has_no_tiles_for() -> None:
     x = torch.zeros(1, 4, 1, 257)
     with pytest.raises(ValueError, match="got 128; 'torch' takes any"):
         lasp.linear_attention(x, x, x, backend="triton", chunk_size=128)
-    with pytest.raises(ValueError, match="at most 256 channels of keys in this recurrence, got 257"):
+    with pytest.raises(ValueError, match="at most 256 channels of keys in the delta rule, got 257"):
         lasp.delta_rule(x, x, x, torch.zeros(1, 4, 1), backend="triton")
 
 
 def test_refuses_more_heads_than_a_grid_has_places_for() -> None:
     x = torch.zeros(512, 1, 128, 16)
-    with pytest.raises(ValueError, match="at most 65535 heads x batch, and as many documents, got 65536"):
+    with pytest.raises(ValueError, match="at most 65535 heads x batch, got 65536"):
         lasp.linear_attention(x, x, x, backend="triton")
 
 
