@@ -46,7 +46,7 @@ def sizes(
 
 
 MOST_PROGRAMS = 65535
-"""CUDA's limit for the second dimension of a grid."""
+"""CUDA's limit for all dimensions of a grid but the first."""
 
 
 def tiles(size: int, tile: int) -> int:
@@ -61,9 +61,9 @@ def launch(
 
     Constants that a kernel has no use for are left out. Raises ValueError where a card has too few places.
     """
-    if grid[1] > MOST_PROGRAMS:
+    if grid[-1] > MOST_PROGRAMS:
         raise ValueError(
-            f"Triton's kernels take at most {MOST_PROGRAMS} heads x batch, got {grid[1]}; backend='torch' takes any"
+            f"Triton's kernels take at most {MOST_PROGRAMS} heads x batch, got {grid[-1]}; backend='torch' takes any"
         )
     some = next(x for x in tensors if x is not None)
     # Tiles of fp32 operands take twice the shared memory, which leaves no room for a second stage.
@@ -112,7 +112,7 @@ def carry(
     constants = sizes(k, k, v, sums, heads, value_dim, size)
     flags = {"DELTA": erased is not None, "VALUES": v is not None, "START": starts is not None, "STORE": store}
     tile = sized(kernels.carry, constants, whole_keys=erased is not None)
-    grid = (tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value) * len(segments), k.shape[0] * heads)
+    grid = (len(segments), tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value), k.shape[0] * heads)
     tensors = (k, v, sums, erased, starts, states, written, ends, chunks, segments)
     precision = numerics(torch.float32 if exact else k.dtype)
     launch(kernels.carry, tile, grid, tensors, k.shape[0], k.shape[1], **constants, **flags, **precision)
@@ -138,7 +138,7 @@ def carry_back(
     constants = sizes(q, k, None, sums, heads, value_dim, size)
     flags = {"DELTA": erased is not None, "START": starts is not None, "STORE": store}
     tile = sized(kernels.carry_back, constants, whole_keys=erased is not None)
-    grid = (tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value) * len(segments), k.shape[0] * heads)
+    grid = (len(segments), tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value), k.shape[0] * heads)
     tensors = (q, k, grad, sums, erased, grad_written, starts, states, written, ends, chunks, segments)
     numbers = (*k.shape[:2], scale)
     launch(kernels.carry_back, tile, grid, tensors, *numbers, **constants, **flags, **numerics(k.dtype))

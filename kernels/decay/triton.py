@@ -193,7 +193,7 @@ def scores(
 
 @triton.jit
 def place(D: tl.constexpr, BD: tl.constexpr):
-    """The chunk, or segment, of a program, and its tile of D channels. Tiles of one are neighbours, and share reads."""
+    """The chunk of a program, and its tile of D channels. Tiles of a chunk are neighbours, and share what they read."""
     tiles: tl.constexpr = (D + BD - 1) // BD
     return tl.program_id(0) // tiles, tl.program_id(0) % tiles
 
@@ -223,8 +223,7 @@ def carry(
     are independent but for W, which needs all of them in one tile.
     """
     across: tl.constexpr = (V + BV - 1) // BV
-    segment, tile = place((K + BK - 1) // BK * across, 1)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    segment, tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
     state = tl.zeros([BK, BV], dtype=tl.float32)
@@ -263,8 +262,7 @@ def carry_back(
     `K'' dS`, is added and goes to `written`, and `dS` loses `W^T du`.
     """
     across: tl.constexpr = (V + BV - 1) // BV
-    segment, tile = place((K + BK - 1) // BK * across, 1)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    segment, tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
     hk, hg = h // (H // HK), h // (H // HG)
     GROUP: tl.constexpr = HO // H
