@@ -7,6 +7,7 @@ and once more for the transfers of a delta rule.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,29 @@ from lasp.kernels.delta.recurrence import DeltaCall
 Operator = Callable[..., tuple[Tensor, Tensor]]
 
 
-class FlaStates(SegmentStates):
-    """The states that enter and leave runs, each a segment of its own, and the output."""
+class RunStates(SegmentStates):
+    """A chain in which every run is one segment. What stands for states at chunks is the subclass's own."""
+
+    def __init__(self, call: FlaDecay) -> None:
+        super().__init__(tuple((run, run + 1) for run in range(len(call.runs))))
+        self.call = call
+
+    @abstractmethod
+    def compute(self, starts: Tensor | None) -> Pass:
+        """One pass through all runs from the states, or gradients, that enter them."""
+
+    def carry(self, starts: Tensor | None, store: bool) -> Pass:
+        """The same, once where nothing enters."""
+        done: Pass = self._once("alone", lambda: self.compute(None)) if starts is None else self.compute(starts)
+        return done
+
+
+class FlaStates(RunStates):
+    """The states that enter and leave runs, and the output."""
 
     def __init__(self, call: FlaDecay, inputs: Any) -> None:
-        super().__init__(tuple((run, run + 1) for run in range(len(call.runs))))
-        self.call, self.inputs = call, inputs
+        super().__init__(call)
+        self.inputs = inputs
 
     @property
     def output(self) -> Tensor:
@@ -40,14 +58,8 @@ class FlaStates(SegmentStates):
         """The states [runs, B, H, K, V] that enter the runs; None for zeros."""
         return self._entering
 
-    def carry(self, starts: Tensor | None, store: bool) -> Pass:
-        """The output stands where other chains have the states at their chunks."""
-        if starts is None:
-            alone: Pass = self._once("alone", lambda: self._run(None))
-            return alone
-        return self._run(starts)
-
-    def _run(self, starts: Tensor | None) -> Pass:
+    def compute(self, starts: Tensor | None) -> Pass:
+        """The output, nothing, and the states that leave."""
         output, ends = self.call.run(self.inputs, starts)
         return output, None, ends
 
@@ -55,13 +67,13 @@ class FlaStates(SegmentStates):
         return self.call.transfers(self.inputs)
 
 
-class FlaAdjoint(SegmentStates):
+class FlaAdjoint(RunStates):
     """The gradients of these states, and with them those of the inputs. grad: of the output."""
 
     reverse = True
 
     def __init__(self, forwards: FlaStates, grad: Tensor) -> None:
-        super().__init__(tuple((run, run + 1) for run in range(len(forwards.call.runs))))
+        super().__init__(forwards.call)
         self.forwards, self.grad = forwards, grad
         self._given = [x is not None and x.requires_grad for x in forwards.inputs]
 
@@ -71,14 +83,8 @@ class FlaAdjoint(SegmentStates):
         found = iter(self._true[0])
         return tuple(next(found) if given else None for given in self._given)
 
-    def carry(self, ends: Tensor | None, store: bool) -> Pass:
-        """Gradients of the inputs stand where other chains have those of the states at their chunks."""
-        if ends is None:
-            alone: Pass = self._once("alone", lambda: self._run(None))
-            return alone
-        return self._run(ends)
-
-    def _run(self, ends: Tensor | None) -> Pass:
+    def compute(self, ends: Tensor | None) -> Pass:
+        """Gradients of the inputs, nothing, and those of the states that enter."""
         leaves, output, left = self._once("graph", self._differentiable)
         results, grads = ((output,), (self.grad,)) if ends is None else ((output, left), (self.grad, ends))
         start, *found = torch.autograd.grad(results, leaves, grads, retain_graph=True, materialize_grads=True)
@@ -86,7 +92,7 @@ class FlaAdjoint(SegmentStates):
 
     def _differentiable(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """The forward pass once more: what is differentiated, output, states that leave the runs."""
-        call, inputs, starts = self.forwards.call, self.forwards.inputs, self.forwards.entering
+        call, inputs, starts = self.call, self.forwards.inputs, self.forwards.entering
         with torch.enable_grad():
             fresh = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
             starts = (call.zeros(inputs) if starts is None else starts.detach()).requires_grad_()
