@@ -40,7 +40,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "bounds": (lambda a: {"cu_seqlens": [0, 9, 7, 24]}, "cu_seqlens must never decrease, got 9 followed by 7"),
     "bounds begin": (lambda a: {"cu_seqlens": [1, 24]}, "cu_seqlens must begin with 0"),
     "scan": (lambda a: {"scan": "star"}, "scan must be one of auto, gather, ring, got 'star'"),
-    "backend": (lambda a: {"backend": "abacus"}, "backend must be one of auto, torch, triton, got 'abacus'"),
+    "backend": (lambda a: {"backend": "abacus"}, "backend must be one of auto, torch, triton, fla, got 'abacus'"),
     "chunk size": (lambda a: {"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
     "chunk of a float": (lambda a: {"chunk_size": 8.0}, "chunk_size must be a whole number of at least 1, got 8.0"),
     "scale": (lambda a: {"scale": float("nan")}, "scale must be a finite number, got nan"),
