@@ -87,7 +87,7 @@ def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         return "torch", "the package triton is not installed"
     if dtype == torch.float64:
         return "torch", "Triton's kernels take no float64"
-    return "triton", f"tensors are on a GPU, and triton {version('triton')} is installed"
+    return "triton", "tensors are on a GPU, and the package triton is installed"
 
 
 def check_kernels(

@@ -26,7 +26,7 @@ Messages = dict[Route, Tensor]
 Visit = Callable[[slice, Keys], None]
 VisitBack = Callable[[slice, Keys, Tensor, Tensor], None]
 
-# A smaller message is not split further: its kernel and its latency would cost more than its memory.
+# Messages are not split into shorter ones: their kernels and their latency would cost more than their memory.
 LEAST_MESSAGE = 2**25  # bytes, of gradients
 
 
@@ -165,17 +165,18 @@ class Ring:
 
         Backward, a rank of a ring of two holds four messages at once: its own keys that leave, the other's that arrive,
         and gradients of the heads before both ways. On a longer ring it is five: keys that it computes with and passes
-        on, the next, the sums of their gradients, and gradients both ways. From five heads on they take no more memory
-        together than one rank's keys and values (in fp32), on however many ranks; fewer cannot be split as finely.
+        on, the next, the sums of their gradients, and gradients both ways. A quarter of the heads and four fifths of
+        that take no more memory together than one rank's keys and values (in fp32), on however many ranks, where there
+        are eight heads or more; fewer cannot be split as finely.
         """
         heads = keys.k.shape[2]
         if not self.rotation.hops:
             return [slice(0, heads)]
-        messages = 4 if self.rotation.hops == 1 else 5
+        together = heads // 4 if self.rotation.hops == 1 else heads // 4 * 4 // 5
         head = self._mean_tokens * keys.k.shape[0] * (keys.k.shape[3] + keys.v.shape[3])
-        least = ceil(LEAST_MESSAGE / max(head * compute_dtype(keys.k).itemsize, 1))
-        together = max(heads // messages, least, 1)
-        return [slice(first, min(first + together, heads)) for first in range(0, heads, together)]
+        least = int(LEAST_MESSAGE / max(head * compute_dtype(keys.k).itemsize, 1))
+        count = ceil(heads / max(together, least, 1))
+        return [slice(i * heads // count, (i + 1) * heads // count) for i in range(count)]
 
     @property
     def _mean_tokens(self) -> float:

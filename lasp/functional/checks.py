@@ -46,13 +46,13 @@ def check_heads(heads: dict[str, int]) -> None:
             raise ValueError(f"numbers of heads must divide one another, got {heads}")
 
 
-def check_scale(scale: float | None) -> float | None:
-    """The scale as a plain number, which a header can carry."""
-    if scale is None:
+def check_number(name: str, value: float | None) -> float | None:
+    """An optional argument as a plain number, which a header can carry."""
+    if value is None:
         return None
-    if isinstance(scale, str) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    return float(scale)
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def check_beside(name: str, x: Tensor, q: Tensor) -> None:

@@ -12,7 +12,7 @@ from lasp.functional.checks import (
     check_beside,
     check_documents,
     check_heads,
-    check_scale,
+    check_number,
     check_tokens,
     may_look_at,
 )
@@ -87,7 +87,7 @@ def check_options(scale: float | None, scan: str, chunk_size: int | None) -> dic
     """What all ranks must share of the options that every recurrence has."""
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
-    return {"scale": check_scale(scale), "scan": check_scan(scan)}
+    return {"scale": check_number("scale", scale), "scan": check_scan(scan)}
 
 
 def check_recurrence(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import check_documents, check_heads, check_tokens
+from lasp.functional.checks import check_documents, check_heads, check_number, check_tokens
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.softmax.blocks import BlockAttention
 from lasp.kernels.softmax.mask import Mask
@@ -53,16 +53,17 @@ def softmax_attention(
     Returns the output [B, T, H, V] in v's dtype; 0 where a token sees nothing. Differentiable in q, k, v and sinks,
     once. Raises ValueError, on every rank of the group, for arguments that do not fit.
     """
-    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "method": method}
+    options = {"causal": causal, "window": window, "method": method}
 
     def check() -> Arguments:
-        return _check_softmax((q, k, v), sinks, key_mask, cu_seqlens, group, options)
+        numbers = {"scale": check_number("scale", scale), "softcap": check_number("softcap", softcap)}
+        return _check_softmax((q, k, v), sinks, key_mask, cu_seqlens, group, options | numbers)
 
     lengths = begin_call(group, check)()
     total = sum(lengths)
     bounds = (0, total) if cu_seqlens is None else document_bounds(cu_seqlens, total)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    attention = BlockAttention(Mask(bounds, causal, window), scale, softcap)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    attention = BlockAttention(Mask(bounds, causal, window), scale, None if softcap is None else float(softcap))
     heads, key_heads = _attention_heads(q, k, v)
     chosen = softmax.check_method(method, group, heads, key_heads, window)
     q, k, v = (_with_heads(x, count) for x, count in ((q, heads), (k, key_heads), (v, key_heads)))
@@ -103,6 +104,9 @@ def _check_softmax(
         raise ValueError(f"sinks must be floating [{query_heads}], got {sinks.dtype} {list(sinks.shape)}")
     if key_mask is not None and (key_mask.shape != q.shape[:2] or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask must be bool {list(q.shape[:2])}, got {key_mask.dtype} {list(key_mask.shape)}")
+    for name, x in (("sinks", sinks), ("key_mask", key_mask)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
     method = softmax.check_method(options["method"], group, query_heads, key_heads, options["window"])
     tensors = [x for x in (q, k, v, sinks) if x is not None]
     fields = options | {
@@ -122,7 +126,7 @@ def _check_softmax(
 def _check_window(window: int | None, causal: bool) -> None:
     if window is None:
         return
-    if not isinstance(window, int) or window < 1:
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window must be an integer of at least 1, got {window!r}")
     if not causal:
         raise ValueError(f"a window looks back and needs causal=True, got window={window} with causal=False")
