@@ -47,10 +47,11 @@ def check_heads(heads: dict[str, int]) -> None:
 
 
 def check_number(name: str, value: float | None) -> float | None:
-    """An optional argument as a plain number, which a header can carry."""
+    """An optional argument as a plain number, which a header can carry. It has no gradient."""
     if value is None:
         return None
-    if isinstance(value, str) or not math.isfinite(value):
+    trained = isinstance(value, Tensor) and value.requires_grad
+    if isinstance(value, str) or trained or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 

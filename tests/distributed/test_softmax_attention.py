@@ -418,6 +418,10 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "softcap": (lambda a: {"softcap": -1.0}, "softcap must be positive, got -1.0"),
     "softcap of words": (lambda a: {"softcap": "2"}, "softcap must be a finite number, got '2'"),
     "scale": (lambda a: {"scale": float("nan")}, "scale must be a finite number, got nan"),
+    "trained scale": (
+        lambda a: {"scale": torch.ones((), requires_grad=True)},
+        "scale must be a finite number, got ten",
+    ),
     "device of sinks": (
         lambda a: {"sinks": torch.zeros(4, device="meta")},
         "sinks must be on the device of q, cpu, got meta",
