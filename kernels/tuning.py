@@ -54,7 +54,9 @@ def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_
     if kernel == "grad_solve":
         return Tiling(_power(key_dim, 64), _power(value_dim, 32), warps=4, stages=2)
     warps = 4 if gates == 1 and kernel != "solve" else 8  # without decays 4 make the assembler save registers and spill
-    return Tiling(_power(key_dim, 64), _power(value_dim, 64), warps, stages=2)
+    # A loop over chunks looks up where each lies before it loads it: a stage for either.
+    stages = 3 if kernel in ("carry", "carry_back") else 2
+    return Tiling(_power(key_dim, 64), _power(value_dim, 64), warps, stages)
 
 
 def _power(size: int, most: int) -> int:
