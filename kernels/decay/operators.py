@@ -108,7 +108,7 @@ def carry(
 
     exact: products of fp32 operands even where the inputs are shorter.
     """
-    states, written, ends = _carried(k, k, erased, chunks, segments, heads, value_dim, store)
+    states, written, ends = _carried(k, v, erased, chunks, segments, heads, value_dim, store)
     constants = sizes(k, k, v, sums, heads, value_dim, size)
     flags = {"DELTA": erased is not None, "VALUES": v is not None, "START": starts is not None, "STORE": store}
     tile = sized(kernels.carry, constants, whole_keys=erased is not None)
@@ -124,7 +124,7 @@ def _(
     k: Tensor, v: Tensor | None, sums: Tensor | None, erased: Tensor | None, starts: Tensor | None, chunks: Tensor,
     segments: Tensor, heads: int, value_dim: int, size: int, store: bool, exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _carried(k, k, erased, chunks, segments, heads, value_dim, store)
+    return _carried(k, v, erased, chunks, segments, heads, value_dim, store)
 
 
 @operator

@@ -70,6 +70,12 @@ def load_sums(sums, row, start, length, b, h, T, H: tl.constexpr, D: tl.constexp
     return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
 
+@triton.constexpr_function
+def operand(values, OPERAND):
+    """The dtype in which values are read and carried: what a delta rule's tokens write is fp32, and is not rounded."""
+    return tl.float32 if values.dtype.element_ty == tl.float32 else OPERAND
+
+
 @triton.jit
 def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
@@ -226,6 +232,8 @@ def carry(
     segment, tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
+    # In fp32 the last product would not fit into registers beside decays per channel.
+    LAST: tl.constexpr = OPERAND if GATES == 2 else operand(v, OPERAND)
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
         state = load_state(starts, segment, b, B, h, H, K, V, d, e)
@@ -244,7 +252,7 @@ def carry(
                 store_rows(written, values, start, length, b, h, T, H, V, e, C)
         keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
         state = over_chunk(state, sums, start, length, b, hg, T, HG, K, d, GATES)
-        state += product(tl.trans(keys), values, OPERAND, PRECISION)
+        state += product(tl.trans(keys), values, LAST, PRECISION)
     store_state(ends, state, segment, b, B, h, H, K, V, d, e)
 
 
@@ -328,7 +336,8 @@ def attend(
             q, k, sums, start, length, b, hq, hk, hg, T, HQ, HK, HG, K, C, BK, LEVELS, GATES, STRICT, OPERAND,
             PRECISION,
         )  # fmt: skip
-        total += product(p, load_rows(v, start, length, b, hv, T, HV, V, e, C), OPERAND, PRECISION)
+        values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
+        total += product(p, values, operand(v, OPERAND), PRECISION)
     total *= scale
     if ADD:
         total += load_rows(before, start, length, b, ho, T, HO, V, e, C)
@@ -473,7 +482,7 @@ def grad_keys(
             e = v0 + tl.arange(0, BV)
             values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
             dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
-            carried += product(values, tl.trans(dstate), OPERAND, PRECISION)
+            carried += product(values, tl.trans(dstate), operand(v, OPERAND), PRECISION)
             if TRAINED:
                 held += tl.sum(load_state(states, slot, b, B, h, H, K, V, d, e) * dstate, 1)
         carried = to_end(carried, sums, start, length, b, hg, T, HG, K, d, C, GATES)
