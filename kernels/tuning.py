@@ -22,41 +22,63 @@ class Tiling:
     stages: int
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a tiling is for. gates: 0 none, 1 per head, 2 per channel; whole_keys: all channels of the keys in one tile
+    (a delta rule's chain); short: bf16 is multiplied, else fp32 in three products of tf32."""
+
+    kernel: str
+    key_dim: int
+    value_dim: int
+    gates: int
+    whole_keys: bool
+    short: bool
+
+    def __str__(self) -> str:
+        words = self.kernel, f"K={self.key_dim}", f"V={self.value_dim}", f"gates={self.gates}"
+        return " ".join((*words, "delta" if self.whole_keys else "decay", "bf16" if self.short else "fp32"))
+
+
 SMALL = (86, 89, 120, 121)
 """Cards with 99 KiB of shared memory to a block, where data centers' have 163 or 227."""
 
-in_use: dict[str, Tiling] = {}
-"""The tilings of the kernels that have run, by `tuning_key`. `lasp tune` puts in what it tries."""
+in_use: dict[Work, Tiling] = {}
+"""The tilings of the kernels that have run. `lasp tune` puts in what it tries."""
 
 
-def tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
-    """The measured tiling of a kernel, or the default one. whole_keys: all channels of the keys in one tile."""
-    key = tuning_key(kernel, key_dim, value_dim, gates, whole_keys)
-    if key not in in_use:
-        in_use[key] = measured().get(key) or default_tiling(kernel, key_dim, value_dim, gates, whole_keys)
-    return in_use[key]
+def tiling(work: Work) -> Tiling:
+    """The measured tiling of a kernel, or the default one."""
+    if work not in in_use:
+        in_use[work] = measured().get(str(work)) or default_tiling(work)
+    return in_use[work]
 
 
-def default_tiling(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> Tiling:
+def default_tiling(work: Work) -> Tiling:
     """What keeps everything in registers at 64 and 128 channels in bf16 (`lasp bench kernels --compile-only`).
 
     A gradient of keys is many tiles at once, and decays per channel are tiles of their own: less of each, or 8 warps.
     Cards before sm_90 multiply out of registers, later ones out of shared memory.
     """
-    per_channel, hopper = gates == 2, architecture() >= 90
-    if whole_keys:  # the state's channels of one program, all of them
-        value = 16 if per_channel and key_dim > 64 else 32
-        crowded = architecture() in SMALL or (per_channel and key_dim > 128)
-        return Tiling(_power(key_dim, 256), _power(value_dim, value), warps=8, stages=1 if crowded else 2)
-    if kernel == "grad_keys":
-        key, value = (32, 32) if per_channel else (64, 64)
-        return Tiling(_power(key_dim, key if hopper else key // 2), _power(value_dim, value), warps=8, stages=2)
-    if kernel == "grad_solve":
-        return Tiling(_power(key_dim, 64), _power(value_dim, 32), warps=4, stages=2)
-    warps = 4 if gates == 1 and kernel != "solve" else 8  # without decays 4 make the assembler save registers and spill
+    key, value, warps, stages = _default(work, architecture())
+    # Tiles of fp32 operands take twice the shared memory, which leaves no room for a second stage.
+    return Tiling(_power(work.key_dim, key), _power(work.value_dim, value), warps, stages if work.short else 1)
+
+
+def _default(work: Work, architecture: int) -> tuple[int, int, int, int]:
+    """Most channels of keys and of values to a tile, warps and stages."""
+    per_channel, hopper = work.gates == 2, architecture >= 90
+    if work.whole_keys:  # the state's channels of one program, all of them
+        crowded = architecture in SMALL or (per_channel and work.key_dim > 128)
+        return 256, 16 if per_channel and work.key_dim > 64 else 32, 8, 1 if crowded else 2
+    if work.kernel == "grad_keys":
+        most = 32 if per_channel else 64
+        return most if hopper else most // 2, most, 8, 2
+    if work.kernel == "grad_solve":
+        return 64, 32, 4, 2
+    # Without decays 4 warps make the assembler save registers and spill.
+    warps = 4 if work.gates == 1 and work.kernel != "solve" else 8
     # A loop over chunks looks up where each lies before it loads it: a stage for either.
-    stages = 3 if kernel in ("carry", "carry_back") else 2
-    return Tiling(_power(key_dim, 64), _power(value_dim, 64), warps, stages)
+    return 64, 64, warps, 3 if work.kernel in ("carry", "carry_back") else 2
 
 
 def _power(size: int, most: int) -> int:
@@ -76,15 +98,6 @@ def architecture() -> int:
 # What was measured --------------------------------------------------------------------------------------------------
 
 
-def tuning_key(kernel: str, key_dim: int, value_dim: int, gates: int, whole_keys: bool) -> str:
-    return f"{kernel} K={key_dim} V={value_dim} gates={gates}{' delta' if whole_keys else ''}"
-
-
-def has_whole_keys(key: str) -> bool:
-    """Whether a key of the above says so."""
-    return key.endswith(" delta")
-
-
 def cache_file() -> Path:
     """One per kind of card and version of Triton, in ~/.cache/lasp."""
     card = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
@@ -94,7 +107,7 @@ def cache_file() -> Path:
 
 @cache
 def measured() -> dict[str, Tiling]:
-    """What `lasp tune` has written, read once."""
+    """What `lasp tune` has written, by the `Work` it is for, read once."""
     file = cache_file()
     if not file.exists():
         return {}
@@ -109,11 +122,12 @@ def origin() -> str:
     return f"{len(measured())} that `lasp tune` measured, in {file}, and the defaults"
 
 
-def save(tilings: dict[str, Tiling]) -> Path:
+def save(tilings: dict[Work, Tiling]) -> Path:
     """Add to what was measured, and return the file."""
     file = cache_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: asdict(one) for name, one in (measured() | tilings).items()}
+    known = measured() | {str(work): one for work, one in tilings.items()}
+    values = {name: asdict(one) for name, one in known.items()}
     file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     measured.cache_clear()
     in_use.clear()

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from lasp.kernels import tuning
-from lasp.kernels.tuning import Tiling
+from lasp.kernels.tuning import Tiling, Work
 from lasp.launch.bench.kernels import Shape
 from lasp.launch.bench.mixers import MIXERS, Mixer
 from lasp.launch.bench.timing import Contestant, occupy_card
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = Shape(1, options.tokens, options.heads, dim)
         chosen = tune_step(training_step(MIXERS[name], shape), partial(kernel_seconds, repeat=options.repeat))
         file = tuning.save(chosen)
-        for key, tiling in chosen.items():
-            print(f"{name}: {key}: {tiling}", flush=True)
+        for work, tiling in chosen.items():
+            print(f"{name}: {work}: {tiling}", flush=True)
     print(f"written to {file}")
     return 0
 
@@ -66,21 +66,21 @@ def training_step(mixer: Mixer, shape: Shape) -> Contestant:
     return step
 
 
-def tune_step(step: Contestant, timer: Callable[[Contestant], dict[str, float]]) -> dict[str, Tiling]:
-    """The best tiling of every kernel that a step launches, by `tuning_key`.
+def tune_step(step: Contestant, timer: Callable[[Contestant], dict[str, float]]) -> dict[Work, Tiling]:
+    """The best tiling of every kernel that a step launches.
 
     timer: the seconds of each kernel of a step, by its name.
     """
     tuning.in_use.clear()
     step()
     defaults = dict(tuning.in_use)
-    for key, tiling in defaults.items():
+    for work, tiling in defaults.items():
 
-        def seconds(candidate: Tiling, key: str = key) -> float:
-            tuning.in_use[key] = candidate
-            return timer(step).get(key.split()[0], MISFIT)
+        def seconds(candidate: Tiling, work: Work = work) -> float:
+            tuning.in_use[work] = candidate
+            return timer(step).get(work.kernel, MISFIT)
 
-        tuning.in_use[key] = climb(tiling, seconds, whole_keys=tuning.has_whole_keys(key))
+        tuning.in_use[work] = climb(tiling, seconds, work.whole_keys)
     return dict(tuning.in_use)
 
 
@@ -107,33 +107,25 @@ def neighbours(tiling: Tiling, whole_keys: bool) -> Iterator[Tiling]:
             if 16 <= size <= 128:
                 yield replace(tiling, **{name: size})
     yield replace(tiling, warps=12 - tiling.warps)
-    yield replace(tiling, stages=5 - tiling.stages)
+    yield replace(tiling, stages=3 if tiling.stages == 2 else 2)
 
 
 def kernel_seconds(step: Contestant, repeat: int) -> dict[str, float]:
-    """Median seconds of each kernel in a step; nothing where one of them does not fit.
-
-    fp32 inputs are cut into the same tiles and take twice the memory, so half of what there is must do.
-    """
-    from triton.runtime import driver
+    """Median seconds of each kernel in a step; nothing where one of them does not fit."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    there_is = driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
     try:
-        first = _launches(step)
+        _launches(step)  # compiles them
     except (OutOfResources, PTXASError):
-        return {}
-    if 2 * max(one.shared for one in first) > there_is:
         return {}
     rounds = [_totals(_launches(step)) for _ in range(repeat)]
     return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
 class _Launch(NamedTuple):
-    """A launch as it was seen: bytes of shared memory to a block, seconds by the GPU's own clock."""
+    """A launch as it was seen: seconds by the GPU's own clock."""
 
     kernel: str
-    shared: int
     seconds: float
 
 
@@ -148,14 +140,14 @@ def _launches(step: Contestant) -> list[_Launch]:
         start.record()
         compiled = launch(kernel, *arguments, **options)
         end.record()
-        seen.append((kernel.__name__, compiled.metadata.shared, start, end))
+        seen.append((kernel.__name__, start, end))
         return compiled
 
     occupy_card()  # so that the CPU is ahead of the GPU when the first kernel begins
     with mock.patch.object(JITFunction, "run", run):
         step()
     torch.cuda.synchronize()
-    return [_Launch(name, shared, start.elapsed_time(end) / 1e3) for name, shared, start, end in seen]
+    return [_Launch(name, start.elapsed_time(end) / 1e3) for name, start, end in seen]
 
 
 def _totals(launches: list[_Launch]) -> dict[str, float]:

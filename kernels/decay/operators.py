@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.decay import triton as kernels
-from lasp.kernels.tuning import Tiling, tiling
+from lasp.kernels.tuning import Tiling, Work, tiling
 
 
 def operator(function: Callable[..., Any]) -> Any:
@@ -66,20 +66,19 @@ def launch(
             f"Triton's kernels take at most {MOST_PROGRAMS} heads x batch, got {grid[-1]}; backend='torch' takes any"
         )
     some = next(x for x in tensors if x is not None)
-    # Tiles of fp32 operands take twice the shared memory, which leaves no room for a second stage.
-    stages = 1 if constants.get("OPERAND") == tl.float32 else tile.stages
     constants |= {"BK": tile.key, "BV": tile.value}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     arguments = [some if x is None else x for x in tensors]
     if 0 in grid:
         return
     with torch.cuda.device(some.device) if some.is_cuda else nullcontext():
-        kernel[tuple(grid)](*arguments, *numbers, **constants, num_warps=tile.warps, num_stages=stages)
+        kernel[tuple(grid)](*arguments, *numbers, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def sized(kernel: Any, constants: dict[str, Any], whole_keys: bool = False) -> Tiling:
-    """The tiling of a kernel for its sizes."""
-    return tiling(kernel.__name__, constants["K"], constants["V"], constants.get("GATES", 0), whole_keys)
+    """The tiling of a kernel for its constants."""
+    short = constants.get("OPERAND") != tl.float32
+    return tiling(Work(kernel.__name__, constants["K"], constants["V"], constants.get("GATES", 0), whole_keys, short))
 
 
 @operator
@@ -109,13 +108,12 @@ def carry(
     exact: products of fp32 operands even where the inputs are shorter.
     """
     states, written, ends = _carried(k, v, erased, chunks, segments, heads, value_dim, store)
-    constants = sizes(k, k, v, sums, heads, value_dim, size)
+    constants = sizes(k, k, v, sums, heads, value_dim, size) | numerics(torch.float32 if exact else k.dtype)
     flags = {"DELTA": erased is not None, "VALUES": v is not None, "START": starts is not None, "STORE": store}
     tile = sized(kernels.carry, constants, whole_keys=erased is not None)
     grid = (len(segments), tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value), k.shape[0] * heads)
     tensors = (k, v, sums, erased, starts, states, written, ends, chunks, segments)
-    precision = numerics(torch.float32 if exact else k.dtype)
-    launch(kernels.carry, tile, grid, tensors, k.shape[0], k.shape[1], **constants, **flags, **precision)
+    launch(kernels.carry, tile, grid, tensors, k.shape[0], k.shape[1], **constants, **flags)
     return states, written, ends
 
 
@@ -135,13 +133,13 @@ def carry_back(
     """Carry gradients of states back: those that leave chunks (store), of what tokens write, those at the starts."""
     value_dim = grad.shape[3]
     states, written, ends = _carried(k, grad_written, erased, chunks, segments, heads, value_dim, store)
-    constants = sizes(q, k, None, sums, heads, value_dim, size)
+    constants = sizes(q, k, None, sums, heads, value_dim, size) | numerics(k.dtype)
     flags = {"DELTA": erased is not None, "START": starts is not None, "STORE": store}
     tile = sized(kernels.carry_back, constants, whole_keys=erased is not None)
     grid = (len(segments), tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value), k.shape[0] * heads)
     tensors = (q, k, grad, sums, erased, grad_written, starts, states, written, ends, chunks, segments)
     numbers = (*k.shape[:2], scale)
-    launch(kernels.carry_back, tile, grid, tensors, *numbers, **constants, **flags, **numerics(k.dtype))
+    launch(kernels.carry_back, tile, grid, tensors, *numbers, **constants, **flags)
     return states, written, ends
 
 
@@ -172,12 +170,12 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Outputs [B, T, HO, V]: from inside the chunks, from the states that enter them, and `before` if it is given."""
     output = _output(q, v, heads, dtype)
-    constants = sizes(q, k, v, sums, heads, v.shape[3], size)
+    constants = sizes(q, k, v, sums, heads, v.shape[3], size) | numerics(k.dtype)
     flags = {"STRICT": strict, "INSIDE": inside, "READ": states is not None, "ADD": before is not None}
     tile = sized(kernels.attend, constants)
     grid = (tiles(v.shape[3], tile.value) * len(chunks), q.shape[0] * constants["HO"])
     tensors = (q, k, v, sums, states, before, output, chunks)
-    launch(kernels.attend, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags, **numerics(k.dtype))
+    launch(kernels.attend, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags)
     return output
 
 
@@ -200,12 +198,12 @@ def grad_values(
 ) -> Tensor:  # fmt: skip
     """Gradients of each state's values [B, T, H, V]: from inside the chunks, and from gradients that leave them."""
     dv = grad.new_empty((*q.shape[:2], heads, grad.shape[3]), dtype=dtype)
-    constants = sizes(q, k, None, sums, heads, grad.shape[3], size)
+    constants = sizes(q, k, None, sums, heads, grad.shape[3], size) | numerics(k.dtype)
     tile = sized(kernels.grad_values, constants)
     grid = (tiles(grad.shape[3], tile.value) * len(chunks), q.shape[0] * heads)
     flags = {"INSIDE": inside, "CARRIED": grad_states is not None}
     tensors = (q, k, grad, sums, grad_states, dv, chunks)
-    launch(kernels.grad_values, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags, **numerics(k.dtype))
+    launch(kernels.grad_values, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags)
     return dv
 
 
@@ -228,7 +226,7 @@ def grad_keys(
     grad: of the output, for what queries see inside their chunk and read of `states`; grad_states: those that leave
     the chunks, for what keys carry to the end.
     """
-    constants = sizes(q, k, v, sums, heads, v.shape[3], size)
+    constants = sizes(q, k, v, sums, heads, v.shape[3], size) | numerics(k.dtype)
     tile = sized(kernels.grad_keys, constants)
     parts = tiles(k.shape[3], tile.key) if constants["GATES"] == 1 else 1
     dq, dk, dgates = _key_grads(q, k, grad, sums, heads, trained, dtype, parts)
@@ -236,7 +234,7 @@ def grad_keys(
     flags = {"STRICT": strict, "INSIDE": inside, "READ": grad is not None, "CARRIED": grad_states is not None}
     flags |= {"TRAINED": trained}
     tensors = (q, k, v, grad, sums, states, grad_states, dq, dk, dgates, chunks)
-    launch(kernels.grad_keys, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags, **numerics(k.dtype))
+    launch(kernels.grad_keys, tile, grid, tensors, *q.shape[:2], scale, **constants, **flags)
     return dq, dk, dgates[0] if parts == 1 else dgates.sum(0)
 
 

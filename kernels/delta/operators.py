@@ -15,11 +15,11 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of each chunk's system [B, T, H, size], U [B, T, H, V] and W [B, T, H, K]; beta [B, T, HB]."""
     inverse, written, erased = _solved(k, v, beta, sums, chunks, heads, size)
-    constants = sizes(k, k, v, sums, heads, v.shape[3], size) | {"HB": beta.shape[2]}
+    constants = sizes(k, k, v, sums, heads, v.shape[3], size) | {"HB": beta.shape[2]} | numerics(k.dtype)
     tile = sized(kernels.solve, constants)
     tensors = (k, v, beta, sums, torch.empty_like(inverse), inverse, written, erased, chunks)
     grid = (len(chunks), k.shape[0] * heads)
-    launch(kernels.solve, tile, grid, tensors, k.shape[1], **constants, **numerics(k.dtype))
+    launch(kernels.solve, tile, grid, tensors, k.shape[1], **constants)
     return inverse, written, erased
 
 
@@ -43,13 +43,13 @@ def grad_solve(
     """The gradients of each state's values [B, T, H, V] and rates [B, T, H, 1]. error: [B, T, H, V]."""
     batch, length, heads, value_dim = error.shape
     constants = {"HB": beta.shape[2], "H": heads, "V": value_dim, "K": value_dim, "C": inverse.shape[3]}
+    constants |= numerics(grad_written.dtype)
     tile = sized(kernels.grad_solve, constants)
     dv = torch.empty_like(error)
     dbeta = error.new_empty((tiles(value_dim, tile.value), batch, length, heads, 1), dtype=torch.float32)
     grid = (len(dbeta) * len(chunks), batch * heads)
     tensors = (inverse, beta, grad_written, error, dv, dbeta, chunks)
-    precision = numerics(grad_written.dtype)
-    launch(kernels.grad_solve, tile, grid, tensors, batch, length, **constants, **precision)
+    launch(kernels.grad_solve, tile, grid, tensors, batch, length, **constants)
     return dv, dbeta.sum(0)
 
 

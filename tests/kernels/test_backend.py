@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import lasp
 from lasp.kernels import backend, tuning
-from lasp.kernels.tuning import Tiling
+from lasp.kernels.tuning import Tiling, Work
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -44,15 +45,21 @@ def test_the_report_says_what_runs_on_a_cpu_and_why() -> None:
 
 
 def test_tilings_come_from_what_was_measured_and_else_from_the_defaults(home: Path) -> None:
-    arguments = ("attend", 128, 128, 1, False)
-    default = tuning.default_tiling(*arguments)
-    assert tuning.tiling(*arguments) == default
+    work = Work("attend", 128, 128, 1, whole_keys=False, short=True)
+    default = tuning.default_tiling(work)
+    assert tuning.tiling(work) == default
     assert tuning.origin() == f"the defaults: `lasp tune` has not written {tuning.cache_file()}"
     measured = Tiling(32, 32, warps=2, stages=4)
-    file = tuning.save({tuning.tuning_key(*arguments): measured})
+    file = tuning.save({work: measured})
     assert file.parent == home / ".cache" / "lasp"
-    assert tuning.tiling(*arguments) == measured != default
-    assert tuning.tiling("carry", 128, 128, 1, False) == tuning.default_tiling("carry", 128, 128, 1, False)
+    assert tuning.tiling(work) == measured != default
+    for other in (replace(work, kernel="carry"), replace(work, short=False)):
+        assert tuning.tiling(other) == tuning.default_tiling(other)
     assert tuning.origin() == f"1 that `lasp tune` measured, in {file}, and the defaults"
-    tuning.save({tuning.tuning_key("carry", 128, 128, 1, False): measured})
+    tuning.save({replace(work, kernel="carry"): measured})
     assert len(tuning.measured()) == 2
+
+
+def test_fp32_operands_leave_no_room_for_a_second_stage() -> None:
+    work = Work("attend", 128, 128, 1, whole_keys=False, short=True)
+    assert tuning.default_tiling(work).stages > tuning.default_tiling(replace(work, short=False)).stages == 1
