@@ -1,17 +1,21 @@
 """Our Triton kernels on one GPU, beside flash-linear-attention, FlashAttention and what the card can do at most.
 
 First every mixer is checked on a short sequence against PyTorch in fp64. Then it is timed in bf16, forward without and
-with backward, by the GPU's own clock: medians of interleaved rounds. The floor of memory is the time in which this card
-copies the bytes that must move, that of arithmetic the time in which it does the operations as one large product.
+with backward, by the GPU's own clock: medians. The floor of memory is the time in which this card copies the bytes that
+must move, that of arithmetic the time in which it does the operations as one large product. At last ours and the peer's
+take turns, mixer by mixer: the peer compiles hundreds of variants of its kernels to choose from, which takes minutes,
+and Triton keeps the choice on disk. What the minutes do not suffice for is left out, and is quick in the next run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +23,7 @@ from torch import Tensor
 from lasp.launch.bench.kernels import Shape
 from lasp.launch.bench.mixers import MIXERS, Mixer, has_peer
 from lasp.launch.bench.table import markdown
-from lasp.launch.bench.timing import Contestant, card_seconds, interleave
+from lasp.launch.bench.timing import Contestant, card_seconds, interleave, time_limit
 
 SHAPES = (
     Shape(1, 32768, 32, 128),  # first what matters most: the time may not suffice for all
@@ -28,33 +32,68 @@ SHAPES = (
     Shape(1, 8192, 32, 128),
     Shape(8, 2048, 16, 128),
 )
-CHECKED = Shape(1, 1000, 4, 128)
+CHECKED = Shape(1, 1008, 32, 128)  # takes the kernels that are compiled for the first above
 TOLERANCE = 1e-2
 """Root mean square of an error over that of the value, in bf16: outputs and gradients."""
+
+Turn = TypeVar("Turn", bound=tuple[Any, ...])
+Result = TypeVar("Result")
 
 PASSES = ("forward", "forward and backward")
 
 
 def add_options(parser: argparse._ActionsContainer) -> None:
     """How long it may take."""
-    parser.add_argument("--minutes", type=float, default=7, help="no new measurement begins later")
+    parser.add_argument("--minutes", type=float, default=7, help="nothing is measured later")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Errors, seconds and shares of the floors; what the minutes do not suffice for is left out, and listed."""
-    deadline = time.monotonic() + 60 * options.minutes
-    checks = {name: check(mixer, CHECKED, "cuda") for name, mixer in MIXERS.items() if name in options.mixers}
+    end = time.monotonic() + 60 * options.minutes
+    checks = {name: check(MIXERS[name], CHECKED, "cuda") for name in options.mixers}
     ceilings = measure_ceilings()
-    cases = [(shape, name) for shape in SHAPES for name in (*options.mixers, "softmax")]
-    rows, left_out = [], []
-    for shape, name in cases:
-        if time.monotonic() > deadline:
+    timed: dict[tuple[str, Shape], dict[str, Any]] = {}
+    left_out = []
+    for shape, name in itertools.product(SHAPES, (*options.mixers, "softmax")):
+        if time.monotonic() > end:
             left_out.append([name, vars(shape)])
         elif name == "softmax":
-            rows.append(row(name, shape, time_attention(shape, options.repeat)))
+            timed[name, shape] = row(name, shape, time_attention(shape, options.repeat))
         else:
-            rows.append(time_mixer(MIXERS[name], shape, options.repeat, ceilings))
-    return {"card": card(), "ceilings": ceilings, "checks": checks, "rows": rows, "left_out": left_out}
+            timed[name, shape] = time_mixer(MIXERS[name], shape, options.repeat, ceilings)
+    if has_peer():
+        mixers = [(MIXERS[name], shape) for name, shape in timed if name != "softmax"]
+        compare = partial(compare_mixer, repeat=options.repeat, ceilings=ceilings, checks=checks)
+        compared = until(end, mixers, compare)
+        timed |= {(one["mixer"], shape): one for (_, shape), one in compared.items()}
+        left_out += [[f"fla's {mixer.name}", vars(shape)] for mixer, shape in mixers if (mixer, shape) not in compared]
+    return {"card": card(), "ceilings": ceilings, "checks": checks, "rows": list(timed.values()), "left_out": left_out}
+
+
+def until(end: float, turns: Sequence[Turn], take: Callable[..., Result]) -> dict[Turn, Result]:
+    """What taking each turn returns; at the end of time, in `time.monotonic` seconds, the one that goes on is cut off.
+
+    Backward passes run in this thread meanwhile, since in another nothing could stop them.
+    """
+    found: dict[Turn, Result] = {}
+    with torch.autograd.set_multithreading_enabled(False):
+        for turn in turns:
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            with suppress(TimeoutError), time_limit(left):
+                found[turn] = take(*turn)
+    return found
+
+
+def compare_mixer(
+    mixer: Mixer, shape: Shape, repeat: int, ceilings: dict[str, float], checks: dict[str, Any]
+) -> dict[str, Any]:
+    """The peer's errors, which go to `checks` if they are not there, and both libraries' times."""
+    errors = checks[mixer.name]["errors"]
+    if "fla" not in errors:
+        errors["fla"] = find_errors(mixer, CHECKED, "cuda", mixer.theirs)
+    return time_mixer(mixer, shape, repeat, ceilings, mixer.theirs)
 
 
 def card() -> dict[str, str]:
@@ -73,21 +112,22 @@ def card() -> dict[str, str]:
 
 
 def check(mixer: Mixer, shape: Shape, device: str, backend: str = "triton") -> dict[str, Any]:
-    """Relative errors of output and gradients against PyTorch in fp64 from the same inputs: ours, and a peer's."""
+    """Our relative errors, and whether they are small."""
+    errors = find_errors(mixer, shape, device, partial(mixer.ours, backend=backend))
+    return {"errors": {"lasp": errors}, "passed": not isinstance(errors, str) and max(errors) < TOLERANCE}
+
+
+def find_errors(mixer: Mixer, shape: Shape, device: str, run: Callable[..., Tensor]) -> list[float] | str:
+    """Relative errors of output and gradients against PyTorch in fp64, from the same inputs; a text if `run` fails."""
     inputs = mixer.inputs(shape, device)
     exact = _results(partial(mixer.ours, backend="torch"), [x.double() for x in inputs], mixer)
-    contestants: dict[str, Callable[..., Tensor]] = {"lasp": partial(mixer.ours, backend=backend)}
-    if has_peer():
-        contestants["fla"] = mixer.theirs
-    errors: dict[str, Any] = {}
-    for name, run in contestants.items():
-        try:
-            found = _results(run, inputs, mixer)
-            errors[name] = [relative_error(*pair) for pair in zip(found, exact, strict=True)]
-        except Exception as error:  # a contestant that fails is a line of the table
-            errors[name] = f"{type(error).__name__}: {error}"
-    ours = errors["lasp"]
-    return {"errors": errors, "passed": not isinstance(ours, str) and max(ours) < TOLERANCE}
+    try:
+        found = _results(run, inputs, mixer)
+    except TimeoutError:
+        raise
+    except Exception as error:  # a contestant that fails is a line of the table
+        return f"{type(error).__name__}: {error}"
+    return [relative_error(*pair) for pair in zip(found, exact, strict=True)]
 
 
 def _results(run: Callable[..., Tensor], inputs: list[Tensor], mixer: Mixer) -> list[Tensor]:
@@ -125,12 +165,14 @@ def _ignore(result: Tensor) -> None:
     """A contestant returns nothing."""
 
 
-def time_mixer(mixer: Mixer, shape: Shape, repeat: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Ours and a peer's seconds, and the shares that the two floors have of ours."""
+def time_mixer(
+    mixer: Mixer, shape: Shape, repeat: int, ceilings: dict[str, float], theirs: Callable[..., Tensor] | None = None
+) -> dict[str, Any]:
+    """Our seconds and a peer's, and the shares that the two floors have of ours."""
     inputs = mixer.inputs(shape, "cuda")
     functions: dict[str, Callable[..., Tensor]] = {"lasp": partial(mixer.ours, backend="triton")}
-    if has_peer():
-        functions["fla"] = mixer.theirs
+    if theirs is not None:
+        functions["fla"] = theirs
     found = row(mixer.name, shape, time_passes(functions, inputs, mixer.trained(inputs), repeat))
     found["shares"] = shares(mixer, shape, inputs, found["seconds"]["lasp"], ceilings)
     return found
@@ -168,6 +210,8 @@ def time_passes(
         try:
             for run in both.values():
                 run()
+        except TimeoutError:
+            raise
         except Exception as error:  # a contestant that fails is a line of the table
             seconds[name] = f"{type(error).__name__}: {error}"
         else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import signal
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +41,25 @@ def occupy_card(products: int = 4) -> None:
     square = torch.empty(8192, 8192, dtype=torch.bfloat16, device="cuda")
     for _ in range(products):
         torch.mm(square, square)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what is done here, in Python on the main thread, once the seconds are over.
+
+    Again each second, for where an exception is not passed on.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def interleave(

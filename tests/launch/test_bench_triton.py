@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import tests.interpreter  # noqa: F401 - before the kernels are imported
 from lasp.launch.bench import cuda, main
 from lasp.launch.bench.compilation import SHARED_LIMITS, beyond, table
 from lasp.launch.bench.kernels import Shape
-from lasp.launch.bench.mixers import MIXERS
+from lasp.launch.bench.mixers import MIXERS, Mixer
 
 SMALL = Shape(1, 70, 1, 16)
 
@@ -107,6 +109,62 @@ def test_both_passes_are_timed_and_a_failure_is_told() -> None:
     functions = {"lasp": partial(mixer.ours, backend="torch"), "fla": fail}
     found = cuda.time_passes(functions, inputs, mixer.trained(inputs), 3, clock=seconds)
     assert found == {"lasp": {"forward": 4.0, "forward and backward": 5.0}, "fla": "ValueError: not this head dim"}
+
+
+def test_ours_are_measured_before_the_peer_tunes_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer's first mixer is quick, its second takes more time than there is."""
+    done = []
+
+    def time_mixer(mixer: Mixer, shape: Shape, repeat: int, ceilings: dict, theirs: object = None) -> dict:
+        rivals = ["lasp"] if theirs is None else ["lasp", "fla"]
+        done.append((mixer.name, rivals))
+        if "fla" in rivals and mixer.name == "KDA":
+            time.sleep(60)
+        return cuda.row(mixer.name, shape, {rival: {} for rival in rivals})
+
+    for name, fake in {
+        "time_mixer": time_mixer,
+        "time_attention": lambda shape, repeat: {"flash attention": {}},
+        "check": lambda *rest: {"errors": {"lasp": [0.0]}, "passed": True},
+        "find_errors": lambda *rest: [0.1],
+        "measure_ceilings": dict,
+        "card": dict,
+        "has_peer": lambda: True,
+        "SHAPES": cuda.SHAPES[:1],
+    }.items():
+        monkeypatch.setattr(cuda, name, fake)
+    options = Namespace(mixers=["basic", "KDA", "GLA"], minutes=2 / 60, repeat=1)
+    found = cuda.measure(options)
+    assert [rivals for _, rivals in done] == [["lasp"]] * 3 + [["lasp", "fla"]] * 2
+    rows = {one["mixer"]: list(one["seconds"]) for one in found["rows"]}
+    assert rows == {"basic": ["lasp", "fla"], "KDA": ["lasp"], "GLA": ["lasp"], "softmax": ["flash attention"]}
+    assert [name for name, _ in found["left_out"]] == ["fla's KDA", "fla's GLA"]
+    assert found["checks"]["basic"]["errors"] == {"lasp": [0.0], "fla": [0.1]}
+
+
+def test_the_turn_that_goes_on_at_the_end_is_cut_off() -> None:
+    """Also in a backward pass."""
+
+    class Sleeper(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+            time.sleep(60)
+            return grad
+
+    def take(name: str, sleeps: bool) -> str:
+        x = torch.ones(1, requires_grad=True)
+        if sleeps:
+            cuda.time_passes({name: Sleeper.apply}, [x], [x], 1, clock=lambda run: 0.0)
+        return name.upper()
+
+    start = time.monotonic()
+    found = cuda.until(start + 1, [("a", False), ("b", True), ("c", False)], take)
+    assert found == {("a", False): "A"}
+    assert 1 <= time.monotonic() - start < 30
 
 
 def test_operations_and_traffic_of_a_decay_mixer() -> None:
