@@ -24,19 +24,24 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Work:
-    """What a tiling is for. gates: 0 none, 1 per head, 2 per channel; whole_keys: all channels of the keys in one tile
-    (a delta rule's chain); short: bf16 is multiplied, else fp32 in three products of tf32."""
+    """What a tiling is for.
+
+    gates: 0 none, 1 per head, 2 per channel; whole_keys: all channels of the keys in one tile (a delta rule's chain);
+    wide: values are longer than keys (what a delta rule's tokens write); short: bf16 is multiplied, else fp32 in three
+    products of tf32.
+    """
 
     kernel: str
     key_dim: int
     value_dim: int
     gates: int
     whole_keys: bool
+    wide: bool
     short: bool
 
     def __str__(self) -> str:
-        words = self.kernel, f"K={self.key_dim}", f"V={self.value_dim}", f"gates={self.gates}"
-        return " ".join((*words, "delta" if self.whole_keys else "decay", "bf16" if self.short else "fp32"))
+        numbers = f"{self.kernel} K={self.key_dim} V={self.value_dim} gates={self.gates}"
+        return " ".join([numbers, *(name for name in ("whole_keys", "wide", "short") if getattr(self, name))])
 
 
 SMALL = (86, 89, 120, 121)
@@ -64,11 +69,11 @@ def default_tiling(work: Work) -> Tiling:
     return Tiling(_power(work.key_dim, key), _power(work.value_dim, value), warps, stages if work.short else 1)
 
 
-def _default(work: Work, architecture: int) -> tuple[int, int, int, int]:
+def _default(work: Work, card: int) -> tuple[int, int, int, int]:
     """Most channels of keys and of values to a tile, warps and stages."""
-    per_channel, hopper = work.gates == 2, architecture >= 90
+    per_channel, hopper = work.gates == 2, card >= 90
     if work.whole_keys:  # the state's channels of one program, all of them
-        crowded = architecture in SMALL or (per_channel and work.key_dim > 128)
+        crowded = card in SMALL or (per_channel and work.key_dim > 128)
         return 256, 16 if per_channel and work.key_dim > 64 else 32, 8, 1 if crowded else 2
     if work.kernel == "grad_keys":
         most = 32 if per_channel else 64

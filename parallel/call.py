@@ -33,7 +33,7 @@ def begin_call(group: SequenceGroup | None, check: Callable[[], Arguments]) -> C
         return _trusted_lengths(group, _found(check))
     try:
         arguments = _found(check)
-        agreement = group.agree(arguments.fields, tokens=arguments.tokens)
+        agreement = group.agree(_short(arguments.fields), tokens=arguments.tokens)
     except ValueError as error:  # any mistake of one rank must reach the others, which wait for its header
         group.agree({}, str(error)).wait()
         raise
@@ -50,9 +50,12 @@ def _found(check: Callable[[], Arguments]) -> Arguments:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def fingerprint(values: tuple[int, ...]) -> str:
-    """A short hash of integers, for a header."""
-    return hashlib.sha256(",".join(map(str, values)).encode()).hexdigest()[:16]
+def _short(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields for a header: the bounds of documents, which may be thousands, as a short hash."""
+    bounds = fields.get("cu_seqlens")
+    if bounds is None:
+        return fields
+    return fields | {"cu_seqlens": hashlib.sha256(",".join(map(str, bounds)).encode()).hexdigest()[:16]}
 
 
 def _enough(lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""Triton on a CPU: its interpreter, with what it gets wrong about bf16 put right.
+"""Triton on a CPU: its interpreter, with what it gets wrong about bf16 and tf32 put right.
 
-It cuts digits off where every GPU rounds to the nearest, and multiplies the bits of bf16 as integers. `conftest.py`
-chooses the interpreter.
+Of bf16 it cuts digits off where every GPU rounds to the nearest, and multiplies the bits as integers; of tf32 it
+multiplies all digits of fp32, where a GPU may drop the last 13. `conftest.py` chooses the interpreter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ def _convert_float(data: np.ndarray, source: Any, target: Any, rounding: Any) ->
     return (rounded >> 16).astype(np.uint16).reshape(data.shape)
 
 
-def _create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-    return _dot(self, _widened(a), _widened(b), d, *options)
+def _create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *options: Any) -> Any:
+    a, b = _widened(a), _widened(b)
+    if str(precision).endswith("TF32") and a.dtype.scalar == tl.float32:
+        a, b = _shortened(a), _shortened(b)
+    return _dot(self, a, b, d, precision, *options)
+
+
+def _shortened(x: Any) -> Any:
+    """To tf32's digits."""
+    bits = np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
 def _widened(x: Any) -> Any:

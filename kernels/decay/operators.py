@@ -38,15 +38,22 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
 def sizes(
     q: Tensor, k: Tensor, v: Tensor | None, sums: Tensor | None, heads: int, value_dim: int, size: int
 ) -> dict[str, Any]:
-    """What kernels are compiled for: heads of the tensors, of the output (HO) and states (H), dims, and C tokens."""
+    """What kernels are compiled for: heads of the tensors, of the output (HO) and states (H), dims, and C tokens.
+
+    WIDE, which only tilings depend on: whether values are longer than keys.
+    """
     numbers = {"HQ": q.shape[2], "HK": k.shape[2], "HV": heads if v is None else v.shape[2], "H": heads}
     gates = 0 if sums is None else 1 if sums.shape[3] == 1 else 2
     numbers |= {"HG": heads if sums is None else sums.shape[2], "HO": max(heads, q.shape[2]), "GATES": gates}
+    numbers |= {"WIDE": v is not None and v.dtype != k.dtype}
     return numbers | {"K": k.shape[3], "V": value_dim, "C": size, "LEVELS": size.bit_length() - 1}
 
 
 MOST_PROGRAMS = 65535
 """CUDA's limit for all dimensions of a grid but the first."""
+
+MOST_REGISTERS = 255
+"""What a thread can have."""
 
 
 def tiles(size: int, tile: int) -> int:
@@ -68,17 +75,21 @@ def launch(
     some = next(x for x in tensors if x is not None)
     constants |= {"BK": tile.key, "BV": tile.value}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if "segments" in kernel.arg_names:  # a card runs few of these at once, and saving registers would spill some
+        options["maxnreg"] = MOST_REGISTERS
     arguments = [some if x is None else x for x in tensors]
     if 0 in grid:
         return
     with torch.cuda.device(some.device) if some.is_cuda else nullcontext():
-        kernel[tuple(grid)](*arguments, *numbers, **constants, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[tuple(grid)](*arguments, *numbers, **constants, **options)
 
 
 def sized(kernel: Any, constants: dict[str, Any], whole_keys: bool = False) -> Tiling:
     """The tiling of a kernel for its constants."""
-    short = constants.get("OPERAND") != tl.float32
-    return tiling(Work(kernel.__name__, constants["K"], constants["V"], constants.get("GATES", 0), whole_keys, short))
+    wide, short = constants.get("WIDE", False), constants.get("OPERAND") != tl.float32
+    gates = constants.get("GATES", 0)
+    return tiling(Work(kernel.__name__, constants["K"], constants["V"], gates, whole_keys, wide, short))
 
 
 @operator
@@ -108,8 +119,9 @@ def carry(
     exact: products of fp32 operands even where the inputs are shorter.
     """
     states, written, ends = _carried(k, v, erased, chunks, segments, heads, value_dim, store)
+    starts = torch.zeros_like(ends) if starts is None else starts
     constants = sizes(k, k, v, sums, heads, value_dim, size) | numerics(torch.float32 if exact else k.dtype)
-    flags = {"DELTA": erased is not None, "VALUES": v is not None, "START": starts is not None, "STORE": store}
+    flags = {"DELTA": erased is not None, "VALUES": v is not None, "STORE": store}
     tile = sized(kernels.carry, constants, whole_keys=erased is not None)
     grid = (len(segments), tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value), k.shape[0] * heads)
     tensors = (k, v, sums, erased, starts, states, written, ends, chunks, segments)
@@ -133,8 +145,9 @@ def carry_back(
     """Carry gradients of states back: those that leave chunks (store), of what tokens write, those at the starts."""
     value_dim = grad.shape[3]
     states, written, ends = _carried(k, grad_written, erased, chunks, segments, heads, value_dim, store)
+    starts = torch.zeros_like(ends) if starts is None else starts
     constants = sizes(q, k, None, sums, heads, value_dim, size) | numerics(k.dtype)
-    flags = {"DELTA": erased is not None, "START": starts is not None, "STORE": store}
+    flags = {"DELTA": erased is not None, "STORE": store}
     tile = sized(kernels.carry_back, constants, whole_keys=erased is not None)
     grid = (len(segments), tiles(k.shape[3], tile.key) * tiles(value_dim, tile.value), k.shape[0] * heads)
     tensors = (q, k, grad, sums, erased, grad_written, starts, states, written, ends, chunks, segments)

@@ -72,13 +72,27 @@ def load_sums(sums, row, start, length, b, h, T, H: tl.constexpr, D: tl.constexp
 
 @triton.constexpr_function
 def operand(values, OPERAND):
-    """The dtype in which values are read and carried: what a delta rule's tokens write is fp32, and is not rounded."""
+    """The dtype in which values are multiplied: what a delta rule's tokens write is fp32, and is not rounded."""
     return tl.float32 if values.dtype.element_ty == tl.float32 else OPERAND
 
 
 @triton.jit
 def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
+
+
+@triton.jit
+def exact_product(a, b, PRECISION: tl.constexpr):
+    """A product with an fp32 tile b, which is its three bf16 parts. Those of a would not fit into registers as well."""
+    if PRECISION == "tf32x3" and a.dtype == tl.bfloat16:
+        first = b.to(tl.bfloat16)
+        rest = b - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+        total = tl.dot(a, first) + tl.dot(a, second) + tl.dot(a, third)
+    else:
+        total = product(a, b, tl.float32, PRECISION)
+    return total
 
 
 @triton.jit
@@ -220,7 +234,7 @@ def carry(
     k, v, sums, erased, starts, states, written, ends, chunks, segments, B, T,
     HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATES: tl.constexpr, DELTA: tl.constexpr,
-    VALUES: tl.constexpr, START: tl.constexpr, STORE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, STORE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry the state through a segment of chunks: `S <- exp(G_C)·S + K''^T v`, with K'' the keys decayed to the end.
 
@@ -234,22 +248,20 @@ def carry(
     hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
     # In fp32 the last product would not fit into registers beside decays per channel.
     LAST: tl.constexpr = OPERAND if GATES == 2 else operand(v, OPERAND)
-    state = tl.zeros([BK, BV], dtype=tl.float32)
-    if START:
-        state = load_state(starts, segment, b, B, h, H, K, V, d, e)
+    state = load_state(starts, segment, b, B, h, H, K, V, d, e)
     for chunk in range(tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)):
         start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
         if STORE:
             store_state(states, state, chunk, b, B, h, H, K, V, d, e)
-        keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
         values = tl.zeros([C, BV], dtype=tl.float32)
         if VALUES:
             values += load_rows(v, start, length, b, hv, T, HV, V, e, C)
         if DELTA:
             w = load_rows(erased, start, length, b, h, T, H, K, d, C)
-            values = values - product(w, state, tl.float32, PRECISION)
+            values = values - exact_product(w, state, PRECISION)
             if STORE:
                 store_rows(written, values, start, length, b, h, T, H, V, e, C)
+        keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
         keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
         state = over_chunk(state, sums, start, length, b, hg, T, HG, K, d, GATES)
         state += product(tl.trans(keys), values, LAST, PRECISION)
@@ -261,7 +273,7 @@ def carry_back(
     q, k, grad, sums, erased, grad_written, starts, states, written, ends, chunks, segments, B, T, scale,
     HQ: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATES: tl.constexpr,
-    DELTA: tl.constexpr, START: tl.constexpr, STORE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, STORE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state back: `dS <- exp(G_C)·dS + Q'^T do`, with Q' the queries decayed from the start.
 
@@ -276,9 +288,7 @@ def carry_back(
     GROUP: tl.constexpr = HO // H
     # The chain is in fp32, but for one product that would not fit into registers beside decays per channel.
     LAST: tl.constexpr = OPERAND if GATES == 2 else tl.float32
-    state = tl.zeros([BK, BV], dtype=tl.float32)
-    if START:
-        state = load_state(starts, segment, b, B, h, H, K, V, d, e)
+    state = load_state(starts, segment, b, B, h, H, K, V, d, e)
     first, last_chunk = tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)
     for step in range(last_chunk - first):
         chunk = last_chunk - 1 - step
@@ -433,6 +443,8 @@ def grad_keys(
     D: tl.constexpr = K if GATES == 2 else 1
     BD: tl.constexpr = BK if GATES == 2 else 1
     GROUP: tl.constexpr = HO // H
+    # As in `carry`: there is no room for more in fp32 beside decays per channel.
+    SEEN: tl.constexpr = OPERAND if GATES == 2 else operand(v, OPERAND)
     k_tile = load_rows(k, start, length, b, hk, T, HK, K, d, C)
     g = tl.zeros([C, BD], dtype=tl.float32)
     if GATES:
@@ -453,7 +465,7 @@ def grad_keys(
                     dq_total += product(do, tl.trans(state), OPERAND, PRECISION)
                 if INSIDE:
                     values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
-                    dp += product(do, tl.trans(values), OPERAND, PRECISION)
+                    dp += product(do, tl.trans(values), SEEN, PRECISION)
             dq_total *= scale
             if GATES:
                 dq_total *= tl.exp(g)

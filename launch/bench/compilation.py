@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,16 @@ def beyond(kernel: dict[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, as far as it decides what is compiled. types: of the arguments that are no constants."""
+    """One launch of a kernel, as far as it decides what is compiled.
+
+    types: of the arguments that are no constants; aligned: those of them that are multiples of 16. options: of Triton.
+    """
 
     kernel: Any
     types: tuple[tuple[str, str], ...]
+    aligned: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
-    warps: int
-    stages: int
+    options: tuple[tuple[str, int], ...]
 
     @property
     def name(self) -> str:
@@ -127,16 +130,15 @@ class Launch:
         signature = dict(self.types) | {name: "constexpr" for name, _ in self.constants}
         signature = {name: signature[name] for name in self.kernel.arg_names}
         places = {name: place for place, name in enumerate(self.kernel.arg_names)}
-        aligned = {(places[name],): [["tt.divisibility", 16]] for name, kind in self.types if kind.startswith("*")}
+        aligned = {(places[name],): [["tt.divisibility", 16]] for name in self.aligned}
         source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
-        options = {"num_warps": self.warps, "num_stages": self.stages}
         try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(self.options))
         except Exception as error:  # of any kind: the compiler's own, or its assembler's
             return {"error": _reason(error)}
-        sizes = dict(self.constants)
+        sizes, options = dict(self.constants), dict(self.options)
         tile = "x".join(str(sizes[name]) for name in ("BK", "BV") if name in sizes)
-        cut = {"tile": tile, "warps": self.warps, "stages": self.stages}
+        cut = {"tile": tile, "warps": options["num_warps"], "stages": options["num_stages"]}
         return cut | resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
 
 
@@ -161,17 +163,25 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
+LONG, PROCESSORS = 2048, 132
+"""Tokens, and programs that a card runs at once: enough for segments that are joined."""
+
+
 def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype, arch: int) -> list[Launch]:
     """What forward and backward launch with the default tilings, from an initial state and to a final one."""
-    inputs = [x.requires_grad_() for x in mixer.inputs(Shape(tokens=64, heads=16, dim=dim), "cpu", dtype)]
+    inputs = [x.requires_grad_() for x in mixer.inputs(Shape(tokens=LONG, heads=16, dim=dim), "cpu", dtype)]
     launches: list[Launch] = []
-    defaults = mock.patch.multiple(tuning, measured=dict, in_use={}, architecture=lambda: arch)
-    cpu_may_run = mock.patch.object(backend, "check_kernels")
-    with defaults, cpu_may_run, _written_down(launches.append):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(tuning, measured=dict, in_use={}, architecture=lambda: arch))
+        stack.enter_context(mock.patch.object(backend, "check_kernels"))
+        for module in ("decay", "delta"):
+            where = f"lasp.kernels.{module}.triton_recurrence.processors"
+            stack.enter_context(mock.patch(where, return_value=PROCESSORS))
+        stack.enter_context(_written_down(launches.append))
         state = torch.zeros(1, 16, dim, dim, requires_grad=True)
         output, final = mixer.ours(*inputs, backend="triton", initial_state=state, output_final_state=True)
         torch.autograd.grad((output, final), (*inputs, state), (output, final))
-    return launches
+    return list(dict.fromkeys(launches))
 
 
 @contextmanager
@@ -179,11 +189,14 @@ def _written_down(write: Callable[[Launch], None]) -> Iterator[None]:
     """Launches are told to `write`, and not made."""
     from triton.runtime import JITFunction
 
-    def run(
-        kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int, **rest: Any
-    ) -> None:
-        types = tuple((name, _type(x)) for name, x in zip(kernel.arg_names, arguments, strict=False))
-        write(Launch(kernel, types, tuple(rest.items()), num_warps, num_stages))
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **rest: Any) -> None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        ones = {name: 1 for name, x in named.items() if isinstance(x, int) and x == 1}  # constants, to Triton
+        types = tuple((name, _type(x)) for name, x in named.items() if name not in ones)
+        aligned = tuple(name for name, x in named.items() if isinstance(x, Tensor) or x % 16 == 0)
+        constants = ones | {name: value for name, value in rest.items() if name in kernel.arg_names}
+        options = {name: value for name, value in rest.items() if name not in kernel.arg_names}
+        write(Launch(kernel, types, aligned, tuple(constants.items()), tuple(options.items())))
 
     with mock.patch.object(JITFunction, "run", run):
         yield

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from lasp.launch.bench.kernels import Shape
 from lasp.launch.bench.mixers import MIXERS, Mixer, has_peer
 from lasp.launch.bench.table import markdown
-from lasp.launch.bench.timing import Contestant, card_seconds, interleave, time_limit
+from lasp.launch.bench.timing import Contestant, TimeIsUp, card_seconds, interleave, time_limit
 
 SHAPES = (
     Shape(1, 32768, 32, 128),  # first what matters most: the time may not suffice for all
@@ -44,12 +44,12 @@ PASSES = ("forward", "forward and backward")
 
 def add_options(parser: argparse._ActionsContainer) -> None:
     """How long it may take."""
-    parser.add_argument("--minutes", type=float, default=7, help="nothing is measured later")
+    parser.add_argument("--minutes", type=float, default=7, help="the peer stops then, and ours begin nothing new")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Errors, seconds and shares of the floors; what the minutes do not suffice for is left out, and listed."""
-    end = time.monotonic() + 60 * options.minutes
+    end, used = time.monotonic() + 60 * options.minutes, card()
     checks = {name: check(MIXERS[name], CHECKED, "cuda") for name in options.mixers}
     ceilings = measure_ceilings()
     timed: dict[tuple[str, Shape], dict[str, Any]] = {}
@@ -57,23 +57,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for shape, name in itertools.product(SHAPES, (*options.mixers, "softmax")):
         if time.monotonic() > end:
             left_out.append([name, vars(shape)])
-        elif name == "softmax":
-            timed[name, shape] = row(name, shape, time_attention(shape, options.repeat))
-        else:
-            timed[name, shape] = time_mixer(MIXERS[name], shape, options.repeat, ceilings)
+            continue
+        try:
+            if name == "softmax":
+                timed[name, shape] = row(name, shape, time_attention(shape, options.repeat))
+            else:
+                timed[name, shape] = time_mixer(MIXERS[name], shape, options.repeat, ceilings)
+        except Exception as error:  # also a late one, after which the card may do nothing more: keep what there is
+            timed[name, shape] = row(name, shape, {_owner(name): reason(error)})
     if has_peer():
         mixers = [(MIXERS[name], shape) for name, shape in timed if name != "softmax"]
         compare = partial(compare_mixer, repeat=options.repeat, ceilings=ceilings, checks=checks)
         compared = until(end, mixers, compare)
         timed |= {(one["mixer"], shape): one for (_, shape), one in compared.items()}
         left_out += [[f"fla's {mixer.name}", vars(shape)] for mixer, shape in mixers if (mixer, shape) not in compared]
-    return {"card": card(), "ceilings": ceilings, "checks": checks, "rows": list(timed.values()), "left_out": left_out}
+    return {"card": used, "ceilings": ceilings, "checks": checks, "rows": list(timed.values()), "left_out": left_out}
 
 
 def until(end: float, turns: Sequence[Turn], take: Callable[..., Result]) -> dict[Turn, Result]:
     """What taking each turn returns; at the end of time, in `time.monotonic` seconds, the one that goes on is cut off.
 
-    Backward passes run in this thread meanwhile, since in another nothing could stop them.
+    Backward passes run in this thread meanwhile, since in another nothing could stop them. A turn that fails is told.
     """
     found: dict[Turn, Result] = {}
     with torch.autograd.set_multithreading_enabled(False):
@@ -81,8 +85,13 @@ def until(end: float, turns: Sequence[Turn], take: Callable[..., Result]) -> dic
             left = end - time.monotonic()
             if left <= 0:
                 break
-            with suppress(TimeoutError), time_limit(left):
-                found[turn] = take(*turn)
+            try:
+                with time_limit(left):
+                    found[turn] = take(*turn)
+            except TimeIsUp:
+                break
+            except Exception as error:
+                print(f"{turn}: {reason(error)}", file=sys.stderr, flush=True)
     return found
 
 
@@ -123,11 +132,14 @@ def find_errors(mixer: Mixer, shape: Shape, device: str, run: Callable[..., Tens
     exact = _results(partial(mixer.ours, backend="torch"), [x.double() for x in inputs], mixer)
     try:
         found = _results(run, inputs, mixer)
-    except TimeoutError:
-        raise
+        return [relative_error(*pair) for pair in zip(found, exact, strict=True)]
     except Exception as error:  # a contestant that fails is a line of the table
-        return f"{type(error).__name__}: {error}"
-    return [relative_error(*pair) for pair in zip(found, exact, strict=True)]
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line of a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _results(run: Callable[..., Tensor], inputs: list[Tensor], mixer: Mixer) -> list[Tensor]:
@@ -209,11 +221,9 @@ def time_passes(
         }
         try:
             for run in both.values():
-                run()
-        except TimeoutError:
-            raise
+                clock(run)  # which waits for the card, and for what it has to say
         except Exception as error:  # a contestant that fails is a line of the table
-            seconds[name] = f"{type(error).__name__}: {error}"
+            seconds[name] = reason(error)
         else:
             runs |= {(name, what): run for what, run in both.items()}
             seconds[name] = {}
@@ -262,7 +272,7 @@ def show(figures: dict[str, Any]) -> None:
     heads = ["forward, ms", "fla", "with backward, ms", "fla", "times faster", "memory floor", "arithmetic floor"]
     print(markdown(["B, T, H, D", "mixer", *heads], map(_time_line, figures["rows"])))
     for name, shape in figures["left_out"]:
-        print(f"no time was left for {name} at {_numbers(shape)}")
+        print(f"not measured: {name} at {_numbers(shape)}")
     told, most = figures["card"], figures["ceilings"]
     print(", ".join(f"{name} {value}" for name, value in told.items()))
     print(f"a copy moves {most['bytes'] / 1e12:.2f} TB/s, a product does {most['operations'] / 1e12:.0f} TFLOP/s")
@@ -279,7 +289,7 @@ def _worst(errors: list[float] | str | None) -> str | None:
 
 def _time_line(one: dict[str, Any]) -> list[object]:
     """Milliseconds of both passes; how much faster, and the shares of the floors, with backward."""
-    both = [_pick(one["seconds"].get(who), what) for what in PASSES for who in (_owner(one), "fla")]
+    both = [_pick(one["seconds"].get(who), what) for what in PASSES for who in (_owner(one["mixer"]), "fla")]
     ours, theirs = both[2:]
     faster = f"{theirs / ours:.2f}" if isinstance(ours, float) and isinstance(theirs, float) else None
     floors = one.get("shares", {}).get(PASSES[1], {})
@@ -287,8 +297,8 @@ def _time_line(one: dict[str, Any]) -> list[object]:
     return [_numbers(one["shape"]), one["mixer"], *map(_milliseconds, both), faster, *percents]
 
 
-def _owner(one: dict[str, Any]) -> str:
-    return "flash attention" if one["mixer"] == "softmax" else "lasp"
+def _owner(name: str) -> str:
+    return "flash attention" if name == "softmax" else "lasp"
 
 
 def _pick(seconds: dict[str, float] | str | None, what: str) -> float | str | None:

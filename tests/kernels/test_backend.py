@@ -45,7 +45,7 @@ def test_the_report_says_what_runs_on_a_cpu_and_why() -> None:
 
 
 def test_tilings_come_from_what_was_measured_and_else_from_the_defaults(home: Path) -> None:
-    work = Work("attend", 128, 128, 1, whole_keys=False, short=True)
+    work = Work("attend", 128, 128, 1, whole_keys=False, wide=False, short=True)
     default = tuning.default_tiling(work)
     assert tuning.tiling(work) == default
     assert tuning.origin() == f"the defaults: `lasp tune` has not written {tuning.cache_file()}"
@@ -61,5 +61,5 @@ def test_tilings_come_from_what_was_measured_and_else_from_the_defaults(home: Pa
 
 
 def test_fp32_operands_leave_no_room_for_a_second_stage() -> None:
-    work = Work("attend", 128, 128, 1, whole_keys=False, short=True)
+    work = Work("attend", 128, 128, 1, whole_keys=False, wide=False, short=True)
     assert tuning.default_tiling(work).stages > tuning.default_tiling(replace(work, short=False)).stages == 1

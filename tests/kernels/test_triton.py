@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import lasp
 import tests.interpreter  # noqa: F401 - mends Triton's interpreter
-from lasp.kernels.decay import table, triton_recurrence
+from lasp.kernels.decay import operators, table, triton_recurrence
 from lasp.kernels.delta import triton_recurrence as delta_recurrence
 
 pytestmark = pytest.mark.timeout(120)
@@ -173,6 +173,15 @@ def test_refuses_more_heads_than_a_grid_has_places_for() -> None:
     x = torch.zeros(512, 1, 128, 16)
     with pytest.raises(ValueError, match="at most 65535 heads x batch, got 65536"):
         lasp.linear_attention(x, x, x, backend="triton")
+
+
+def test_the_fake_of_what_tokens_write_has_its_dtype() -> None:
+    """Values in fp32 beside keys in bf16, which the calls that are compiled above do not have."""
+    k, v = torch.randn(1, 32, 1, 16).bfloat16(), torch.randn(1, 32, 1, 16)
+    table_ = table.device_table(((0, 32),), 16, True, 1, 1, k.device)
+    given = (k, v, None, k, None, table_.chunks, table_.segments, 1, 16, 16, True, False)
+    torch.library.opcheck(operators.carry, given, test_utils="test_faketensor")
+    assert operators.carry(*given)[1].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")

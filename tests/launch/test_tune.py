@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,11 +52,12 @@ def test_every_kernel_of_a_step_is_tuned_by_itself(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tuning, "in_use", {})
     monkeypatch.setattr(tuning, "measured", dict)
 
-    attend, carry = Work("attend", 128, 128, 1, False, True), Work("carry", 64, 64, 2, True, False)
+    attend, carry = Work("attend", 128, 128, 1, False, False, True), Work("carry", 64, 64, 2, True, True, True)
 
     def step() -> None:
         tuning.tiling(attend)
         tuning.tiling(carry)
+        tuning.tiling(replace(carry, short=False))  # stays with its default
 
     def timer(run: object) -> dict[str, float]:
         return {"attend": float(tuning.in_use[attend].key), "carry": 1.0 / tuning.in_use[carry].value}
