@@ -83,13 +83,18 @@ def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def exact_product(a, b, PRECISION: tl.constexpr):
-    """A product with an fp32 tile b, which is its three bf16 parts. Those of a would not fit into registers as well."""
-    if PRECISION == "tf32x3" and a.dtype == tl.bfloat16:
-        first = b.to(tl.bfloat16)
-        rest = b - first.to(tl.float32)
-        second = rest.to(tl.bfloat16)
-        third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(a, first) + tl.dot(a, second) + tl.dot(a, third)
+    """A product with an fp32 tile b: where a is bf16, with b's bf16 parts, two for tf32 and three for tf32x3.
+
+    They keep more digits than tf32 does, and a takes half the registers.
+    """
+    if a.dtype == tl.bfloat16:
+        part = b.to(tl.bfloat16)
+        rest = b - part.to(tl.float32)
+        total = tl.dot(a, part)
+        part = rest.to(tl.bfloat16)
+        total = tl.dot(a, part, total)
+        if PRECISION == "tf32x3":
+            total = tl.dot(a, (rest - part.to(tl.float32)).to(tl.bfloat16), total)
     else:
         total = product(a, b, tl.float32, PRECISION)
     return total
