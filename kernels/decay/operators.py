@@ -76,7 +76,7 @@ def launch(
     constants |= {"BK": tile.key, "BV": tile.value}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if "segments" in kernel.arg_names:  # a card runs few of these at once, and saving registers would spill some
+    if kernel in (kernels.carry, kernels.carry_back):  # few programs at once; the assembler would save and spill
         options["maxnreg"] = MOST_REGISTERS
     arguments = [some if x is None else x for x in tensors]
     if 0 in grid:
