@@ -120,7 +120,8 @@ def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) 
     if softcap is None and k.device.type == "cpu":
         return CpuFlash()
     half = k.dtype in (torch.float16, torch.bfloat16)
-    if softcap is None and k.is_cuda and half and not masked and k.shape[3] == v.shape[3] <= 256:
+    dims = k.shape[3] == v.shape[3] <= 256 and k.shape[3] % 8 == 0
+    if softcap is None and k.is_cuda and half and not masked and dims:
         return CudaFlash()
     return Plain(softcap)
 

@@ -46,8 +46,9 @@ class Operator(Protocol):
 class CpuFlash:
     """PyTorch's flash attention for CPUs: any float dtype, grouped heads, bias.
 
-    It wants one head dim, so the shorter of K and V is padded with zeros. Half precision is computed in fp32: backward
-    is then 2 to 5 times faster on a CPU without matrix units for bf16, and partial outputs are never rounded.
+    It wants one head dim, of stride 1, so the shorter of K and V is padded with zeros. Half precision is computed in
+    fp32: backward is then 2 to 5 times faster on a CPU without matrix units for bf16, and partial outputs are never
+    rounded.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -72,13 +73,13 @@ class CpuFlash:
 
 
 class CudaFlash:
-    """PyTorch's flash attention for CUDA: fp16 and bf16, one head dim of at most 256, no bias.
+    """PyTorch's flash attention for CUDA: fp16 and bf16, one head dim, a multiple of 8 and at most 256, no bias.
 
     Untested: the machines that built this have no GPU.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (aligned(x).transpose(1, 2) for x in (q, k, v))
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, scores.causal, scale=scores.scale
         )
@@ -88,7 +89,7 @@ class CudaFlash:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scores: Scores
     ) -> Gradients:
         rows, keys = q.shape[1], k.shape[1]
-        grad, q, k, v, output = (x.to(q.dtype).transpose(1, 2) for x in (grad, q, k, v, output))
+        grad, q, k, v, output = (aligned(x.to(q.dtype)).transpose(1, 2) for x in (grad, q, k, v, output))
         # Without dropout the state of the random generator is never read.
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         offset = torch.zeros((), dtype=torch.uint64, device=q.device)
@@ -164,7 +165,15 @@ def _heads_first(dim: int, *tensors: Tensor) -> Iterator[Tensor]:
     """[B, T, H, d] as [B, H, T, dim] in the compute dtype, padded with zeros."""
     for x in tensors:
         x = x.to(compute_dtype(x)).transpose(1, 2)
-        yield x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1]))
+        x = x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1]))
+        # The operator looks at no stride of the last dim, and takes what lies there.
+        yield x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x in half precision, copied unless its rows are dense and begin at multiples of 16 bytes, the unit of loads."""
+    dense = x.stride(-1) == 1 and all(n % 8 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
+    return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:

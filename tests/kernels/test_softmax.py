@@ -14,7 +14,7 @@ from lasp.kernels.precision import compute_dtype
 from lasp.kernels.softmax import blocks, mask
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge, merge_sinks
 from lasp.kernels.softmax.mask import Mask, Span, tiles
-from lasp.kernels.softmax.operators import CpuFlash, Operator, Plain
+from lasp.kernels.softmax.operators import CpuFlash, Operator, Plain, aligned
 from tests.attention import AttentionProblem, largest_error, make_attention, solve_attention
 
 DOCUMENTS = (0, 1, 1, 9, 26, 27, 37)
@@ -188,3 +188,15 @@ def test_bf16_in_eight_blocks() -> None:
 def test_fp32() -> None:
     problem = make_attention(300, heads=(8, 2, 2), dims=(64, 64), dtype=torch.float32)
     assert largest_error(solve_attention(problem, lasp.softmax_attention), solve_attention(problem)) < 2e-6
+
+
+def test_what_cuda_loads_is_aligned() -> None:
+    """Rows of 16 bytes of half precision: what is so already is not copied."""
+    large = torch.arange(2 * 6 * 4 * 16, dtype=torch.bfloat16).view(2, 6, 4, 16)
+    for x in (large, large[:, 1:3], large[:, :, 1:], large[..., 8:], large.expand(2, 6, 4, 16)):
+        assert aligned(x) is x
+    for x in (large[..., 1:9], large.mT, large[..., ::2], large.flatten()[3:-5].view(2, 5, 2, 38)[..., :16]):
+        copy = aligned(x)
+        assert copy.is_contiguous()
+        assert copy.storage_offset() == 0
+        assert torch.equal(copy, x)
