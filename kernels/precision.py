@@ -1,6 +1,9 @@
-"""The dtype in which sums are kept."""
+"""The dtypes in which a call computes, whatever surrounds it."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,3 +12,9 @@ from torch import Tensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64, else fp32: the dtype of states, decays, sums, merges and accumulators."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def exact(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast away from what is computed on x's device: the same precision in both directions of a call."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()

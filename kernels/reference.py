@@ -31,10 +31,10 @@ def linear_attention(
     Returns the output [B, T, H, V] and the final states [B or N, H, K, V].
     """
     gates = expand_decay(log_decay, q)
-    heads = max(x.shape[2] for x in (q, k, v, gates))
     states = max(x.shape[2] for x in (k, v, gates))
     if initial_state is not None:
         states = max(states, initial_state.shape[1])
+    heads = max(states, q.shape[2])
     q, k, v, gates = (repeat_heads(x, heads) for x in (q, k, v, gates))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = [0, q.shape[1]] if cu_seqlens is None else list(cu_seqlens)
@@ -76,10 +76,10 @@ def delta_rule(
     """
     gates = expand_decay(log_decay, q)
     beta = beta.unsqueeze(-1)
-    heads = max(x.shape[2] for x in (q, k, v, gates, beta))
     states = max(x.shape[2] for x in (k, v, gates, beta))
     if initial_state is not None:
         states = max(states, initial_state.shape[1])
+    heads = max(states, q.shape[2])
     q, k, v, gates, beta = (repeat_heads(x, heads) for x in (q, k, v, gates, beta))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = [0, q.shape[1]] if cu_seqlens is None else list(cu_seqlens)
@@ -138,7 +138,7 @@ def softmax_attention(
         seen = seen & key_mask[:, None, None]
 
     # A column of a hopeless score and value 0 beside the keys keeps the softmax of a query that sees nothing finite.
-    sink = scores.new_full((heads,), -1e30) if sinks is None else sinks.to(scores.dtype)
+    sink = scores.new_full((heads,), -1e30) if sinks is None else sinks.to(scores.dtype).clamp(min=-1e30)
     columns = torch.cat(
         [scores.masked_fill(~seen, -torch.inf), sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1
     )
@@ -186,14 +186,14 @@ def logcumsumexp(
     """
     outputs, finals = [], []
     for n, (start, stop) in enumerate(pairwise([0, x.shape[1]] if cu_seqlens is None else cu_seqlens)):
-        z = torch.full_like(x[:, 0], -torch.inf)
+        z = x.new_full((x.shape[0], *x.shape[2:]), -torch.inf)
         if initial_state is not None:
             z = initial_state if cu_seqlens is None else initial_state[n : n + 1]
         for t in range(start, stop):
             before, z = z, torch.logaddexp(z, x[:, t])
             outputs.append(before if exclusive else z)
         finals.append(z)
-    return torch.stack(outputs, 1), torch.cat(finals)
+    return torch.stack(outputs, 1) if outputs else x[:, :0], torch.cat(finals)
 
 
 def expand_decay(log_decay: Tensor | None, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels.precision import compute_dtype
+from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
 from lasp.kernels.softmax.mask import Mask, Span
 from lasp.parallel.group import SequenceGroup
@@ -123,7 +123,8 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
         rotation = plan_rotation(pieces, ranks, call.attention.mask)
         exchange = Ring(rotation, peers, rank, None if group is None else group.process_group)
     queries = tuple(piece for piece in pieces if piece.rank == rank)
-    output: Tensor = _Attention.apply(call.attention, queries, exchange, q, k, v, sinks, key_mask)
+    with exact(q):
+        output: Tensor = _Attention.apply(call.attention, queries, exchange, q, k, v, sinks, key_mask)
     return output
 
 
@@ -185,8 +186,9 @@ class _Attention(torch.autograd.Function):
                 part = queries.part(span(piece), piece.offset, shared)
                 ctx.attention.gradients(part, grad[:, rows, shared], keys, (dq[:, rows, shared], dk, dv))
 
-        dk, dv = ctx.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
-        dsinks = None if sinks is None else sinks_gradient(sinks, output, lse, grad)
+        with exact(q):
+            dk, dv = ctx.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
+            dsinks = None if sinks is None else sinks_gradient(sinks, output, queries.lse, grad)
         return None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
 
 

@@ -119,11 +119,15 @@ def merge_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> None:
     (Attention sinks as a learned logit per head: gpt-oss, arXiv:2508.10925, 2.1.)
     """
     sinks = sinks.to(lse.dtype)
-    output *= torch.sigmoid(lse - sinks).unsqueeze(-1)
+    share = torch.sigmoid(lse - sinks).nan_to_num_(nan=0.0)  # of a row that saw nothing, with a sink of -inf
+    output *= share.unsqueeze(-1)
     torch.logaddexp(lse, sinks.expand_as(lse), out=lse)
 
 
 def sinks_gradient(sinks: Tensor, output: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the sinks [Hq] from the final output and lse: `-sum P_sink·rowsum(dO·O)` over the tokens."""
+    """The gradient of the sinks [Hq] from the final output and lse: `-sum P_sink·rowsum(dO·O)` over the tokens.
+
+    lse is +inf for a query that saw neither a key nor a sink.
+    """
     weight = (sinks.to(lse.dtype) - lse).exp()
     return -(weight * (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)).sum((0, 1)).to(sinks.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -168,6 +169,39 @@ def test_rows_that_see_nothing() -> None:
     merge_sinks(output, lse, problem.inputs["sinks"].detach())
     assert (output == 0).all()
     torch.testing.assert_close(lse, problem.inputs["sinks"].detach().expand_as(lse))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"cu_seqlens": (0, 3, 37)}], ids=str)
+def test_a_sink_that_takes_nothing(options: dict) -> None:
+    """A sink of -inf is none at all, also for a query whose keys are all hidden."""
+    problem = make_attention(sinks=True, heads=(4, 2, 2), **options)
+    problem.inputs["sinks"][::2] = -torch.inf
+    hidden = torch.ones(problem.grad.shape[:2], dtype=torch.bool)
+    hidden[:, :5] = hidden[0, 30:] = False
+    problem = dataclasses.replace(problem, key_mask=hidden)
+    found = solve_attention(problem, lasp.softmax_attention)
+    assert (found["output"][:, :3] == 0).all()
+    assert (found["dsinks"][::2] == 0).all()
+    assert largest_error(found, solve_attention(problem)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 2.0}, {"softcap": 2.0, "window": 9}, {"softcap": 5.0, "sinks": True}, {}], ids=str
+)
+@pytest.mark.parametrize("where", ["forward", "backward", "both"])
+def test_autocast_changes_nothing(options: dict, where: str) -> None:
+    """Both directions compute in the dtype of their inputs: gradients belong to the output."""
+    problem = make_attention(**options, dtype=torch.float32)
+    inputs = {name: x.requires_grad_() for name, x in problem.inputs.items()}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and where != "backward"):
+            output = lasp.softmax_attention(**inputs, **problem.options)
+        assert output.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and where != "forward"):
+            results.append((output, *torch.autograd.grad(output, list(inputs.values()), problem.grad)))
+    for plain, under_autocast in zip(*results, strict=True):
+        assert torch.equal(plain, under_autocast)
 
 
 def test_bf16_in_eight_blocks() -> None:

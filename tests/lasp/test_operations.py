@@ -1,4 +1,4 @@
-"""Every public operation on tensors of any layout in memory: the results of contiguous ones."""
+"""Every public operation in any layout of memory and under autocast: the results that it has otherwise."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def test_a_gradient_of_one_number(operation: str) -> None:
         sum(x.sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
         found.append({name: x.grad for name, x in inputs.items() if x.grad is not None})
     assert largest_error(*found) < LIMITS[torch.float64]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_autocast_changes_nothing(operation: str) -> None:
+    """An operation computes in the dtypes of its inputs, in both directions."""
+    case = Case(operation, "contiguous", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.solve()
+    for name, x in case.solve().items():
+        assert torch.equal(found[name], x), name
