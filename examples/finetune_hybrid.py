@@ -36,3 +36,4 @@ for epoch in range(5):
         optimizer.step()
         optimizer.zero_grad()
     print(f"rank {group.rank}, epoch {epoch}: loss {loss.item():.4f}")
+lasp.shutdown()

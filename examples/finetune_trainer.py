@@ -9,7 +9,6 @@ import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, TrainingArguments
 
 import lasp
-from lasp.train.sharded_trainer import ShardedTrainer
 
 group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, device="cpu"))
 torch.manual_seed(0)  # the same weights on both ranks; or AutoModelForCausalLM.from_pretrained
@@ -29,7 +28,8 @@ options = TrainingArguments(
     learning_rate=1e-2, lr_scheduler_type="constant", eval_strategy="epoch", save_strategy="no",
     report_to="none", use_cpu=True,
 )  # fmt: skip
-trainer = ShardedTrainer(model, options, train_dataset=samples, eval_dataset=samples[:3], group=group)
+trainer = lasp.ShardedTrainer(model, options, train_dataset=samples, eval_dataset=samples[:3], group=group)
 trainer.train()
 for epoch, log in enumerate(log for log in trainer.state.log_history if "eval_loss" in log):
     print(f"rank {group.rank}, epoch {epoch}: loss {log['eval_loss']:.4f}")
+lasp.shutdown()

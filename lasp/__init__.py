@@ -1,15 +1,23 @@
 """lasp: train linear-attention, state-space, softmax and hybrid models with the sequence cut over ranks."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.kernels.backend import backend_report
 from lasp.parallel.collator import ShardedCollator
 from lasp.parallel.collectives import traffic
 from lasp.parallel.gradients import clip_grad_norm_, data_parallel, sync_gradients
-from lasp.parallel.group import SequenceGroup, init_mesh
+from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
 from lasp.parallel.loss import cross_entropy
 from lasp.parallel.sharding import shard, shard_batch, unshard
 from lasp.verify import verify
 from lasp.wrap.parallelize import parallelize, unparallelize
+
+if TYPE_CHECKING:
+    from lasp.train.sharded_trainer import ShardedTrainer as ShardedTrainer
+
+__version__ = "0.1.0"
 
 __all__ = [
     "SequenceGroup",
@@ -25,6 +33,7 @@ __all__ = [
     "parallelize",
     "shard",
     "shard_batch",
+    "shutdown",
     "softmax_attention",
     "sync_gradients",
     "traffic",
@@ -32,3 +41,19 @@ __all__ = [
     "unshard",
     "verify",
 ]
+
+_LAZY = {"ShardedTrainer": "lasp.train.sharded_trainer"}
+"""Public names that need transformers, and where they are: imported when they are asked for (PEP 562)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lasp' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'lasp.{name} needs {error.name}: pip install "lasp2[hf]"') from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from lasp import __version__
+
 USER_ERROR = 2
 """Exit code of a command, and of a rank, that failed because of what the user asked for."""
 
@@ -23,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
+        return 0
+    if name == "--version":
+        print(f"lasp {__version__}")
         return 0
     if name not in COMMANDS:
         print_error(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,15 +123,46 @@ def join_world() -> SequenceGroup:
 
 
 def shutdown() -> None:
-    """Leave the process group together: destroying it while a peer still sends aborts that peer."""
+    """Leave the process group together, as the last thing a script does; nothing happens where there is none.
+
+    Every rank calls it: destroying the group while a peer still sends aborts that peer.
+    """
     if dist.is_initialized():
         collectives.barrier(None)
         dist.destroy_process_group()
+        _wait_for_gloo()
+
+
+def _wait_for_gloo(seconds: float = 5.0) -> None:
+    """Wait until gloo's threads have let go of the last tensors, for `seconds` at most.
+
+    They do so a little after the call has returned, and take the interpreter's lock for it. One that a busy machine
+    holds up until the interpreter has ended takes the process down: "terminate called without an active exception".
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(map(_is_busy_gloo, Path("/proc/self/task").glob("*"))):
+        time.sleep(1e-3)
+
+
+def _is_busy_gloo(task: Path) -> bool:
+    """Whether this thread is one of gloo's and at work. Only Linux tells; elsewhere there are no such folders."""
+    try:
+        if (task / "comm").read_text().strip() != "pt_gloo_runloop":
+            return False
+        file = os.open(task / "stat", os.O_RDONLY)
+    except OSError:
+        return False  # it has ended
+    try:
+        # Reading leaves the interpreter's lock to others: a thread that waits for it is awake in what is read.
+        return os.read(file, 4096).rpartition(b") ")[2][:1] != b"S"
+    finally:
+        os.close(file)
 
 
 def _init_process_group() -> None:
     """Join the launcher's rendezvous; a process that no launcher started is a world of its own."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    atexit.register(_wait_for_gloo)  # for scripts that end without `shutdown`
     try:
         dist.init_process_group(backend)
     except ValueError as error:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import lasp
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "parallel", "lasp", "launch")
 
@@ -39,6 +41,46 @@ def test_import_is_quick_and_takes_no_extras(tmp_path: Path) -> None:
     assert not slow & {name.partition(".")[0] for name in modules}
     assert not [name for name in modules if name.startswith(("torch._dynamo", "torch._inductor"))]
     assert len(modules) < 150
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "lasp"], ["-m", "lasp.launch.cli"], ["-c", "import lasp.__main__ as m; m.main(['--version'])"]]
+)
+def test_the_version_is_said_where_one_asks(command: list[str], tmp_path: Path) -> None:
+    version = run("import lasp; print(lasp.__version__)", tmp_path)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    arguments = [] if "-c" in command else ["--version"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.stdout.decode().strip() == f"lasp {version}"
+
+
+def test_python_m_lasp_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lasp", "no-such"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 2
+    assert b"unknown command 'no-such'" in done.stderr
+
+
+def test_lazy_names_are_public(tmp_path: Path) -> None:
+    """They are found by `from`, `dir` and attribute, and import transformers only then."""
+    pytest.importorskip("transformers")
+    code = (
+        "import sys, lasp; assert 'transformers' not in sys.modules and 'ShardedTrainer' in dir(lasp)\n"
+        "from lasp import ShardedTrainer\nimport lasp.train.sharded_trainer as m\n"
+        "assert ShardedTrainer is lasp.ShardedTrainer is m.ShardedTrainer; print('transformers' in sys.modules)"
+    )
+    assert run(code, tmp_path) == "True"
+    with pytest.raises(AttributeError, match="'lasp' has no attribute 'SharededTrainer'"):
+        lasp.SharededTrainer  # noqa: B018
+
+
+def test_a_lazy_name_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys, lasp; sys.modules['transformers'] = None\n"
+        "try: lasp.ShardedTrainer\nexcept ImportError as error: print(error)"
+    )
+    assert run(code, tmp_path) == 'lasp.ShardedTrainer needs transformers: pip install "lasp2[hf]"'
 
 
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:

@@ -96,8 +96,7 @@ def _rank(rank: int, ranks: int, threads: int, store: str, shape: tuple[int, ...
     seconds = interleave(contestants, repeat, lambda: collectives.barrier(None))
     if rank == 0:
         found.update(seconds)
-    collectives.barrier(None)
-    dist.destroy_process_group()
+    lasp.shutdown()
 
 
 def _ours(tensors: tuple[Tensor, ...], method: str, layout: str) -> Contestant:
