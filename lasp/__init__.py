@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.kernels.backend import backend_report
-from lasp.parallel.collator import ShardedCollator
+from lasp.parallel.collator import PackingCollator, ShardedCollator
 from lasp.parallel.collectives import traffic
 from lasp.parallel.gradients import clip_grad_norm_, data_parallel, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackingCollator",
     "SequenceGroup",
     "ShardedCollator",
     "backend_report",

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lasp.parallel import collectives
 from lasp.parallel.agreement import Agreement
-from lasp.parallel.layout import LAYOUTS, house_pieces
+from lasp.parallel.layout import LAYOUTS, house_slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,7 @@ class SequenceGroup:
 
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
-        pieces = house_pieces(length, self.size, self.layout)
-        return [slice(piece.start, piece.stop) for piece in pieces if piece.rank == self.rank]
+        return house_slices(length, self.rank, self.size, self.layout)
 
     def agree(self, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
         """Start the header exchange of a call: `fields` must be equal on all ranks, `error` is this rank's own."""

@@ -99,6 +99,11 @@ def house_pieces(length: int, ranks: int, layout: str) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+def house_slices(length: int, rank: int, ranks: int, layout: str) -> list[slice]:
+    """The token ranges of one rank, in local order."""
+    return [slice(piece.start, piece.stop) for piece in house_pieces(length, ranks, layout) if piece.rank == rank]
+
+
 @lru_cache(maxsize=256)
 def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
     """The pieces in order, given every rank's number of tokens. Contiguous takes any cut, zigzag only the house's."""

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels.documents import document_bounds
 from lasp.parallel import collectives
+from lasp.parallel.batch import complete, fingerprint, token_dim
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Piece, pieces_of
 
-IGNORE_INDEX = -100
-_BATCH_KEYS = ("input_ids", "inputs_embeds", "labels", "position_ids", "attention_mask", "cu_seqlens")
+
+class Slices(Protocol):
+    """Who knows which tokens of a sequence are this rank's: a SequenceGroup, or what a worker process has of one."""
+
+    def slices(self, length: int) -> list[slice]: ...
 
 
 def shard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
@@ -25,6 +27,10 @@ def shard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
 
     Sends nothing. Backward: the gradient is zero outside this rank's part; the parts sum to the whole over the ranks.
     """
+    return _cut(x, group, dim)
+
+
+def _cut(x: Tensor, group: Slices | None, dim: int) -> Tensor:
     if group is None:
         return x
     return torch.cat([x[(slice(None),) * (dim % x.dim()) + (part,)] for part in group.slices(x.shape[dim])], dim)
@@ -78,51 +84,43 @@ class _Unshard(torch.autograd.Function):
 
 
 def shard_batch(batch: Mapping[str, Any], group: SequenceGroup | None, shift: bool = True) -> dict[str, Any]:
-    """This rank's part of a whole batch.
+    """This rank's part of a whole batch, which is the same on all ranks of the group: one header exchange says so.
 
     batch: "input_ids" [B, N] or "inputs_embeds" [B, N, D], and any of "labels" [B, N], "position_ids" [.., B, N],
-    "attention_mask" [B, N], "cu_seqlens" [documents + 1].
+    "attention_mask" [B, N], "cu_seqlens" [documents + 1] (B = 1); tensors, arrays or lists.
 
     Labels are shifted before they are cut, so that no target is lost at a border, and come back as both "labels" and
     "shift_labels"; with `shift=False` (masked-token losses) they are cut as they are. The target of a document's last
     token is -100. position_ids are made where absent: global, and per document with cu_seqlens. cu_seqlens stay whole.
-    Raises ValueError for an unknown key, or lengths that differ.
+
+    Documents that collators of transformers pack are taken too: "cu_seq_lens_q" and "cu_seq_lens_k", "seq_idx",
+    position_ids that go back to 0. What of these is there must agree; "max_length_q" and "max_length_k" are dropped.
+
+    Raises ValueError on every rank for an unknown key, lengths that differ, ids or labels that are no integers, and
+    batches that are not the same on all ranks; a group without checks sends nothing, and compares nothing.
     """
-    unknown = sorted(set(batch) - set(_BATCH_KEYS))
-    if unknown:
-        raise ValueError(f"shard_batch knows {', '.join(_BATCH_KEYS)}; got {', '.join(unknown)}")
-    given = {key: value for key, value in batch.items() if value is not None}
-    tokens = given.get("input_ids", given.get("inputs_embeds"))
-    if tokens is None:
-        raise ValueError(f"a batch needs input_ids or inputs_embeds, got {', '.join(given) or 'nothing'}")
-    length = tokens.shape[1]
-    dims = {"inputs_embeds": 1, "position_ids": -1}
-    for key, value in given.items():
-        if key != "cu_seqlens" and value.shape[dims.get(key, 1)] != length:
-            raise ValueError(f"{key} has shape {list(value.shape)}, but the batch has {length} tokens per sequence")
-    bounds = document_bounds(given["cu_seqlens"], length) if "cu_seqlens" in given else (0, length)
-    if "position_ids" not in given:
-        given["position_ids"] = _positions(bounds, tokens)
-    if "labels" in given and shift:
-        given["labels"] = _shifted(given["labels"], bounds)
-    cut = {
-        key: value if key == "cu_seqlens" else shard(value, group, dims.get(key, 1)).contiguous()
-        for key, value in given.items()
-    }
+    return agree_and_cut(lambda: batch, group, shift)
+
+
+def agree_and_cut(make: Callable[[], Mapping[str, Any]], group: SequenceGroup | None, shift: bool) -> dict[str, Any]:
+    """`shard_batch` of the batch that `make` returns; an error of `make` on one rank is one on every rank."""
+    local: dict[str, Any] = {}
+
+    def check() -> Arguments:
+        whole = complete(make(), shift)
+        local.update(cut_batch(whole, group))
+        alone = group is None or group.size == 1 or not group.checks
+        length = whole["position_ids"].shape[-1]
+        return Arguments({} if alone else fingerprint(whole), local["position_ids"].shape[-1], length)
+
+    begin_call(group, check)()
+    return local
+
+
+def cut_batch(whole: Mapping[str, Tensor], group: Slices | None) -> dict[str, Tensor]:
+    """This rank's part of a completed batch."""
+    dims = {key: token_dim(key) for key in whole}
+    cut = {key: x if (dim := dims[key]) is None else _cut(x, group, dim).contiguous() for key, x in whole.items()}
     if "labels" in cut:
         cut["shift_labels"] = cut["labels"]
     return cut
-
-
-def _positions(bounds: tuple[int, ...], like: Tensor) -> Tensor:
-    """Positions [1, N] counted from the start of each document."""
-    parts = [torch.arange(stop - start, device=like.device) for start, stop in pairwise(bounds)]
-    return torch.cat(parts).unsqueeze(0)
-
-
-def _shifted(labels: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """Each token's target: its successor's label within the document."""
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    ends = [stop - 1 for stop in bounds[1:] if stop > 0]
-    shifted[:, ends] = IGNORE_INDEX
-    return shifted

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.parallel import collectives
+from lasp.parallel.batch import AGREEMENT, read_agreement
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.layout import pieces_of
 from lasp.parallel.loss import cross_entropy
@@ -64,10 +65,10 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
 
     Raises ValueError for what `lasp.shard_batch` would not have made.
     """
-    group = wiring.group
+    group, agreement = wiring.group, kwargs.pop(AGREEMENT, None)
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    lengths = begin_call(group, lambda: _check_inputs(model, args, kwargs, tokens))()
+    lengths = begin_call(group, lambda: _check_inputs(model, args, kwargs, tokens, agreement))()
     assert tokens is not None, "checked"
     if 0 in lengths:
         raise ValueError(f"every rank needs a token, the ranks hold {list(lengths)}: use lasp.shard_batch")
@@ -89,7 +90,10 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
     return kwargs
 
 
-def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> Arguments:
+def _check_inputs(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None, agreement: Tensor | None
+) -> Arguments:
+    agreed = read_agreement(agreement)
     if tokens is None or len(args) > 1:
         raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
     if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
@@ -105,7 +109,7 @@ def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tok
     if type(model).__name__ == "OPTForCausalLM" and mask is not None and not mask.all():
         raise ValueError("OPT counts positions by its attention_mask: leave that out, with padding at the end only")
     said = sorted(name for name, x in kwargs.items() if x is not None and x is not False)
-    return Arguments({"batch": tokens.shape[0], "arguments": said}, tokens.shape[1])
+    return Arguments({"batch": tokens.shape[0], "arguments": said} | agreed, tokens.shape[1])
 
 
 def _check_positions(given: Tensor | None, own: Tensor) -> Arguments:

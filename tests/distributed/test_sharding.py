@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -78,3 +80,68 @@ def test_slices_name_the_tokens_of_a_rank(world, group_of) -> None:
     ]
     assert group_of(4).slices(13) == contiguous[world.rank]
     assert group_of(4, layout="zigzag").slices(13) == zigzag[world.rank]
+
+
+IDS = torch.arange(26).view(2, 13)
+MASK = torch.ones(2, 13)
+
+
+def batch_with(**changes: Any) -> dict[str, Any]:
+    batch = {"input_ids": IDS, "labels": IDS.clone(), "attention_mask": MASK} | changes
+    return {key: value for key, value in batch.items() if value is not None}
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("input_ids", {"input_ids": IDS.flip(0)}),
+        ("input_ids", {"input_ids": IDS + (IDS == 25)}),
+        ("input_ids", {key: x[:1] for key, x in batch_with().items()}),
+        ("labels", {"labels": IDS.masked_fill(IDS < 5, -100)}),
+        ("labels", {"labels": None}),
+        ("attention_mask", {"attention_mask": MASK.bool()}),
+        ("attention_mask", {"attention_mask": MASK.masked_fill(IDS == 0, 0)}),
+        ("position_ids", {"position_ids": torch.arange(13).expand(2, 13)}),
+    ],
+)
+def test_ranks_that_hold_different_batches_are_refused(world, group_of, rank: int, key: str, changes: Any) -> None:
+    group = group_of(4)
+    with pytest.raises(ValueError, match=f"ranks disagree on {key} of the batch, which all ranks of a sequence share"):
+        lasp.shard_batch(batch_with(**changes) if world.rank == rank else batch_with(), group)
+    lasp.shard_batch(batch_with(), group)  # and the group goes on
+
+
+@pytest.mark.parametrize(
+    ("match", "changes"),
+    [
+        ("got pixels", {"pixels": IDS}),
+        (r"input_ids must be \[B, N\], got shape \[13\]", {"input_ids": IDS[0]}),
+        ("labels must be integers", {"labels": IDS.float()}),
+        ("needs input_ids or inputs_embeds", {"input_ids": None}),
+        ("3 tokens cannot be cut over 4 ranks", {key: x[:, :3] for key, x in batch_with().items()}),
+        ("cannot be made one", {"labels": object()}),
+    ],
+)
+def test_a_mistake_of_one_rank_is_told_by_all(world, group_of, match: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{match}.*\(rank 2 of 4\)"):
+        lasp.shard_batch(batch_with(**changes) if world.rank == 2 else batch_with(), group_of(4))
+
+
+@pytest.mark.parametrize(("checks", "exchanges"), [(True, 1), (False, 0)])
+def test_a_batch_is_agreed_once_and_without_checks_not_at_all(group_of, checks: bool, exchanges: int) -> None:
+    group = group_of(4, "zigzag", checks)
+    collator = lasp.ShardedCollator(group)
+    for make in (lambda: lasp.shard_batch(batch_with(), group), lambda: collator([{"input_ids": IDS[0]}])):
+        with lasp.traffic() as ledger:
+            make()
+        assert [record.phase for record in ledger.records] == ["control"] * exchanges
+
+
+def test_documents_packed_by_transformers_are_cut(group_of) -> None:
+    group, ids = group_of(4), torch.arange(8).view(1, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
+    local = lasp.shard_batch({"input_ids": ids, "position_ids": positions, "labels": ids}, group)
+    assert local["cu_seqlens"].tolist() == [0, 3, 5, 8]
+    assert torch.equal(lasp.unshard(local["position_ids"], group), positions)
+    assert lasp.unshard(local["labels"], group).tolist() == [[1, 2, -100, 4, -100, 6, 7, -100]]
