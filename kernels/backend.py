@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import tuning
+from lasp.kernels.arguments import check_choice
 from lasp.kernels.decay.recurrence import DecayRecurrence
 from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
@@ -69,8 +70,7 @@ def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channel
 
     most_channels: of keys, that kernels on a GPU take. Raises ValueError for a backend that is unknown or cannot do it.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     chosen = automatic(q.device, q.dtype)[0] if backend == "auto" else backend
     if chosen == "triton":
         check_kernels("triton", "triton", q, chunk_size, CHUNK_SIZES, most_channels)

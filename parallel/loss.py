@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.kernels.arguments import check_integer, check_number, check_tensors
 from lasp.parallel import collectives
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
@@ -44,10 +45,17 @@ def cross_entropy(
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Arguments:
+    check_tensors(logits=logits, labels=labels)
+    check_integer("ignore_index", ignore_index)
+    check_number("num_items", num_items)
+    if logits.dim() < 1 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating [..., vocabulary], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {list(logits.shape)} need labels {list(logits.shape[:-1])}, got {list(labels.shape)}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
     if labels.device.type == "cpu" and labels.numel():
         counted = labels[labels != ignore_index]
         if counted.numel() and not 0 <= counted.min() <= counted.max() < logits.shape[-1]:

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lasp.kernels.arguments import check_choice
 from lasp.kernels.segment import Segment, apply, transpose
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
@@ -52,8 +53,7 @@ class Scan(Protocol):
 
 def check_scan(name: str) -> str:
     """The scan that `name` stands for; ValueError when there is none."""
-    if name not in SCANS:
-        raise ValueError(f"scan must be one of {', '.join(SCANS)}, got {name!r}")
+    check_choice("scan", name, SCANS)
     return "gather" if name == "auto" else name
 
 

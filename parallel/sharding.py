@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.arguments import check_integer, check_tensors
 from lasp.parallel import collectives
 from lasp.parallel.batch import complete, fingerprint, token_dim
 from lasp.parallel.call import Arguments, begin_call
@@ -27,6 +28,7 @@ def shard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
 
     Sends nothing. Backward: the gradient is zero outside this rank's part; the parts sum to the whole over the ranks.
     """
+    _check_dim(x, dim)
     return _cut(x, group, dim)
 
 
@@ -44,6 +46,7 @@ def unshard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
     """
 
     def check() -> Arguments:
+        _check_dim(x, dim)
         rest = [size for i, size in enumerate(x.shape) if i != dim % x.dim()]
         backward = x.requires_grad and torch.is_grad_enabled()
         return Arguments({"dim": dim, "shape": rest, "dtype": str(x.dtype), "backward": backward}, x.shape[dim])
@@ -53,6 +56,13 @@ def unshard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
         return x
     whole: Tensor = _Unshard.apply(x.movedim(dim, 0), group, pieces_of(lengths, group.layout), lengths)
     return whole.movedim(0, dim)
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    check_tensors(x=x)
+    check_integer("dim", dim)
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim must be one of x's, whose shape is {list(x.shape)}, got {dim}")
 
 
 class _Unshard(torch.autograd.Function):

@@ -15,12 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.arguments import check_choice
 from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
 from lasp.kernels.softmax.mask import Mask, Span
@@ -30,7 +31,8 @@ from lasp.parallel.keys import Gather, KeyExchange, Ring, span
 from lasp.parallel.layout import Piece, joined_pieces, pieces_of
 from lasp.parallel.rotation import Rotation, make_rotation
 
-METHODS = ("auto", "ring", "gather", "ulysses", "ulysses_ring")
+Method = Literal["auto", "ring", "gather", "ulysses", "ulysses_ring"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def check_method(name: str, group: SequenceGroup | None, query_heads: int, key_heads: int, window: int | None) -> str:
@@ -38,8 +40,7 @@ def check_method(name: str, group: SequenceGroup | None, query_heads: int, key_h
 
     Raises ValueError when there is none of that name, or it does not fit the group or the number of heads.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    check_choice("method", name, METHODS)
     size, split = (1, 1) if group is None else (group.size, group.heads)
     if name == "auto":
         if split > 1 and query_heads % split == 0:
@@ -112,7 +113,7 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
     """Attention by ring or gather, with queries and keys of all members of this rank's head exchange."""
     group, members = call.group, _exchanging(call.method, call.group)
     rank, layout = (0, "contiguous") if group is None else (group.rank // members, group.layout)
-    pieces = joined_pieces(call.lengths, layout, members)
+    pieces = joined_pieces(call.lengths, layout, members) if sum(call.lengths) else ()
     ranks = len(call.lengths) // members
     exchange: KeyExchange
     if group is not None and ranks > 1 and call.method == "gather":

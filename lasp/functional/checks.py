@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from lasp.kernels.arguments import check_tensors
 from lasp.kernels.documents import document_bounds
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_tensors(q=q, k=k, v=v)
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if any(x.dim() != 4 for x in (q, k, v)):
         raise ValueError(f"q, k, v must be [batch, tokens, heads, dim], got {shapes}")
@@ -32,8 +33,7 @@ def check_documents(q: Tensor, cu_seqlens: Tensor | Sequence[int] | None) -> tup
     """The bounds of packed documents; whether they end where the sequence does is known when the ranks have agreed."""
     if cu_seqlens is None:
         return None
-    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    bounds = document_bounds(cu_seqlens, values[-1] if values else 0)
+    bounds = document_bounds(cu_seqlens)
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one sequence and needs B = 1, got B = {q.shape[0]}")
     return bounds
@@ -46,19 +46,13 @@ def check_heads(heads: dict[str, int]) -> None:
             raise ValueError(f"numbers of heads must divide one another, got {heads}")
 
 
-def check_number(name: str, value: float | None) -> float | None:
-    """An optional argument as a plain number, which a header can carry. It has no gradient."""
-    if value is None:
-        return None
-    trained = isinstance(value, Tensor) and value.requires_grad
-    if isinstance(value, str) or trained or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def check_beside(name: str, x: Tensor, q: Tensor) -> None:
+def check_beside(name: str, x: Tensor, q: Tensor, what: str = "q") -> None:
+    """Check a tensor that goes with q, or with `what` q is."""
+    check_tensors(**{name: x})
     if not x.is_floating_point() or x.device != q.device:
-        raise ValueError(f"{name} must be floating and on the device of q, {q.device}, got {x.dtype} on {x.device}")
+        raise ValueError(
+            f"{name} must be floating and on the device of {what}, {q.device}, got {x.dtype} on {x.device}"
+        )
 
 
 def may_look_at(values: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from lasp.functional.checks import check_documents
+from lasp.kernels.arguments import check_choice, check_flags, check_tensors
 from lasp.kernels.conv import causal_convolution
 from lasp.kernels.documents import document_bounds
 from lasp.parallel.call import Arguments, begin_call
@@ -82,8 +83,9 @@ def _check_conv(
     options: dict[str, Any],
 ) -> Arguments:
     x, weight, bias, state = tensors
-    if options["activation"] not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or 'silu', got {options['activation']!r}")
+    check_tensors(("bias", "initial_state"), x=x, weight=weight, bias=bias, initial_state=state)
+    check_choice("activation", options["activation"], ACTIVATIONS)
+    check_flags(output_final_state=options["final_state"])
     if x.dim() != 3 or min(x.shape[0], x.shape[2]) < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating [batch, tokens, channels], got {x.dtype} {list(x.shape)}")
     channels = x.shape[2]

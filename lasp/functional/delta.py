@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lasp.functional.checks import check_tokens
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -16,6 +17,7 @@ from lasp.functional.recurrence import (
     state_heads,
     whole_results,
 )
+from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.backend import delta_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE
 from lasp.kernels.precision import compute_dtype
@@ -140,6 +142,9 @@ def _delta(
     """`delta_rule` over rows of which each token of the sequence has `steps`."""
 
     def check() -> Arguments:
+        check_tokens(q, k, v)
+        check_tensors(("log_decay",), beta=beta, log_decay=log_decay)
+        check_flags(output_final_state=output_final_state)
         if log_decay is not None and log_decay.dim() == 1:
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
         delta_family(backend, q, chunk_size)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lasp.functional.checks import check_tokens
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -15,6 +16,7 @@ from lasp.functional.recurrence import (
     state_heads,
     whole_results,
 )
+from lasp.kernels.arguments import check_flags
 from lasp.kernels.backend import decay_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE
 from lasp.kernels.precision import compute_dtype
@@ -62,6 +64,8 @@ def linear_attention(
     """
 
     def check() -> Arguments:
+        check_tokens(q, k, v)
+        check_flags(causal=causal, output_final_state=output_final_state)
         if log_decay is not None and not causal:
             raise ValueError("causal=False takes no log_decay: a token has no last token to decay from")
         decay_family(backend, q, chunk_size, causal)

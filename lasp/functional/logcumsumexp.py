@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.functional.checks import check_beside, check_documents
+from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
@@ -65,11 +66,13 @@ def logcumsumexp(
 def _check(
     x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | Sequence[int] | None, options: dict[str, Any]
 ) -> Arguments:
+    check_tensors(("initial_state",), x=x, initial_state=initial_state)
+    check_flags(exclusive=options["exclusive"], output_final_state=options["final_state"])
     if x.dim() < 2 or not x.is_floating_point() or x.shape[0] < 1:
         raise ValueError(f"x must be floating [batch, tokens, ...], got {x.dtype} {list(x.shape)}")
     bounds = check_documents(x, cu_seqlens)
     if initial_state is not None:
-        check_beside("initial_state", initial_state, x)
+        check_beside("initial_state", initial_state, x, "x")
         rows, what = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
         if list(initial_state.shape) != [rows, *x.shape[2:]]:
             raise ValueError(

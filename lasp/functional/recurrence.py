@@ -12,10 +12,10 @@ from lasp.functional.checks import (
     check_beside,
     check_documents,
     check_heads,
-    check_number,
     check_tokens,
     may_look_at,
 )
+from lasp.kernels.arguments import check_integer, check_number, check_tensors
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments
@@ -85,8 +85,8 @@ def whole_results(output: Tensor, final: Tensor | None, packed: bool) -> Tensor 
 
 def check_options(scale: float | None, scan: str, chunk_size: int | None) -> dict[str, Any]:
     """What all ranks must share of the options that every recurrence has."""
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, 1)
     return {"scale": check_number("scale", scale), "scan": check_scan(scan)}
 
 
@@ -135,6 +135,7 @@ def check_recurrence(
 def _check_decay(q: Tensor, log_decay: Tensor | None) -> None:
     if log_decay is None:
         return
+    check_tensors(log_decay=log_decay)
     shape, kinds = list(log_decay.shape), "[H], [B, T, H] or [B, T, H, K]"
     if log_decay.dim() not in (1, 3, 4):
         raise ValueError(f"log_decay must be {kinds}, got {shape}")
@@ -158,6 +159,7 @@ def _check_state(state: Tensor, q: Tensor, v: Tensor, documents: int | None) -> 
 
 
 def _check_beta(beta: Tensor, k: Tensor) -> None:
+    check_tensors(beta=beta)
     if beta.dim() != 3 or beta.shape[:2] != k.shape[:2]:
         raise ValueError(
             f"beta must be [B, T, H] and share batch and tokens with k {list(k.shape)}, got {list(beta.shape)}"

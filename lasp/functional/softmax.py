@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import check_documents, check_heads, check_number, check_tokens
+from lasp.functional.checks import check_documents, check_heads, check_tokens
+from lasp.kernels.arguments import check_flags, check_integer, check_number, check_tensors
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.softmax.blocks import BlockAttention
 from lasp.kernels.softmax.mask import Mask
@@ -30,7 +31,7 @@ def softmax_attention(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
-    method: str = "auto",
+    method: softmax.Method = "auto",
 ) -> Tensor:
     """Softmax attention, `o_t = sum_i softmax(scale·q_t·k_i)_i v_i` over the keys that token t sees.
 
@@ -56,6 +57,7 @@ def softmax_attention(
     options = {"causal": causal, "window": window, "method": method}
 
     def check() -> Arguments:
+        check_flags(causal=causal)
         numbers = {"scale": check_number("scale", scale), "softcap": check_number("softcap", softcap)}
         return _check_softmax((q, k, v), sinks, key_mask, cu_seqlens, group, options | numbers)
 
@@ -93,6 +95,7 @@ def _check_softmax(
 ) -> Arguments:
     q, k, v = tokens
     check_tokens(q, k, v)
+    check_tensors(("sinks", "key_mask"), sinks=sinks, key_mask=key_mask)
     bounds = check_documents(q, cu_seqlens)
     heads = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]}
     check_heads(heads)
@@ -126,7 +129,6 @@ def _check_softmax(
 def _check_window(window: int | None, causal: bool) -> None:
     if window is None:
         return
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ValueError(f"window must be an integer of at least 1, got {window!r}")
+    check_integer("window", window, 1)
     if not causal:
         raise ValueError(f"a window looks back and needs causal=True, got window={window} with causal=False")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasp.kernels.arguments import check_choice
 from lasp.parallel import softmax
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
@@ -23,7 +24,9 @@ from lasp.wrap.swap import Function, calls, rebind, restore, swap, undecorated
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
 
-def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "auto", scan: str = "auto") -> Any:
+def parallelize(
+    model: Any, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: str = "auto"
+) -> Any:
     """Make a model take this rank's part of every sequence (`lasp.shard_batch`); in place, this instance only.
 
     attention: method of `softmax_attention`. scan: of `linear_attention` and `delta_rule`, for recurrences. The model's
@@ -35,8 +38,7 @@ def parallelize(model: Any, group: SequenceGroup | None, *, attention: str = "au
     if hasattr(target, WIRING):
         raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
     check_scan(scan)
-    if attention not in softmax.METHODS:
-        raise ValueError(f"attention must be one of {', '.join(softmax.METHODS)}, got {attention!r}")
+    check_choice("attention", attention, softmax.METHODS)
     check_model(target)
     check_adapters(model)
     wire(target, group, attention, scan)
@@ -63,7 +65,7 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def wire(model: Any, group: SequenceGroup | None, attention: str, scan: str) -> None:
+def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, scan: str) -> None:
     """`parallelize` without asking whether the model is known."""
     wiring = Wiring(group, attention, scan, model.config._attn_implementation)
     _own_config(model)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.softmax import Method
 
 WIRING = "_lasp_wiring"
 # Keywords that models hand through and that change nothing of what a layer computes.
@@ -23,7 +24,7 @@ class Wiring:
     documents, its number of tokens over all ranks, and the positions of this rank's tokens [T].
     """
 
-    def __init__(self, group: SequenceGroup | None, method: str, scan: str, before: str) -> None:
+    def __init__(self, group: SequenceGroup | None, method: Method, scan: str, before: str) -> None:
         self.group, self.method, self.scan, self.before = group, method, scan, before
         self.packed, self.length = False, 0
         self.positions: Tensor | None = None

@@ -21,8 +21,9 @@ from torch import Tensor
 import lasp
 from lasp.launch.bench.timing import Contestant, interleave, machine
 from lasp.parallel import collectives
+from lasp.parallel.softmax import Method
 
-OURS = {
+OURS: dict[str, tuple[Method, str]] = {
     "lasp ring, zigzag": ("ring", "zigzag"),
     "lasp ring, contiguous": ("ring", "contiguous"),
     "lasp gather, zigzag": ("gather", "zigzag"),
@@ -99,7 +100,7 @@ def _rank(rank: int, ranks: int, threads: int, store: str, shape: tuple[int, ...
     lasp.shutdown()
 
 
-def _ours(tensors: tuple[Tensor, ...], method: str, layout: str) -> Contestant:
+def _ours(tensors: tuple[Tensor, ...], method: Method, layout: str) -> Contestant:
     group = lasp.SequenceGroup.from_group(layout=layout)
     q, k, v, grad = tensors
 

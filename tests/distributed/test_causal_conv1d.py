@@ -155,7 +155,7 @@ def test_two_tensors_share_an_exchange(world, group_of) -> None:
 # Mistakes -----------------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, message if all make them, if rank 2 alone does
-    "activation": ({"activation": "swish"}, "activation must be None or 'silu', got 'swish'", "(rank 2 of 4)"),
+    "activation": ({"activation": "swish"}, "activation must be one of None, silu, got 'swish'", "(rank 2 of 4)"),
     "weight": ({"weight": torch.zeros(2, 4)}, "weight must be [D, W] with D = 3", "(rank 2 of 4)"),
     "state": ({"initial_state": torch.zeros(1, 3, 4)}, "initial_state must be [B, D, W - 1] = [1, 3, 3]", "(rank 2"),
     "bounds": ({"cu_seqlens": [0, 23]}, "must end at the whole sequence's length 24, got 23", "disagree on cu_seqlens"),

@@ -49,7 +49,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         lambda a: {"initial_state": a["q"].long()},
         "initial_state must be floating and on the device",
     ),
-    "not a tensor": (lambda a: {"q": None}, "AttributeError"),
+    "not a tensor": (lambda a: {"q": None}, "q must be a tensor, got None"),
 }
 
 # Fine on each rank alone, wrong together: (what rank WRONG_RANK does, what the message says)

@@ -71,7 +71,7 @@ def test_parameters_may_be_fp32_beside_bf16() -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "activation": ({"activation": "swish"}, "activation must be None or 'silu', got 'swish'"),
+    "activation": ({"activation": "swish"}, "activation must be one of None, silu, got 'swish'"),
     "x": ({"x": torch.zeros(2, 5)}, "x must be floating [batch, tokens, channels], got torch.float32 [2, 5]"),
     "weight": ({"weight": torch.zeros(2, 4)}, "weight must be [D, W] with D = 3 channels of x, got [2, 4]"),
     "weight of torch": ({"weight": torch.zeros(3, 1, 4)}, "weight must be [D, W] with D = 3"),
@@ -82,7 +82,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "integers": ({"weight": torch.zeros(3, 4).long()}, "weight must be floating and on the device of x, cpu"),
     "documents": ({"cu_seqlens": [0, 37]}, "cu_seqlens packs documents into one sequence and needs B = 1, got B = 2"),
-    "not a tensor": ({"x": None}, "AttributeError"),
+    "not a tensor": ({"x": None}, "x must be a tensor, got None"),
 }
 
 
