@@ -1,42 +1,23 @@
-"""Packaging of lasp: four top-level folders, one import name (see docs/architecture.md, "The ladder")."""
+"""What pyproject.toml cannot say: that links in lasp/ must be links, and how the README reads elsewhere."""
 
+import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
-TRAIN = ["transformers>=5.20", "safetensors", "tokenizers", "jsonargparse", "toml", "matplotlib"]
-HF = ["transformers>=5.20", "accelerate"]
-DEEPSPEED = ["deepspeed"]
-BENCH = [*HF, "ring-attention-pytorch"]
-TEST = [
-    "peft",
-    "pytest",
-    "pytest-timeout",
-    "pytest-mpi",
-    "mpi4py",
-    "openmpi; sys_platform == 'linux'",
-    "setuptools>=77",
-]
-DEV = ["ruff", "mypy", "import-linter"]
+ROOT = Path(__file__).parent
+LINKS = ("kernels", "parallel", "launch")
 
-setup(
-    name="lasp",
-    version="0.1.0",
-    description="Sequence-parallel training of linear-attention, state-space, softmax and hybrid models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=find_packages(include=["lasp", "lasp.*"]),
-    package_data={"lasp": ["py.typed"], "lasp.launch": ["configs/*.toml"]},
-    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy", "rich"],
-    extras_require={
-        "train": TRAIN,
-        "hf": HF,
-        "deepspeed": DEEPSPEED,
-        "bench": BENCH,
-        "test": TRAIN + TEST,
-        "dev": DEV,
-    },
-    entry_points={"console_scripts": ["lasp = lasp.launch.cli:main"]},
-)
+
+def readme() -> str:
+    """README.md, its links to files of this folder turned into their names: elsewhere they would lead nowhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\[([^]]+)\]\((?!https?:)([^)]+)\)", lambda m: m[1] if m[1] == m[2] else f"{m[1]} (`{m[2]}`)", text)
+
+
+if missing := [f"lasp/{name}" for name in LINKS if not (ROOT / "lasp" / name).is_dir()]:
+    raise SystemExit(
+        f"{', '.join(missing)}: no link to the folder of that name, so this checkout lacks most of the package. "
+        "Clone with `git clone -c core.symlinks=true` (on Windows in developer mode)"
+    )
+setup(long_description=readme(), long_description_content_type="text/markdown")

@@ -2,6 +2,8 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
 
 from lasp import __version__
 
@@ -11,13 +13,25 @@ USER_ERROR = 2
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended: 128 and the signal's number, as shells have it."""
 
+
+class Command(NamedTuple):
+    """A subcommand: the module with its `main(argv)`, what it does, and which packages of which extra it needs."""
+
+    module: str
+    purpose: str
+    extra: str = ""
+    packages: tuple[str, ...] = ()
+
+
+TRAIN = ("transformers", "safetensors", "tokenizers", "jsonargparse", "matplotlib", "numpy", "rich")
 COMMANDS = {
-    "train": ("lasp.launch.train", "train a model with the sequence cut over ranks"),
-    "verify": ("lasp.launch.verify", "prove that a kind of model is parallel and exact"),
-    "tune": ("lasp.launch.tune", "measure how this GPU likes the Triton kernels cut into tiles"),
-    "bench": ("lasp.launch.bench", "measure speed and memory"),
+    "train": Command("lasp.launch.train", "train a model with the sequence cut over ranks", "train", TRAIN),
+    "verify": Command(
+        "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)
+    ),
+    "tune": Command("lasp.launch.tune", "measure how this GPU likes the Triton kernels cut into tiles"),
+    "bench": Command("lasp.launch.bench", "measure speed and memory", "bench", (*TRAIN, "ring_attention_pytorch")),
 }
-"""Name of a subcommand: (module with its `main(argv)`, what it does)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,8 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print_error(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")
         return USER_ERROR
+    command = COMMANDS[name]
+    if missing := [package for package in command.packages if find_spec(package) is None]:
+        print_error(f'lasp {name} needs {", ".join(missing)}: pip install "lasp2[{command.extra}]"')
+        return USER_ERROR
     # Imported here: each subcommand needs its own extras, and `lasp --help` needs none.
-    return int(import_module(COMMANDS[name][0]).main(arguments))
+    return int(import_module(command.module).main(arguments))
 
 
 def print_error(message: str) -> None:
@@ -42,8 +60,9 @@ def print_error(message: str) -> None:
 
 
 def _usage() -> str:
-    lines = [f"  {name:8}{purpose}" for name, (_, purpose) in COMMANDS.items()]
-    return "\n".join(["usage: lasp COMMAND ...", "", *lines, "", "`lasp COMMAND --help` tells more."])
+    lines = [f"  {name:8}{command.purpose}" for name, command in COMMANDS.items()]
+    told = "`lasp COMMAND --help` tells more, `lasp --version` the version."
+    return "\n".join(["usage: lasp COMMAND ...", "", *lines, "", told])
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import lasp
+from lasp.launch import cli
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "parallel", "lasp", "launch")
@@ -83,8 +86,69 @@ def test_a_lazy_name_without_its_extra_says_what_to_install(tmp_path: Path) -> N
     assert run(code, tmp_path) == 'lasp.ShardedTrainer needs transformers: pip install "lasp2[hf]"'
 
 
+EXTRAS = ("numpy", "rich", "triton", "transformers", "tokenizers", "safetensors", "jsonargparse", "matplotlib")
+BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "lasp.linear_attention(x, x, x, torch.full((1, 9, 2), -0.1))",
+        "lasp.delta_rule(x, x / 3, x, x[..., 0].sigmoid())",
+        "lasp.softmax_attention(x, x, x, window=3)",
+        "lasp.causal_conv1d(x.flatten(2), torch.ones(8, 3), group=lasp.SequenceGroup.from_mesh(lasp.init_mesh()))",
+    ],
+)
+def test_the_core_needs_torch_alone(call: str, tmp_path: Path) -> None:
+    code = f"{BLOCKED}import torch, lasp; x = torch.ones(1, 9, 2, 4, requires_grad=True); {call}.sum().backward()\n"
+    assert run(code + "print(bool(x.grad.isfinite().all())); lasp.shutdown()", tmp_path) == "True"
+
+
+@pytest.mark.parametrize("command", ["train", "verify", "bench"])
+def test_a_command_without_its_extra_says_what_to_install(command: str, capsys, monkeypatch) -> None:
+    needed, missing = cli.COMMANDS[command], cli.COMMANDS[command].packages[-1]
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else True)
+    assert cli.main([command, "demo"]) == 2
+    expected = f'lasp: error: lasp {command} needs {missing}: pip install "lasp2[{needed.extra}]"\n'
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_extras_hold_what_the_commands_need(command: str) -> None:
+    """`lasp2[extra]` in pyproject.toml, and what that takes from other extras of the package."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    needed = cli.COMMANDS[command]
+    names = [re.match(r"[\w-]+", line)[0] for line in extras.get(needed.extra, [])]
+    if "lasp2" in names:
+        names += [re.match(r"[\w-]+", line)[0] for line in extras["train"] + extras["hf"]]
+    assert {package.replace("_", "-") for package in needed.packages} <= set(names)
+
+
+def test_one_version_in_all_places() -> None:
+    assert f"\nversion: {lasp.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {lasp.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lost", [["kernels"], ["parallel", "launch"], ["kernels", "parallel", "launch"]])
+def test_a_checkout_without_links_is_not_built(lost: list[str], tmp_path: Path) -> None:
+    """As git leaves them where core.symlinks is false: files that hold the link's target."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "lasp").mkdir()
+    for name in ("kernels", "parallel", "launch"):
+        link = tmp_path / "lasp" / name
+        link.write_text(f"../{name}") if name in lost else link.mkdir()
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        ", ".join(f"lasp/{name}" for name in ("kernels", "parallel", "launch") if name in lost)
+    )
+    assert "git clone -c core.symlinks=true" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
-    """Real files in the place of the links, the recipes, the type marker, and nothing of the tests."""
+    """Real files in the place of the links, the recipes, the type marker, what it is, and nothing of the tests."""
     copy = tmp_path / "source"
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if names.returncode:
@@ -109,13 +173,19 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
         ".",
     ]
     subprocess.run(build, cwd=copy, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("lasp-*.whl")
+    (wheel,) = tmp_path.glob("lasp2-*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     packed = {str(file.relative_to(site / "lasp")) for file in (site / "lasp").rglob("*") if file.is_file()}
     assert {"py.typed", "kernels/segment.py", "parallel/scan.py", "launch/configs/demo.toml"} <= packed
     assert not any("test" in name for name in packed)
+    metadata = next(site.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
+    assert metadata.startswith(f"Metadata-Version: 2.4\nName: lasp2\nVersion: {lasp.__version__}\n")
+    for field in ("Author", "Keywords", "Classifier", "Project-URL", "License-Expression", "Requires-Python"):
+        assert f"\n{field}: " in metadata
+    assert not re.search(r"\]\((?!https?:)", metadata), "a link that leads nowhere on a page of its own"
+    assert re.findall(r"Requires-Dist: ([^;\n]+)\n", metadata) == ["torch>=2.11"]
     code = "import lasp, lasp.kernels.segment, lasp.launch.cli; print(lasp.__file__, lasp.kernels.segment.__file__)"
     for file in run(code, tmp_path, site).split():
         assert file.startswith(str(site))
@@ -157,8 +227,8 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     assert done.stdout.count(f"op='all_gather', phase='forward', bytes={bytes_of_a_state}, steps=1") == 2
 
 
-def test_the_readme_names_every_file() -> None:
-    """The file tree of the README has a line for each file of the four folders."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_architecture_names_every_file() -> None:
+    """The file tree of docs/architecture.md has a line for each file of the four folders."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     missing = [str(f.relative_to(ROOT)) for f in sources() if f.name != "__init__.py" and f.name not in text]
     assert not missing

@@ -1,8 +1,17 @@
 """What a generation remembers: one state per layer, of a size that only softmax layers let grow with the sequence."""
 
+from dataclasses import fields
+
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lasp.layers.state import State, select_rows
+
+NAMES = ("past_key_values", "cache")
+"""What transformers calls a cache, as an argument and in an output: the first until 5.23, the second since 5.24."""
+
+NAME = NAMES[1] if NAMES[1] in {field.name for field in fields(BaseModelOutputWithPast)} else NAMES[0]
+"""The one that the installed transformers uses."""
 
 
 class RecurrentCache:
@@ -27,6 +36,11 @@ class RecurrentCache:
         self.states: list[State | None] = [None] * num_layers
         self.seen_tokens = 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Asked by generate() since transformers 5.24: of no layer is the number of tokens seen unknown."""
+        return [False] * len(self.states)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_layers={len(self.states)}, seen_tokens={self.seen_tokens})"
 
@@ -47,3 +61,13 @@ class RecurrentCache:
         """Forget everything."""
         self.states = [None] * len(self.states)
         self.seen_tokens = 0
+
+
+def one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
+    """The cache that a caller gave by either name. Raises ValueError for two, and for what is no `RecurrentCache`."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, RecurrentCache):
+        raise ValueError(f"past_key_values must be a RecurrentCache, got {type(given).__name__}")
+    return given

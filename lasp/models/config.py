@@ -128,7 +128,7 @@ class LinearLlamaConfig(MixerConfig):
     """
 
     model_type = "linear_llama"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     use_cache: bool = True
 

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from lasp.layers import State
 from lasp.models.blocks import build_blocks, embed, is_parallel, token_mask
-from lasp.models.cache import RecurrentCache
+from lasp.models.cache import NAME, NAMES, RecurrentCache, one_cache
 from lasp.models.config import LinearLlamaConfig
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
@@ -28,7 +28,7 @@ class LinearLlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = NAMES
     _is_stateful = True  # generate() then refuses what would have to take tokens back
 
 
@@ -53,11 +53,13 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         group: SequenceGroup | None = None,
+        cache: RecurrentCache | None = None,
     ) -> BaseModelOutputWithPast:
         """Arguments and errors as for `LinearLlamaForCausalLM.forward`; last_hidden_state is [B, T, hidden]."""
         x = embed(self.embed_tokens, input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache, cu_seqlens, group)
-        past = past_key_values.seen_tokens if past_key_values is not None else 0
+        before = one_cache(past_key_values, cache)
+        after = self._cache(before, use_cache, cu_seqlens, group)
+        past = 0 if before is None else before.seen_tokens
         if position_ids is None and past:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
         mask = token_mask(attention_mask, x, past, group)
@@ -73,18 +75,18 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
                 position_ids=position_ids,
                 attention_mask=mask,
                 cu_seqlens=cu_seqlens,
-                state=None if past_key_values is None else past_key_values.states[index],
-                output_final_state=cache is not None,
+                state=None if before is None else before.states[index],
+                output_final_state=after is not None,
                 group=group,
             )
             states.append(state)
-        if cache is not None:
-            cache.update(states, new_tokens=x.shape[1])
+        if after is not None:
+            after.update(states, new_tokens=x.shape[1])
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=(*hidden_states, x) if wanted else None,
+            **{NAME: after},
         )
 
     def _cache(
@@ -98,8 +100,6 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
         plain = cu_seqlens is None and not is_parallel(group)
         if (past is not None or use_cache) and not plain:
             raise ValueError("a cache continues one text on one device: it takes neither cu_seqlens nor a group")
-        if past is not None and not isinstance(past, RecurrentCache):
-            raise ValueError(f"past_key_values must be a RecurrentCache, got {type(past).__name__}")
         if past is not None and len(past.states) != len(self.layers):
             raise ValueError(f"past_key_values has {len(past.states)} layers, the model {len(self.layers)}")
         if use_cache is None:
@@ -142,6 +142,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         group: SequenceGroup | None = None,
+        cache: RecurrentCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of the next tokens, and the loss when targets are given.
 
@@ -166,10 +167,12 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
             output_attentions: must not be True: no attention weights are kept.
             return_dict: False for a tuple.
             group: ranks that hold the rest of the sequence.
+            cache: what transformers 5.24 calls past_key_values; only one of the two.
 
         Returns:
-            loss (scalar), logits [B, T or logits_to_keep, vocab], past_key_values, hidden_states. The loss is the mean
-            over the whole sequence, with the gradient of this rank's part of it (`lasp.cross_entropy`).
+            loss (scalar), logits [B, T or logits_to_keep, vocab], past_key_values (cache, since transformers 5.24),
+            hidden_states. The loss is the mean over the whole sequence, with the gradient of this rank's part of it
+            (`lasp.cross_entropy`).
 
         Raises:
             ValueError: labels without shift_labels under a group, targets with logits_to_keep, not exactly one of
@@ -191,6 +194,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             group=group,
+            cache=cache,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -200,8 +204,8 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{NAME: outputs.get(NAME)},
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()

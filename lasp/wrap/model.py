@@ -98,7 +98,7 @@ def _check_inputs(
         raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
     if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
         raise ValueError("labels without shift_labels lose the target at each border: use lasp.shard_batch")
-    for cache in ("past_key_values", "cache_params", "state"):
+    for cache in ("past_key_values", "cache", "cache_params", "state"):
         if kwargs.get(cache) is not None:
             raise ValueError(f"a parallelised model takes no {cache}: call lasp.unparallelize to generate")
     if isinstance(kept := kwargs.get("logits_to_keep"), Tensor) or kept:

@@ -19,6 +19,12 @@ import lasp
 WORLD = 4
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse what would stop one rank alone: the others wait for it until they time out."""
+    if config.getoption("maxfail") and MPI.COMM_WORLD.size > 1:
+        raise pytest.UsageError("-x and --maxfail stop one rank while the others wait for it: leave them out")
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[MPI.Comm]:
     """All four ranks, in a gloo process group."""

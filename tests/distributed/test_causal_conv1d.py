@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.parallel.halo import Halo, bring_halo, halo_moves
+from lasp.parallel.halo import Halo, bring_halo
 from lasp.parallel.layout import house_pieces, make_plan, pieces_of
 from tests.convolution import ConvProblem, largest_error, make_convolution, solve_convolution
 
@@ -124,14 +124,6 @@ def test_one_exchange_each_way_of_as_many_tokens_as_the_kernel_reaches_back(grou
     received, returned = halos[layout][group.rank]
     assert ledger.of("forward") == [("all_to_all", "forward", 3 * received * TOKEN, 1)]
     assert ledger.of("backward") == [("all_to_all", "backward", 3 * returned * TOKEN, 1)]
-
-
-def test_only_tokens_of_the_same_document_travel() -> None:
-    """Integers only, of 10 | 9 | 9 | 9 tokens: a document ends at 10, one begins at 18, one token ahead of 19."""
-    moves = halo_moves((10, 9, 9, 9), "contiguous", (0, 10, 18, 37), 3)
-    assert [tuple(move) for move in moves] == [(1, 2, 8, 1, 2), (2, 3, 6, 3, 3)]
-    moves = halo_moves((2, 0, 1, 9), "contiguous", None, 3)
-    assert [tuple(move) for move in moves] == [(0, 2, 0, 2, 2), (0, 3, 0, 2, 3), (2, 3, 0, 1, 3)]
 
 
 def test_two_tensors_share_an_exchange(world, group_of) -> None:

@@ -11,8 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.kernels import reference
-from lasp.kernels.documents import document_bounds
-from lasp.parallel.layout import make_plan
 from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
 from tests.oracle import DECAYS, assert_close, errors, make_problem, solve
 
@@ -232,17 +230,3 @@ def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypat
     monkeypatch.setattr(scan._Gather, "wait", lambda self: (events.append("wait"), wait(self))[1])
     run_once(group_of(4), "token", "gather")
     assert events == ["start", "inside", "wait", "start", "grad_outputs", "wait"]
-
-
-def test_plan_of_a_document_over_three_ranks() -> None:
-    """Integers only: a document that spans ranks is one run on each, and only its ends reset and finish."""
-    bounds = document_bounds((0, 3, 30, 37), 37)
-    plans = [make_plan((10, 9, 9, 9), rank, "contiguous", bounds) for rank in range(4)]
-    runs = [[(r.offset, r.length, r.document, r.reset, r.last) for r in plan.runs] for plan in plans]
-    assert runs == [
-        [(0, 3, 0, True, True), (3, 7, 1, True, False)],
-        [(0, 9, 1, False, False)],
-        [(0, 9, 1, False, False)],
-        [(0, 2, 1, False, True), (2, 7, 2, True, True)],
-    ]
-    assert [link.reset for link in plans[0].links] == [True, False, False, True]

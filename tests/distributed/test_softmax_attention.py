@@ -17,11 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import lasp
 from lasp.kernels.softmax.blocks import BlockAttention
-from lasp.kernels.softmax.mask import Mask, tiles
 from lasp.parallel import collectives, keys
 from lasp.parallel.collectives import Pending
-from lasp.parallel.keys import span
-from lasp.parallel.layout import house_pieces, joined_pieces, pieces_of
+from lasp.parallel.layout import house_pieces, pieces_of
 from lasp.parallel.softmax import check_method
 from tests.attention import AttentionProblem, largest_error, make_attention, solve_attention
 
@@ -318,27 +316,6 @@ def test_the_next_block_is_in_flight_while_this_one_computes(group_of, monkeypat
 
 
 # Work and memory ----------------------------------------------------------------------------------------------------
-
-
-def pairs_of(length: int, layout: str) -> list[int]:
-    """How many query-key pairs each of four ranks computes under a causal mask."""
-    mask, pieces = Mask((0, length)), joined_pieces(house_lengths(length, 4, layout), layout)
-    found = [0] * 4
-    for own in pieces:
-        for other in pieces:
-            for tile in tiles(mask, span(own), span(other)):
-                assert tile.kind != "masked"
-                rows, keys = tile.rows.length, tile.keys.length
-                found[own.rank] += rows * keys if tile.kind == "full" else rows * (rows + 1) // 2
-    assert sum(found) == length * (length + 1) // 2
-    return found
-
-
-@pytest.mark.parametrize("length", [1024, 1031])
-def test_zigzag_balances_causal_work(length: int) -> None:
-    zigzag, contiguous = pairs_of(length, "zigzag"), pairs_of(length, "contiguous")
-    assert max(zigzag) < 1.01 * min(zigzag)
-    assert max(contiguous) > 6 * min(contiguous)
 
 
 class PeakMemory(TorchDispatchMode):

@@ -162,7 +162,8 @@ def test_constant_gates_change_no_other_gradient() -> None:
     (dq,) = torch.autograd.grad(output, q, problem.grad_output)
     gates = problem.log_decay.clone().requires_grad_()
     output = lasp.linear_attention(q, problem.k, problem.v, gates)
-    assert torch.equal(dq, torch.autograd.grad(output, q, problem.grad_output)[0])
+    again = torch.autograd.grad(output, q, problem.grad_output)[0]
+    torch.testing.assert_close(dq, again, rtol=0, atol=1e-12)  # fp64; with gates the products may be others
 
 
 def test_decay_factors_are_never_denormal() -> None:

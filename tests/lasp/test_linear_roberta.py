@@ -128,7 +128,7 @@ def test_the_default_is_the_size_of_roberta_base() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_saving_and_loading_is_bitwise(tied: bool, tmp_path: Path) -> None:
+def test_saving_and_loading_keeps_every_bit(tied: bool, tmp_path: Path) -> None:
     model = small(tie_word_embeddings=tied, rope_theta=3e4).float()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
@@ -137,5 +137,7 @@ def test_saving_and_loading_is_bitwise(tied: bool, tmp_path: Path) -> None:
     assert type(loaded) is models.LinearRobertaForMaskedLM
     assert loaded.model.layers[1].mixer.rotary.theta == 3e4
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    assert torch.equal(loaded(text()).logits, model(text()).logits)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    close(loaded(text()).logits, model(text()).logits, 1e-5)  # of other addresses in memory; fp32
     assert type(transformers.AutoModel.from_pretrained(tmp_path)) is models.LinearRobertaModel

@@ -12,6 +12,8 @@ from lasp.layers import MIXERS, KeyValues
 transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("lasp.models")
 
+from lasp.models.cache import NAME, NAMES  # noqa: E402 (behind what may skip)
+
 PROMPT, NEW = 7, 9
 # Models of every mixer, and hybrids.
 KINDS = {name: {"mixer": name} for name in MIXERS} | {
@@ -141,12 +143,13 @@ def test_outputs_on_request() -> None:
     whole = model(ids, output_hidden_states=True)
     assert len(whole.hidden_states) == 5
     close(model.lm_head(whole.hidden_states[-1]), whole.logits)
-    assert torch.equal(model(ids, logits_to_keep=2).logits, whole.logits[:, -2:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole.logits[:, [0, 3]])
+    # Fewer rows are another product: another order of the sums.
+    close(model(ids, logits_to_keep=2).logits, whole.logits[:, -2:])
+    close(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole.logits[:, [0, 3]])
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, whole.logits)
     loss, logits = model(ids, labels=ids, use_cache=False, return_dict=False)
     assert loss.ndim == 0
-    assert torch.equal(logits, whole.logits)
+    close(logits, whole.logits)  # without the final states
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,10 @@ def test_outputs_on_request() -> None:
         ({"use_cache": True, "group": SimpleNamespace(rank=0, size=2)}, "neither cu_seqlens nor a group"),
         ({"past_key_values": models.RecurrentCache(9)}, "9 layers, the model 4"),
         ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache"),
+        ({"cache": models.RecurrentCache(9)}, "9 layers, the model 4"),
+        ({"cache": transformers.DynamicCache()}, "got DynamicCache"),
+        ({"cache": models.RecurrentCache(4), "past_key_values": models.RecurrentCache(4)}, "two names of one"),
+        ({"cache": models.RecurrentCache(4), "cu_seqlens": torch.tensor([0, 7])}, "neither cu_seqlens nor a group"),
         ({"output_attentions": True}, "no attention weights"),
     ],
 )
@@ -256,6 +263,22 @@ def test_generation_continues_from_a_cache_in_chunks(kind: str) -> None:
     assert torch.equal(model.generate(ids, past_key_values=fresh, prefill_chunk_size=3, **options), expected)
 
 
+@pytest.mark.parametrize("kind", ["lightning", "LNLN", "mamba2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_continues_under_either_name(kind: str, name: str) -> None:
+    """`past_key_values`, and `cache` of transformers 5.24, in the model and in the model under its head."""
+    model, ids = small(kind), text()
+    whole = model(ids)
+    for part, result in ((model, "logits"), (model.model, "last_hidden_state")):
+        before = models.RecurrentCache(4)
+        part(ids[:, :4], **{name: before})
+        after = part(ids[:, 4:], **{name: before})
+        assert after[NAME] is before
+        assert before.seen_tokens == PROMPT
+        expected = whole.logits if part is model else part(ids).last_hidden_state
+        close(getattr(after, result), expected[:, 4:])
+
+
 def test_only_keys_and_values_grow_with_the_text() -> None:
     model = small("LLLN")
     for length in (1, 5, 50):
@@ -292,7 +315,7 @@ def test_a_cache_is_kept_only_where_it_is_of_use() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @kinds
-def test_saving_and_loading_is_bitwise(kind: str, tied: bool, tmp_path: Path) -> None:
+def test_saving_and_loading_keeps_every_bit(kind: str, tied: bool, tmp_path: Path) -> None:
     model = small(kind, tie_word_embeddings=tied, num_key_value_heads=2).float()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
@@ -302,7 +325,8 @@ def test_saving_and_loading_is_bitwise(kind: str, tied: bool, tmp_path: Path) ->
     state = loaded.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert torch.equal(loaded(text()).logits, model(text()).logits)
+    # What was read may lie at another address than what was made, where a product takes other instructions.
+    close(loaded(text()).logits, model(text()).logits, 1e-5)  # fp32, four layers
     assert (tmp_path / "model.safetensors").exists()
 
 

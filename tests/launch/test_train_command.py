@@ -130,7 +130,7 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     assert all(name in usage for name in cli.COMMANDS)
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == "lasp: error: unknown command 'trian'; choose from train, verify, tune, bench\n"
-    monkeypatch.setitem(cli.COMMANDS, "echo", ("lasp.launch.train", "for this test"))
+    monkeypatch.setitem(cli.COMMANDS, "echo", cli.Command("lasp.launch.train", "for this test"))
     assert cli.main(["echo", "nowhere.toml"]) == 2
 
 
