@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,28 @@ def probe(name: str, group: SequenceGroup, seq_len: int) -> Report:
 
 
 def configuration(name: str) -> Any:
-    """The configuration of a folder or a hub's id, or the default one of a model type ("qwen3_next")."""
+    """The configuration of a folder or a hub's id, or the default one of a model type ("qwen3_next").
+
+    Only what can be an id, with its owner, is asked for at the hub: a mistyped type is none.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    known = name in CONFIG_MAPPING and not Path(name).exists()
+    is_type = name in CONFIG_MAPPING and not Path(name).exists()
     try:
-        return CONFIG_MAPPING[name]() if known else AutoConfig.from_pretrained(name)
+        if is_type:
+            return CONFIG_MAPPING[name]()
+        return AutoConfig.from_pretrained(name, local_files_only="/" not in name)
     except Exception as error:  # every kind has its own ways to reject what it reads
-        raise ValueError(f"{name!r}: no model type of transformers, or no valid configuration: {error}") from error
+        if is_type or Path(name).exists() or "/" in name:
+            raise ValueError(f"{name!r}: no valid configuration, here or at the hub: {_first_line(error)}") from error
+        close = get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "an id of the hub is owner/name"
+        raise ValueError(f"{name!r}: no model type of transformers, and no folder; {hint}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the names of all classes that transformers knows."""
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def tiny_model(config: Any) -> Any:
@@ -95,13 +110,15 @@ def tiny_model(config: Any) -> Any:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(small, attn_implementation="eager").float()
     except Exception as error:  # every kind has its own ways to reject sizes that do not fit
-        told = f"{type(error).__name__}: {error}"
+        told = f"{type(error).__name__}: {_first_line(error)}"
         raise ValueError(f"cannot make a tiny {config.model_type} ({told}): try lasp.verify on one of yours") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lasp verify", description=__doc__)
-    parser.add_argument("model", help="a folder, an id of the Hugging Face hub, or a model type; weights are not read")
+    parser.add_argument(
+        "model", help="a folder, an id (owner/name) of the Hugging Face hub, or a model type; weights are not read"
+    )
     parser.add_argument("--sp", type=int, default=2, help="ranks that share the sequence")
     parser.add_argument("--seq-len", type=int, default=64, help="tokens over all ranks")
     parser.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag")

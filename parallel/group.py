@@ -110,7 +110,9 @@ def init_mesh(
         raise ValueError(f"the axes of a mesh must be at least 1, got {sizes}")
     dp = max(1, world // (sp * tp)) if dp is None else dp
     if dp * sp * tp != world:
-        raise ValueError(f"dp x sp x tp = {dp} x {sp} x {tp} = {dp * sp * tp} ranks, but the world has {world}")
+        told = f"dp x sp x tp = {dp} x {sp} x {tp} = {dp * sp * tp} ranks, but the world has {world}"
+        alone = f": start it with torchrun --nproc-per-node {dp * sp * tp}" if world == 1 else ""
+        raise ValueError(told + alone)
     return init_device_mesh(kind, (dp, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
 
 

@@ -97,7 +97,10 @@ def _check_inputs(
     if tokens is None or len(args) > 1:
         raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
     if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
-        raise ValueError("labels without shift_labels lose the target at each border: use lasp.shard_batch")
+        raise ValueError(
+            "labels without shift_labels lose the target at each border: use lasp.shard_batch, or lasp.ShardedTrainer "
+            "in the place of Trainer"
+        )
     for cache in ("past_key_values", "cache", "cache_params", "state"):
         if kwargs.get(cache) is not None:
             raise ValueError(f"a parallelised model takes no {cache}: call lasp.unparallelize to generate")

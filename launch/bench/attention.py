@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import lasp
-from lasp.launch.bench.timing import Contestant, interleave, machine
+from lasp.launch.bench.timing import Contestant, compared, interleave, machine
 from lasp.parallel import collectives
 from lasp.parallel.softmax import Method
 
@@ -78,8 +78,8 @@ def show(figures: dict[str, Any]) -> None:
     console.print(table)
     for ranks, run in figures["ranks"].items():
         console.print(
-            f"{ranks} ranks: our ring on zigzag is {run['times_faster']:.2f} times faster than {run['best_peer']} and "
-            f"{run['contiguous_over_zigzag']:.2f} times faster than on contiguous"
+            f"{ranks} ranks: our ring on zigzag is {compared(run['times_faster'], run['best_peer'])} and "
+            f"{compared(run['contiguous_over_zigzag'], 'on contiguous')}"
         )
     told = figures["machine"]
     console.print(f"{told['chip']}, {told['threads']} threads in all, torch {told['torch']}, gloo")

@@ -65,7 +65,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """The table of losses, mixer by mixer."""
-    table = Table(title=f"loss after {figures['steps']} steps, nats per byte, mean of {figures['seeds']} seeds")
+    seeds = "1 seed" if figures["seeds"] == 1 else f"{figures['seeds']} seeds"
+    table = Table(title=f"loss after {figures['steps']} steps, nats per byte, mean of {seeds}")
     for heading in ("mixer", *PATTERNS):
         table.add_column(heading, justify="left" if heading == "mixer" else "right")
     losses = {(run["mixer"], run["pattern"]): run["loss"] for run in figures["runs"]}
@@ -102,7 +103,8 @@ def _plot(figures: dict[str, Any], path: Path) -> None:
                 axes.plot(_smooth(run["curves"][0]), label=run["mixer"], linewidth=1)
         axes.set(xlabel="step", title=pattern)
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel=f"loss (nats per byte, mean of {LAST_STEPS} steps)")
+    window = min(LAST_STEPS, figures["steps"])
+    panels[0].set(ylabel=f"loss (nats per byte, mean of {window} step{'s' * (window > 1)})")
     panels[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -269,7 +269,7 @@ def show(figures: dict[str, Any]) -> None:
     """Errors, then milliseconds; what was left out; what the card can do."""
     names = ["mixer", "passed", "worst error of lasp", "of fla"]
     print(markdown(names, [_check_line(name, found) for name, found in figures["checks"].items()]), end="\n\n")
-    heads = ["forward, ms", "fla", "with backward, ms", "fla", "times faster", "memory floor", "arithmetic floor"]
+    heads = ["forward, ms", "fla", "with backward, ms", "fla", "fla's speed, times", "memory floor", "arithmetic floor"]
     print(markdown(["B, T, H, D", "mixer", *heads], map(_time_line, figures["rows"])))
     for name, shape in figures["left_out"]:
         print(f"not measured: {name} at {_numbers(shape)}")

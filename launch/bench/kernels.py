@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 import lasp
-from lasp.launch.bench.timing import Contestant, interleave, machine
+from lasp.launch.bench.timing import Contestant, compared, interleave, machine
 
 OURS = "lasp"
 
@@ -259,7 +259,7 @@ def show(figures: dict[str, Any]) -> None:
             table.add_row(contestant, f"{seconds:.3f}", "" if peak is None else f"{peak / 1e6:.0f}")
         console.print(table)
         console.print(
-            f"lasp is {found['times_faster']:.2f} times faster than {found['best_peer']} and takes "
+            f"lasp is {compared(found['times_faster'], found['best_peer'])} and takes "
             f"{found['share_of_memory']:.2f} of its memory."
         )
         if found["share_of_matmul_peak"] is not None:

@@ -96,3 +96,11 @@ def machine(threads: int) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     chip = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {"chip": chip, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def compared(speed: float, peer: str) -> str:
+    """Words for how many times as fast as a peer something is: "1.25 times slower than the peer" for 0.8."""
+    factor = f"{max(speed, 1 / speed):.2f}"
+    if factor == "1.00":
+        return f"as fast as {peer}"
+    return f"{factor} times {'faster' if speed > 1 else 'slower'} than {peer}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from lasp.launch.bench import main
+from lasp.launch.bench import convergence, main
 from lasp.launch.bench.kernels import RECURRENCES, Shape
+from lasp.launch.bench.timing import compared
 
 SMALL = Shape(tokens=256, heads=2, dim=32)
 
@@ -22,7 +24,29 @@ def test_bench_kernels_writes_what_it_measured(tmp_path: Path, capsys: pytest.Ca
     assert found["times_faster"] == found["seconds"][found["best_peer"]] / found["seconds"]["lasp"]
     assert set(found["peak_bytes"]) == {"lasp", found["best_peer"]}
     assert 0 < found["share_of_matmul_peak"] < 1
-    assert "times faster than transformers" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"lasp is (\d+\.\d\d times (faster|slower) than|as fast as) transformers", told)
+
+
+@pytest.mark.parametrize(
+    ("speed", "words"),
+    [
+        (2.049, "2.05 times faster than a"),
+        (0.91, "1.10 times slower than a"),
+        (0.5, "2.00 times slower than a"),
+        (1.002, "as fast as a"),
+        (0.997, "as fast as a"),
+    ],
+)
+def test_what_is_slower_is_called_slower(speed: float, words: str) -> None:
+    assert compared(speed, "a") == words
+
+
+@pytest.mark.parametrize(("seeds", "words"), [(1, "mean of 1 seed"), (2, "mean of 2 seeds")])
+def test_one_seed_is_one(seeds: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"mixer": "linear", "pattern": "pure", "loss": 1.0}
+    convergence.show({"steps": 3, "seeds": seeds, "runs": [run]})
+    assert re.search(rf"{words}\b", " ".join(capsys.readouterr().out.split()))
 
 
 @pytest.mark.parametrize("name", RECURRENCES)

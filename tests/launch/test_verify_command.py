@@ -33,8 +33,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "said"),
     [
         (["bloom"], ["BloomAttention", "not verified", "docs/models.md"]),
-        (["no such model"], ["no such model", "no model type"]),
-        (["{folder}/nothing"], ["nothing", "no model type"]),
+        (["no such model"], ["no such model", "no model type", "owner/name"]),
+        (["qwen3_nxt"], ["no model type", "did you mean qwen3_next"]),
+        (["lama"], ["no model type", "did you mean llama"]),
+        (["Mixtral"], ["no model type", "did you mean mixtral or"]),
+        (["{folder}/nothing"], ["nothing", "no valid configuration"]),
+        (["t5"], ["cannot make a tiny t5", "T5Config"]),
         (["xlm"], ["cannot make a tiny xlm", "lasp.verify"]),
         (["llama", "--sp", "0"], ["--sp", "got 0"]),
         (["llama", "--sp", "8", "--seq-len", "7"], ["--seq-len", "8 and 7"]),
@@ -47,6 +51,18 @@ def test_what_is_refused_starts_no_ranks(folder, capsys, monkeypatch, arguments,
     assert stderr.startswith("lasp: error: ")
     assert stderr.count("\n") == 1
     assert all(part in stderr for part in said), stderr
+    assert len(stderr) < 600, "not the names of all classes of transformers"
+
+
+@pytest.mark.parametrize("name", ["qwen3_nxt", "gpt-neo", "nothing"])
+def test_a_mistyped_type_asks_nobody(name, monkeypatch):
+    """Only what can be an id of the hub, with its owner, is asked for there."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "_build_hf_headers", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    with pytest.raises(ValueError, match=f"'{name}': no model type of transformers, and no folder"):
+        verify.configuration(name)
 
 
 def test_an_sp_that_is_no_number_is_a_usage_error(capsys):

@@ -85,3 +85,10 @@ def test_shutdown_leaves_the_group_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert waited == [False]
     assert lasp.init_mesh(device="cpu").size() == 1, "it may be joined again"
     lasp.shutdown()
+
+
+@pytest.mark.parametrize(("sizes", "ranks"), [({"sp": 2}, 2), ({"sp": 4, "dp": 2}, 8), ({"sp": 1, "tp": 3}, 3)])
+def test_a_mesh_for_more_ranks_than_one_says_how_they_are_started(sizes: dict[str, int], ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"the world has 1: start it with torchrun --nproc-per-node {ranks}$"):
+        lasp.init_mesh(**sizes, device="cpu")
+    lasp.shutdown()
