@@ -247,3 +247,18 @@ class Case:
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest errors, relative to a result's largest entry."""
+
+
+def _compiled(run: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        return run(**arguments)
+
+    return torch.compile(call, backend=backend)
+
+
+MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "eager": lambda run: run,
+    "aot_eager": partial(_compiled, backend="aot_eager"),
+    "inductor": partial(_compiled, backend="inductor"),
+}
+"""How an operation is run."""
