@@ -72,6 +72,7 @@ class Call:
     method: str
 
 
+@torch.compiler.disable  # tables of integers, messages and flash kernels: nothing for a compiler
 def shared_attention(
     call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None
 ) -> Tensor:
