@@ -78,14 +78,21 @@ def chunk_table(runs: tuple[tuple[int, int], ...], chunk_size: int, block_chunks
 
     No chunk crosses the boundary of a run, so nothing inside a kernel needs to know about documents.
     """
-    table, blocks, slot = [], [], 0
-    for run, (offset, length) in enumerate(runs):
-        first, whole, rest = slot, length // chunk_size, length % chunk_size
+    slots, blocks = state_slots(runs, chunk_size), []
+    for run, ((offset, length), (first, _)) in enumerate(zip(runs, slots, strict=True)):
+        whole, rest = length // chunk_size, length % chunk_size
         for i in range(0, whole, block_chunks):
             blocks.append(Block(offset + i * chunk_size, min(block_chunks, whole - i), chunk_size, first + i, run))
         if rest:
             blocks.append(Block(offset + whole * chunk_size, 1, rest, first + whole, run))
-        slot += whole + (1 if rest else 0)
-        table.append((first, slot))
-        slot += 1
-    return ChunkTable(tuple(table), tuple(blocks), slot)
+    return ChunkTable(slots, tuple(blocks), slots[-1][1] + 1)
+
+
+def state_slots(runs: tuple[tuple[int, int], ...], chunk_size: int) -> tuple[tuple[int, int], ...]:
+    """The slots (first, last) of each run's states: arithmetic alone, for lengths may be unknown when it is traced."""
+    slots, slot = [], 0
+    for _, length in runs:
+        last = slot + -(-length // chunk_size)
+        slots.append((slot, last))
+        slot = last + 1
+    return tuple(slots)

@@ -36,6 +36,8 @@ class Move(NamedTuple):
 @lru_cache(maxsize=256)
 def halo_moves(lengths: tuple[int, ...], layout: str, bounds: tuple[int, ...] | None, size: int) -> tuple[Move, ...]:
     """What must pass so that every piece knows the `size` tokens ahead of it in its document; in order of position."""
+    if len(lengths) == 1:  # nothing passes; torch.compile cannot trace a bisection
+        return ()
     pieces = pieces_of(lengths, layout) if sum(lengths) else ()
     bounds = (0, sum(lengths)) if bounds is None else bounds
     stops = [piece.stop for piece in pieces]

@@ -14,6 +14,7 @@ runs the same stages at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.precision import exact
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
@@ -142,9 +144,9 @@ class _CausalRecurrence(torch.autograd.Function):
         return None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
 
 
-def _exact(inputs: Inputs) -> torch.autocast:
+def _exact(inputs: Inputs) -> AbstractContextManager[object]:
     """Keep autocast away: states, decays and sums are in fp32 or fp64 whatever surrounds the call."""
-    return torch.autocast(next(x for x in inputs if x is not None).device.type, enabled=False)
+    return exact(next(x for x in inputs if x is not None))
 
 
 def _save(
@@ -211,10 +213,9 @@ def _enter_ends(plan: Plan, links: list[Tensor | None], ends: list[Tensor | None
 
 def _share_ends(call: Call, plan: Plan, states: list[Tensor], phase: str) -> Tensor:
     """The states at the ends of all documents [documents, B, H, K, V], on every rank."""
-    shared = states[0].new_zeros(plan.documents, *states[0].shape)
-    for run, state in zip(plan.runs, states, strict=True):
-        if run.last:
-            shared[run.document] = state
+    own = {run.document: state for run, state in zip(plan.runs, states, strict=True) if run.last}
+    nothing = torch.zeros_like(states[0])
+    shared = torch.stack([own.get(document, nothing) for document in range(plan.documents)])
     return shared if call.group is None else collectives.all_reduce(shared, call.group.process_group, phase).wait()
 
 

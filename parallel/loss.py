@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.arguments import check_integer, check_number, check_tensors
+from lasp.kernels.values import may_look_at
 from lasp.parallel import collectives
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.untraced import untraced
 
 
+@untraced
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -56,7 +59,7 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor 
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
-    if labels.device.type == "cpu" and labels.numel():
+    if may_look_at(labels) and labels.numel():
         counted = labels[labels != ignore_index]
         if counted.numel() and not 0 <= counted.min() <= counted.max() < logits.shape[-1]:
             raise ValueError(

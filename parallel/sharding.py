@@ -15,6 +15,7 @@ from lasp.parallel.batch import complete, fingerprint, token_dim
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Piece, pieces_of
+from lasp.parallel.untraced import untraced
 
 
 class Slices(Protocol):
@@ -23,6 +24,7 @@ class Slices(Protocol):
     def slices(self, length: int) -> list[slice]: ...
 
 
+@untraced
 def shard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
     """This rank's part of a whole tensor along `dim`, of any length of at least one token per rank.
 
@@ -38,6 +40,7 @@ def _cut(x: Tensor, group: Slices | None, dim: int) -> Tensor:
     return torch.cat([x[(slice(None),) * (dim % x.dim()) + (part,)] for part in group.slices(x.shape[dim])], dim)
 
 
+@untraced
 def unshard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
     """The whole tensor along `dim` from every rank's part, on every rank: one all-gather.
 
@@ -93,6 +96,7 @@ class _Unshard(torch.autograd.Function):
         return own[: ctx.lengths[ctx.group.rank]], None, None, None
 
 
+@untraced
 def shard_batch(batch: Mapping[str, Any], group: SequenceGroup | None, shift: bool = True) -> dict[str, Any]:
     """This rank's part of a whole batch, which is the same on all ranks of the group: one header exchange says so.
 

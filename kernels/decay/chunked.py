@@ -19,8 +19,8 @@ fp64 for fp64 inputs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -34,28 +34,29 @@ from lasp.kernels.scratch import Scratch
 from lasp.kernels.segment import Segment, apply, transpose
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChunkStates:
     """States between chunks [slots, B, H, K, V] and each chunk's own transfer [slots, B or 1, H or 1, 1 or K, 1 or K].
 
-    Where the chain runs backwards, `states` holds gradients. `base` is the slot of the first state held.
+    Where the chain runs backwards, `states` holds gradients. runs: the first and the last slot of each; `base` is the
+    slot of the first state held.
     """
 
-    geometry: Geometry
+    runs: tuple[tuple[int, int], ...]
     states: Tensor
     transfers: Tensor
-    base: int = 0
+    base: int = field(default=0, kw_only=True)
 
     def segment(self, run: int) -> Segment:
         """The map of a whole run, forwards."""
-        return Segment(self._transfer(run), self.states[self.geometry.table.runs[run][1]])
+        return Segment(self._transfer(run), self.states[self.runs[run][1]])
 
     def adjoint(self, run: int) -> Segment:
         """The map of a whole run, backwards: of the gradient that enters at its end."""
-        return Segment(transpose(self._transfer(run)), self.states[self.geometry.table.runs[run][0]])
+        return Segment(transpose(self._transfer(run)), self.states[self.runs[run][0]])
 
     def _transfer(self, run: int) -> Tensor:
-        first, last = self.geometry.table.runs[run]
+        first, last = self.runs[run]
         if self.transfers.shape[-1] == 1:
             return self.transfers[first:last].prod(0)
         eye = torch.eye(self.transfers.shape[-1], dtype=self.transfers.dtype, device=self.transfers.device)
@@ -64,8 +65,9 @@ class ChunkStates:
         )
 
     def enter(self, incoming: list[Tensor | None]) -> None:
-        """Add to every state of each run what the state [B, H, K, V] entering the run has become by then, in place."""
-        for (first, last), carry in zip(self.geometry.table.runs, incoming, strict=True):
+        """Add to every state of each run what the state [B, H, K, V] entering the run has become by then."""
+        self.states = self.states.clone()  # not in place: selective checkpointing may keep what an operator returned
+        for (first, last), carry in zip(self.runs, incoming, strict=True):
             if carry is not None:
                 self.states[first].add_(carry)
                 for slot in range(first, last):
@@ -74,7 +76,8 @@ class ChunkStates:
 
     def enter_backwards(self, incoming: list[Tensor | None]) -> None:
         """The same for gradients [B, H, K, V] that enter each run at its end."""
-        for (first, last), carry in zip(self.geometry.table.runs, incoming, strict=True):
+        self.states = self.states.clone()
+        for (first, last), carry in zip(self.runs, incoming, strict=True):
             if carry is not None:
                 self.states[last].add_(carry)
                 for slot in reversed(range(first, last)):
@@ -83,19 +86,19 @@ class ChunkStates:
 
     def fill(self, runs: list[Tensor]) -> None:
         """Make every state of each run the given one [B, H, K, V]: attention without a mask."""
-        for (first, last), state in zip(self.geometry.table.runs, runs, strict=True):
-            self.states[first : last + 1] = state
+        counts = (last + 1 - first for first, last in self.runs)
+        self.states = torch.cat([x.expand(n, *x.shape) for n, x in zip(counts, runs, strict=True)])
 
     def starts(self) -> list[Tensor]:
         """The state [B, H, K, V] at the start of each run."""
-        return [self.states[first] for first, _ in self.geometry.table.runs]
+        return [self.states[first] for first, _ in self.runs]
 
     def ends(self) -> list[Tensor]:
         """The state [B, H, K, V] at the end of each run."""
-        return [self.states[last] for _, last in self.geometry.table.runs]
+        return [self.states[last] for _, last in self.runs]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What the chain consists of, besides its geometry."""
+        """What the chain consists of."""
         return self.states, self.transfers
 
     def entering(self, block: Block) -> Tensor:
@@ -131,6 +134,18 @@ class Gradients(NamedTuple):
     log_decay: Tensor | None
     beta: Tensor | None = None  # the delta family's, [B, T, H, 1]
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], trained: bool) -> Gradients:
+        """Those that there are, in this order; trained: whether that of log_decay is among them."""
+        q, k, v, *gates = tensors
+        log_decay = gates.pop(0) if trained else None
+        return cls(q, k, v, log_decay, *gates)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [x for x in self if x is not None]
+
 
 class BlockGradients(NamedTuple):
     """Tiles of one block's part of each gradient, None where there is none."""
@@ -143,93 +158,96 @@ class BlockGradients(NamedTuple):
 
 
 BlockTiles = TypeVar("BlockTiles", bound=Tiles)
+Given = Sequence[Any]  # tensors, of which some may be None
+Memory = Sequence[Tensor]
 
 
 class DecayStages(Generic[BlockTiles]):
-    """The stages, each over all blocks; the methods that take tiles do the same for one block."""
+    """The stages, each over all blocks; the methods that take tiles do the same for one block.
+
+    A stage fills `memory` from the inputs and what else it is given, and reads nothing that it fills before it has.
+    """
 
     tiles: type[Any] = Tiles
 
     # Stages ---------------------------------------------------------------------------------------------------------
 
-    def chunk_states(self, inputs: Inputs, geometry: Geometry) -> ChunkStates:
+    def chunk_states(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
         """The states between chunks, each run from an empty memory, and the transfer of each chunk."""
-        chain = self._new_chain(inputs, geometry, [None] * len(geometry.table.runs))
+        chain = _begun(memory, [None] * len(geometry.runs), geometry)
         for tiles in self._blocks(inputs, geometry):
             self._chunk_states(tiles, chain)
-        return chain
 
-    def inside(self, inputs: Inputs, geometry: Geometry) -> Tensor:
+    def inside(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
         """Outputs [B, T, Ho, V] of attention within each chunk, in the compute dtype."""
-        output = _new_output(inputs, geometry)
+        (output,) = memory
         if not geometry.masked:
-            return output.zero_()
+            output.zero_()
+            return
         for tiles in self._blocks(inputs, geometry):
-            put(output, self._inside(tiles), tiles.block)
-        return output
+            put(self._inside(tiles), tiles.block, output)
 
-    def read_out(self, inputs: Inputs, entered: ChunkStates, output: Tensor, geometry: Geometry) -> None:
-        """Add to `output` what each chunk's queries read from the state that entered the chunk."""
+    def read_out(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
+        """The output, given the chain that entered and `inside`: what each chunk's queries read is added to that."""
+        *chain, inside = given
+        (output,), entered = memory, ChunkStates(geometry.slots, *chain)
         for tiles in self._blocks(inputs, geometry):
-            add(output, self._read_out(tiles, entered), tiles.block)
+            add(self._read_out(tiles, entered), tiles.block, inside, output)
 
-    def adjoint_states(self, inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: Geometry) -> ChunkStates:
-        """Gradients of the states between chunks, each run with nothing after it. grad: of the output."""
-        states = geometry.new_states(geometry.table.slots, grad)
-        chain = ChunkStates(geometry, states, entered.transfers)
-        for _, last in geometry.table.runs:
+    def adjoint_states(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
+        """Gradients of the states between chunks, each run with nothing after it, given the output's and transfers."""
+        (grad, transfers), (states,) = given, memory
+        chain = ChunkStates(geometry.slots, states, transfers)
+        for _, last in chain.runs:
             states[last].zero_()
         for tiles in self._blocks(inputs, geometry, grad, reverse=True):
             self._adjoint_states(tiles, chain)
-        return chain
 
-    def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: ChunkStates, geometry: Geometry) -> Gradients:
-        """Gradients of `inside` and `read_out`: all of dq, and of dk and dv what stays within chunks."""
-        total = self._new_gradients(inputs, geometry)
+    def grad_outputs(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
+        """Gradients of `inside` and `read_out`, given the output's and the chain that entered: all of dq, and of dk and
+        dv what stays within chunks."""
+        grad, *chain = given
+        total, entered = Gradients.of(memory, geometry.trained), ChunkStates(geometry.slots, *chain)
         for tiles in self._blocks(inputs, geometry, grad):
-            each(put, total, self._grad_outputs(tiles, entered), tiles.block)
+            each(put, self._grad_outputs(tiles, entered), tiles.block, total)
         if not geometry.masked:
             total.k.zero_()
             total.v.zero_()
-        return total
 
-    def grad_chunk_states(
-        self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients, geometry: Geometry
-    ) -> None:
-        """Add the gradients of `chunk_states`, given the true states and their true gradients."""
+    def grad_chunk_states(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
+        """All gradients but dq, given the chain that entered, the true gradients of its states, and what
+        `grad_outputs` found: that of `chunk_states` is added to it."""
+        states, transfers, adjoints, *found = given
+        entered, adjoint = (ChunkStates(geometry.slots, x, transfers) for x in (states, adjoints))
+        before, total = (Gradients.of(x, geometry.trained) for x in (found, (found[0], *memory)))
         for tiles in self._blocks(inputs, geometry):
-            each(add, total, self._grad_chunk_states(tiles, entered, adjoint), tiles.block)
+            self._add_gradients(tiles, entered, adjoint, before, total)
 
     # All stages at once ---------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Inputs, incoming: list[Tensor | None], geometry: Geometry) -> tuple[Tensor, ChunkStates]:
-        """Output and true states, given the state [B, H, K, V] that enters each run."""
-        output, chain = _new_output(inputs, geometry), self._new_chain(inputs, geometry, incoming)
+    def forward(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
+        """Output and true chain, given the state [B, H, K, V] that enters each run."""
+        output, *chain = memory
+        entered = _begun(chain, given, geometry)
         for tiles in self._blocks(inputs, geometry):
-            self._chunk_states(tiles, chain)
-            put(output, self._outputs(tiles, chain), tiles.block)
-        return output, chain
+            self._chunk_states(tiles, entered)
+            put(self._outputs(tiles, entered), tiles.block, output)
 
-    def backward(
-        self,
-        inputs: Inputs,
-        grad: Tensor,
-        entered: ChunkStates,
-        incoming: list[Tensor | None],
-        geometry: Geometry,
-    ) -> tuple[Gradients, list[Tensor]]:
-        """All gradients, and that of the state entering each run, given the gradient entering each run at its end."""
-        total, table = self._new_gradients(inputs, geometry), geometry.table
-        window = geometry.new_states(max((block.chunks for block in table.blocks), default=0) + 1, grad)
-        starts = [torch.zeros_like(window[0]) if end is None else end.clone() for end in incoming]
+    def backward(self, inputs: Inputs, given: Given, memory: Memory, geometry: Geometry) -> None:
+        """All gradients, and those of the states entering the runs, given the output's, the chain that entered and the
+        gradient entering each run at its end."""
+        (grad, states, transfers, *ends), (*found, starts) = given, memory
+        total, entered = Gradients.of(found, geometry.trained), ChunkStates(geometry.slots, states, transfers)
+        window = geometry.new_states(max((block.chunks for block in geometry.table.blocks), default=0) + 1, grad)
+        for start, end in zip(starts, ends, strict=True):
+            start.copy_(end) if end is not None else start.zero_()
         for tiles in self._blocks(inputs, geometry, grad, reverse=True):
             block = tiles.block
-            adjoint = ChunkStates(geometry, window, entered.transfers, base=block.slot)
+            adjoint = ChunkStates(geometry.slots, window, transfers, base=block.slot)
             window[block.chunks] = starts[block.run]
             self._adjoint_states(tiles, adjoint)
             starts[block.run].copy_(window[0])
-            each(put, total, self._gradients(tiles, entered, adjoint), block)
-        return total, starts
+            each(put, self._gradients(tiles, entered, adjoint), block, total)
 
     # One block ------------------------------------------------------------------------------------------------------
 
@@ -262,13 +280,13 @@ class DecayStages(Generic[BlockTiles]):
         _, dk, dv, dgates, _ = BlockGradients() if later is None else later
         dq = tiles.product(tiles.grad, entered.entering(tiles.block).mT)
         dq = tiles.scaled(dq, tiles.from_start, out=dq)
-        if tiles.trains_gates:
+        if tiles.geometry.trained:
             dgates = tiles.passed_from_start(tiles.q, dq, dgates)
         if not tiles.geometry.masked:
             return BlockGradients(dq, dk, dv, dgates)
         p = tiles.scores
         dv = tiles.product(p.values.mT, tiles.grad, dv)
-        dq, dk, within = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.trains_gates, dq, dk)
+        dq, dk, within = p.backward(tiles.product(tiles.grad, tiles.v_columns), tiles.geometry.trained, dq, dk)
         if dgates is not None and within is not None:
             dgates.add_(within.view_as(dgates))
         return BlockGradients(dq, dk, dv, dgates)
@@ -279,7 +297,7 @@ class DecayStages(Generic[BlockTiles]):
         dk = tiles.scaled(dk, tiles.to_end, out=dk)
         dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate)
         dgates = None
-        if tiles.trains_gates and tiles.whole is not None:
+        if tiles.geometry.trained and tiles.whole is not None:
             # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the
             # chunk's end. The latter, state times gradient at every chunk, stands for the boundary term of the
             # identity over the whole sequence (GLA, arXiv:2312.06635, appendix C).
@@ -290,6 +308,11 @@ class DecayStages(Generic[BlockTiles]):
 
     def _gradients(self, tiles: BlockTiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
         return self._grad_outputs(tiles, entered, self._grad_chunk_states(tiles, entered, adjoint))
+
+    def _add_gradients(
+        self, tiles: BlockTiles, entered: ChunkStates, adjoint: ChunkStates, before: Gradients, total: Gradients
+    ) -> None:
+        each(add, self._grad_chunk_states(tiles, entered, adjoint), tiles.block, before, total)
 
     def _blocks(
         self, inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reverse: bool = False
@@ -302,12 +325,25 @@ class DecayStages(Generic[BlockTiles]):
 
     # Memory ---------------------------------------------------------------------------------------------------------
 
-    def _new_chain(self, inputs: Inputs, geometry: Geometry, incoming: list[Tensor | None]) -> ChunkStates:
-        """States whose runs begin with `incoming`, and transfers of 1."""
-        states = geometry.new_states(geometry.table.slots, inputs[0])
-        for (first, _), state in zip(geometry.table.runs, incoming, strict=True):
-            states[first] = 0 if state is None else state
-        return ChunkStates(geometry, states, self._new_transfers(inputs, geometry))
+    def memory(self, stage: str, inputs: Inputs, geometry: Geometry) -> list[Tensor]:
+        """What a stage fills."""
+        if stage == "forward":
+            return [_new_output(inputs, geometry, inputs[2].dtype), *self._new_chain(inputs, geometry)]
+        if stage == "backward":
+            return [*self._new_gradients(inputs, geometry), geometry.new_states(len(geometry.runs), inputs[0])]
+        if stage == "chunk_states":
+            return self._new_chain(inputs, geometry)
+        if stage == "adjoint_states":
+            return [geometry.new_states(geometry.count, inputs[0])]
+        if stage == "grad_outputs":
+            return self._new_gradients(inputs, geometry)
+        if stage == "grad_chunk_states":
+            return self._new_gradients(inputs, geometry)[1:]
+        return [_new_output(inputs, geometry, geometry.dtype if stage == "inside" else inputs[2].dtype)]
+
+    def _new_chain(self, inputs: Inputs, geometry: Geometry) -> list[Tensor]:
+        """Memory for states, and transfers of 1."""
+        return [geometry.new_states(geometry.count, inputs[0]), self._new_transfers(inputs, geometry)]
 
     def _new_transfers(self, inputs: Inputs, geometry: Geometry) -> Tensor:
         """Memory for the transfers, all 1, of the smallest shape that the kind of decay allows."""
@@ -315,27 +351,34 @@ class DecayStages(Generic[BlockTiles]):
         if log_decay is not None:
             batch = 1 if log_decay.dim() == 1 else geometry.batch
             shape = (batch, geometry.heads, log_decay.shape[3] if log_decay.dim() == 4 else 1)
-        return torch.ones((geometry.table.slots, *shape, 1), dtype=geometry.dtype, device=inputs[0].device)
+        return torch.ones((geometry.count, *shape, 1), dtype=geometry.dtype, device=inputs[0].device)
 
-    def _new_gradients(self, inputs: Inputs, geometry: Geometry) -> Gradients:
-        q, k, v, log_decay = inputs[:4]
-        gates = None
-        if log_decay is not None and log_decay.requires_grad:
+    def _new_gradients(self, inputs: Inputs, geometry: Geometry) -> list[Tensor]:
+        """Memory for those that there are."""
+        shapes = [x.shape for x in inputs[:3]]
+        if geometry.trained:
+            q, log_decay = inputs[0], inputs[3]
             heads = log_decay.shape[0] if log_decay.dim() == 1 else log_decay.shape[2]
-            channels = log_decay.shape[3] if log_decay.dim() == 4 else 1
-            gates = torch.empty((*q.shape[:2], heads, channels), dtype=geometry.dtype, device=q.device)
-        dq, dk, dv = (torch.empty_like(x, dtype=geometry.dtype) for x in (q, k, v))
-        return Gradients(dq, dk, dv, gates)
+            shapes.append((*q.shape[:2], heads, log_decay.shape[3] if log_decay.dim() == 4 else 1))
+        return [torch.empty(shape, dtype=geometry.dtype, device=inputs[0].device) for shape in shapes]
 
 
-def each(how: Callable[[Tensor, Tensor, Block], None], total: Gradients, tiles: BlockGradients, block: Block) -> None:
+def each(how: Callable[..., None], tiles: BlockGradients, block: Block, *totals: Gradients) -> None:
     """Put or add each tile that there is into its block of its gradient."""
-    for target, tile in zip(total, tiles, strict=True):
-        if target is not None and tile is not None:
-            how(target, tile, block)
+    for tile, *targets in zip(tiles, *totals, strict=True):
+        if tile is not None and targets[0] is not None:
+            how(tile, block, *targets)
 
 
-def _new_output(inputs: Inputs, geometry: Geometry) -> Tensor:
+def _begun(memory: Memory, incoming: Given, geometry: Geometry) -> ChunkStates:
+    """A chain whose runs begin with `incoming`."""
+    chain = ChunkStates(geometry.slots, *memory)
+    for (first, _), state in zip(chain.runs, incoming, strict=True):
+        chain.states[first] = 0 if state is None else state
+    return chain
+
+
+def _new_output(inputs: Inputs, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     q = inputs[0]
     shape = (*q.shape[:2], max(geometry.heads, q.shape[2]), geometry.value_dim)
-    return torch.empty(shape, dtype=geometry.dtype, device=q.device)
+    return torch.empty(shape, dtype=dtype, device=q.device)

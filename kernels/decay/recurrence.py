@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lasp.kernels.decay.chunked import ChunkStates, DecayStages, Gradients
 from lasp.kernels.decay.scores import decay_factor, finite
-from lasp.kernels.decay.tiles import Geometry, Inputs
-from lasp.kernels.documents import chunk_table
+from lasp.kernels.decay.stages import Operator, stage_operators
+from lasp.kernels.decay.tiles import Inputs
+from lasp.kernels.documents import state_slots
 from lasp.kernels.precision import compute_dtype
 
 Grads = tuple[Tensor | None, ...]  # of q, k, v, log_decay and what else a family has
@@ -20,8 +21,6 @@ Grads = tuple[Tensor | None, ...]  # of q, k, v, log_decay and what else a famil
 CHUNK_SIZE = 64
 # Without a mask a chunk has no inside: long ones only save states.
 UNMASKED_CHUNK_SIZE = 1024
-# Rows (tokens x states) to a block: fewer cost more in calls than they save in cache misses.
-BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -60,69 +59,65 @@ class DecayCall:
         return total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), dgates
 
 
-@dataclass(frozen=True)
 class DecayRecurrence(DecayCall):
     """A call by the stages of `chunked.py`, in plain PyTorch."""
 
-    stages: ClassVar[DecayStages] = DecayStages()
+    operators: ClassVar[dict[str, Operator]] = stage_operators("decay", DecayStages())
 
     def states(self, inputs: Inputs) -> ChunkStates:
         """States between chunks, each run from an empty memory."""
-        chain: ChunkStates = self.stages.chunk_states(inputs, self._geometry(inputs))
-        return chain
+        return ChunkStates(self._slots, *self._stage("chunk_states", inputs))
 
     def inside(self, inputs: Inputs, chain: ChunkStates) -> Tensor:
         """The output of attention within chunks."""
-        output: Tensor = self.stages.inside(inputs, self._geometry(inputs))
+        (output,) = self._stage("inside", inputs)
         return output
 
-    def read_out(self, inputs: Inputs, entered: ChunkStates, output: Tensor) -> Tensor:
-        """The whole output, in v's dtype. `output` is overwritten."""
-        self.stages.read_out(inputs, entered, output, self._geometry(inputs))
-        return output.to(inputs[2].dtype)
+    def read_out(self, inputs: Inputs, entered: ChunkStates, inside: Tensor) -> Tensor:
+        """The whole output, in v's dtype."""
+        (output,) = self._stage("read_out", inputs, *entered.tensors(), inside)
+        return output
 
     def forward(self, inputs: Inputs, incoming: list[Tensor | None]) -> tuple[Tensor, ChunkStates]:
         """The output and the true states at once, where the state entering each run is known."""
-        output, chain = self.stages.forward(inputs, incoming, self._geometry(inputs))
-        return output.to(inputs[2].dtype), chain
+        output, *chain = self._stage("forward", inputs, *incoming)
+        return output, ChunkStates(self._slots, *chain)
 
     def adjoint(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> ChunkStates:
         """Gradients of the states between chunks, each run with nothing after it."""
-        chain: ChunkStates = self.stages.adjoint_states(inputs, grad, entered, self._geometry(inputs))
-        return chain
+        (states,) = self._stage("adjoint_states", inputs, grad, entered.transfers)
+        return ChunkStates(self._slots, states, entered.transfers)
 
-    def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> Gradients:
+    def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: ChunkStates) -> list[Tensor]:
         """The gradients as far as they do not depend on later tokens' gradients."""
-        total: Gradients = self.stages.grad_outputs(inputs, grad, entered, self._geometry(inputs))
-        return total
+        return self._stage("grad_outputs", inputs, grad, *entered.tensors())
 
-    def grad_states(self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients) -> Grads:
-        """All gradients, each in its input's shape and dtype. `total` is overwritten."""
-        self.stages.grad_chunk_states(inputs, entered, adjoint, total, self._geometry(inputs))
-        return self.like_inputs(total, inputs)
+    def grad_states(self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, found: list[Tensor]) -> Grads:
+        """All gradients, each in its input's shape and dtype."""
+        total = self._stage("grad_chunk_states", inputs, *entered.tensors(), adjoint.states, *found)
+        return self.like_inputs(Gradients.of((found[0], *total), trains_gates(inputs)), inputs)
 
     def backward(
         self, inputs: Inputs, grad: Tensor, entered: ChunkStates, incoming: list[Tensor | None]
     ) -> tuple[Grads, list[Tensor]]:
         """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
-        total, starts = self.stages.backward(inputs, grad, entered, incoming, self._geometry(inputs))
-        return self.like_inputs(total, inputs), starts
+        *total, starts = self._stage("backward", inputs, grad, *entered.tensors(), *incoming)
+        return self.like_inputs(Gradients.of(total, trains_gates(inputs)), inputs), list(starts.unbind())
 
     def restore(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> ChunkStates:
         """A chain from its tensors."""
-        states, transfers = tensors
-        return ChunkStates(self._geometry(inputs), states, transfers)
+        return ChunkStates(self._slots, *tensors)
 
-    def _geometry(self, inputs: Inputs) -> Geometry:
-        q, v = inputs[0], inputs[2]
-        block_chunks = max(1, BLOCK_ROWS // (self.chunk_size * q.shape[0] * self.heads))
-        return Geometry(
-            chunk_table(self.runs, self.chunk_size, block_chunks),
-            batch=q.shape[0],
-            heads=self.heads,
-            key_dim=q.shape[3],
-            value_dim=v.shape[3],
-            scale=self.scale,
-            dtype=compute_dtype(q),
-            masked=self.causal,
-        )
+    @property
+    def _slots(self) -> tuple[tuple[int, int], ...]:
+        return state_slots(self.runs, self.chunk_size)
+
+    def _stage(self, name: str, inputs: Inputs, *given: Tensor | None) -> list[Tensor]:
+        runs = [number for run in self.runs for number in run]
+        numbers = runs, self.heads, self.scale, self.causal, self.chunk_size, trains_gates(inputs)
+        return self.operators[name](list(inputs), list(given), *numbers)
+
+
+def trains_gates(inputs: Inputs) -> bool:
+    """Whether the gates have a gradient: those of Lightning and RetNet are constants."""
+    return inputs[3] is not None and bool(inputs[3].requires_grad)

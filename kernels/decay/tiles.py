@@ -15,20 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.decay.scores import Scores, decay_factor, finite, scores
-from lasp.kernels.documents import Block, ChunkTable
+from lasp.kernels.documents import Block, ChunkTable, chunk_table, state_slots
 from lasp.kernels.scratch import Scratch
 
 Inputs = tuple[Any, ...]  # q, k, v, log_decay or None, and what else a family has
 
 
+# Rows (tokens x states) to a block: fewer cost more in calls than they save in cache misses.
+BLOCK_ROWS = 8192
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """What all stages share: the chunk table, B batches, H states of [K, V], the scale and the compute dtype.
+    """What all stages share: runs (offset, length) in chunks of `size` tokens, B batches, H states of [K, V], the scale
+    and the compute dtype.
 
-    Without a mask there is no attention within chunks: every token reads the same state of its whole document.
+    masked: without a mask there is no attention within chunks, every token reads the same state of its whole document.
+    trained: whether the gates have a gradient; those of Lightning and RetNet are constants.
     """
 
-    table: ChunkTable
+    runs: tuple[tuple[int, int], ...]
+    size: int
     batch: int
     heads: int
     key_dim: int
@@ -36,6 +43,22 @@ class Geometry:
     scale: float
     dtype: torch.dtype
     masked: bool
+    trained: bool
+
+    @cached_property
+    def table(self) -> ChunkTable:
+        """The chunks, in blocks."""
+        return chunk_table(self.runs, self.size, max(1, BLOCK_ROWS // (self.size * self.batch * self.heads)))
+
+    @property
+    def slots(self) -> tuple[tuple[int, int], ...]:
+        """Of each run's states the first and the last."""
+        return state_slots(self.runs, self.size)
+
+    @property
+    def count(self) -> int:
+        """Of all states."""
+        return self.slots[-1][1] + 1
 
     def new_states(self, slots: int, like: Tensor, columns: int | None = None) -> Tensor:
         """Memory for states [slots, B, H, K, V], or for matrices [slots, B, H, K, columns]."""
@@ -98,11 +121,6 @@ class Tiles:
     def scores(self) -> Scores:
         """The decayed products of queries and keys within the chunks, [N, R, C]."""
         return scores(self.q, self.k, self.gates, self.geometry.scale, self.scratch)
-
-    @property
-    def trains_gates(self) -> bool:
-        """Whether the gates have a gradient: those of Lightning and RetNet are constants."""
-        return self._inputs[3] is not None and self._inputs[3].requires_grad
 
     @cached_property
     def decay_from_start(self) -> Tensor | None:
@@ -190,14 +208,14 @@ def block_view(x: Tensor, block: Block, states: int) -> Tensor:
     return part.unsqueeze(3).expand(-1, -1, -1, states // heads, -1, -1)
 
 
-def put(total: Tensor, tile: Tensor, block: Block) -> None:
+def put(tile: Tensor, block: Block, total: Tensor) -> None:
     """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
     _target(total, block).copy_(_by_head(tile, total, block))
 
 
-def add(total: Tensor, tile: Tensor, block: Block) -> None:
-    """Add a tile to its block of [B, T, h, D], likewise."""
-    _target(total, block).add_(_by_head(tile, total, block))
+def add(tile: Tensor, block: Block, before: Tensor, total: Tensor) -> None:
+    """Put a tile likewise, added to what stands in that block of `before`."""
+    torch.add(_target(before, block), _by_head(tile, total, block), out=_target(total, block))
 
 
 def _target(total: Tensor, block: Block) -> Tensor:

@@ -137,16 +137,15 @@ class DeltaStages(DecayStages[DeltaTiles]):
     def _gradients(self, tiles: DeltaTiles, entered: ChunkStates, adjoint: ChunkStates) -> BlockGradients:
         return self._grad_written(tiles, entered, super()._gradients(tiles, entered, adjoint))
 
-    def grad_chunk_states(
-        self, inputs: Inputs, entered: ChunkStates, adjoint: ChunkStates, total: Gradients, geometry: Geometry
+    def _add_gradients(
+        self, tiles: DeltaTiles, entered: ChunkStates, adjoint: ChunkStates, before: Gradients, total: Gradients
     ) -> None:
-        """Add the rest. `total.v` holds gradients of what the tokens write, and then those of v."""
-        for tiles in self._blocks(inputs, geometry):
-            found = self._grad_chunk_states(tiles, entered, adjoint)
-            assert found.v is not None, "every chunk has values"
-            found = self._grad_written(tiles, entered, found._replace(v=found.v.add_(tiles.read(total.v))))
-            each(put, total, BlockGradients(v=found.v), tiles.block)
-            each(add, total, found._replace(v=None), tiles.block)
+        """`before.v` holds gradients of what the tokens write, `total.v` those of v."""
+        found = self._grad_chunk_states(tiles, entered, adjoint)
+        assert found.v is not None, "every chunk has values"
+        found = self._grad_written(tiles, entered, found._replace(v=found.v.add_(tiles.read(before.v))))
+        each(put, BlockGradients(v=found.v), tiles.block, total)
+        each(add, found._replace(v=None), tiles.block, before, total)
 
     def _grad_written(self, tiles: DeltaTiles, entered: ChunkStates, found: BlockGradients) -> BlockGradients:
         """From the gradient of what the tokens write, du, to those of v, beta, k and the gates.
@@ -164,20 +163,20 @@ class DeltaStages(DecayStages[DeltaTiles]):
         dk = tiles.product(dv, states.mT).neg_()
         dk = tiles.scaled(dk, tiles.decay_from_start, out=dk)
         dgates = found.log_decay
-        if tiles.trains_gates:
+        if tiles.geometry.trained:
             dgates = tiles.passed_from_start(tiles.k, dk, dgates)
         da = tiles.product(dv, tiles.v_columns).neg_().tril_(-1)
         dk.add_(found.k)
-        _, _, within = tiles.k_scores.backward(da, tiles.trains_gates, dk, dk)  # k stands on both sides
+        _, _, within = tiles.k_scores.backward(da, tiles.geometry.trained, dk, dk)  # k stands on both sides
         if dgates is not None and within is not None:
             dgates.add_(within.view_as(dgates))
         return BlockGradients(found.q, dk, dv, dgates, dbeta)
 
     def _new_transfers(self, inputs: Inputs, geometry: Geometry) -> Tensor:
-        return geometry.new_states(geometry.table.slots, inputs[0], geometry.key_dim)
+        return geometry.new_states(geometry.count, inputs[0], geometry.key_dim)
 
-    def _new_gradients(self, inputs: Inputs, geometry: Geometry) -> Gradients:
-        total = super()._new_gradients(inputs, geometry)
+    def _new_gradients(self, inputs: Inputs, geometry: Geometry) -> list[Tensor]:
+        q, k, v, *gates = super()._new_gradients(inputs, geometry)
         # Per state, for on the way v holds gradients of what each state is written.
-        dv = total.v.new_empty(*total.v.shape[:2], geometry.heads, geometry.value_dim)
-        return total._replace(v=dv, beta=dv.new_zeros(*inputs[4].shape, 1))
+        dv = v.new_empty((*v.shape[:2], geometry.heads, geometry.value_dim))
+        return [q, k, dv, *gates, v.new_zeros((*inputs[4].shape, 1))]

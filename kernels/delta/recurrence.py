@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lasp.kernels.decay.chunked import Gradients
 from lasp.kernels.decay.recurrence import DecayCall, DecayRecurrence, Grads
+from lasp.kernels.decay.stages import stage_operators
 from lasp.kernels.decay.tiles import Inputs
 from lasp.kernels.delta.chunked import DeltaStages
 
@@ -33,4 +34,4 @@ class DeltaCall(DecayCall):
 class DeltaRecurrence(DeltaCall, DecayRecurrence):
     """A call by the stages of `chunked.py`, in plain PyTorch."""
 
-    stages = DeltaStages()
+    operators = stage_operators("delta", DeltaStages())

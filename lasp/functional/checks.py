@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from lasp.kernels.arguments import check_tensors
@@ -53,8 +52,3 @@ def check_beside(name: str, x: Tensor, q: Tensor, what: str = "q") -> None:
         raise ValueError(
             f"{name} must be floating and on the device of {what}, {q.device}, got {x.dtype} on {x.device}"
         )
-
-
-def may_look_at(values: Tensor) -> bool:
-    """Whether values can be checked: an accelerator would be waited for, and torch.compile traces without values."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()

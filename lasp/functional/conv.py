@@ -13,14 +13,17 @@ from lasp.functional.checks import check_documents
 from lasp.kernels.arguments import check_choice, check_flags, check_tensors
 from lasp.kernels.conv import causal_convolution
 from lasp.kernels.documents import document_bounds
+from lasp.kernels.precision import exact
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.halo import Halo, bring_halo, share_ends
 from lasp.parallel.layout import make_plan
+from lasp.parallel.untraced import untraced
 
 ACTIVATIONS = (None, "silu")
 
 
+@untraced
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -58,7 +61,7 @@ def causal_conv1d(
     plan = make_plan(lengths, rank, layout, bounds)
     halo = Halo.of(plan, group, lengths, bounds, weight.shape[1] - 1)
     # Convolutions would follow autocast: the output has x's dtype on every device.
-    with torch.autocast(x.device.type, enabled=False):
+    with exact(x):
         state = None
         if initial_state is not None:  # [documents, B, W - 1, D]
             state = initial_state.to(x.dtype).mT.unsqueeze(0 if cu_seqlens is None else 1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lasp.functional.checks import check_tokens
-from lasp.functional.documents import short_documents
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -22,14 +21,15 @@ from lasp.functional.recurrence import (
 from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.backend import delta_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE
-from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, causal_recurrence
 from lasp.parallel.scan import check_scan
+from lasp.parallel.untraced import untraced
 
 
+@untraced
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -72,6 +72,7 @@ def delta_rule(
     return _delta(q, k, v, beta, log_decay, 1, group, **states, **options)
 
 
+@untraced
 def delta_product(
     q: Tensor,
     k: Tensor,
@@ -102,7 +103,7 @@ def delta_product(
 
         begin_call(group, refuse)  # the other ranks must hear of it
     steps = k.shape[2]
-    q = _on_step(q, steps, -1)
+    q = _on_step(q, steps, steps - 1)
     if log_decay is not None and log_decay.dim() in (3, 4):
         log_decay = _on_step(log_decay, steps, 0)
     k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
@@ -120,9 +121,8 @@ def delta_product(
 
 def _on_step(x: Tensor, steps: int, step: int) -> Tensor:
     """[B, T, ...] as [B, n·T, ...], each token's row at one of its steps, and 0 at the others."""
-    rows = x.new_zeros(x.shape[0], x.shape[1], steps, *x.shape[2:])
-    rows[:, :, step] = x
-    return rows.flatten(1, 2)
+    nothing = torch.zeros_like(x)
+    return torch.stack([x if i == step else nothing for i in range(steps)], 2).flatten(1, 2)
 
 
 def _delta(
@@ -154,21 +154,10 @@ def _delta(
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options, steps)
 
-    lengths, tokens = begin_call(group, check), q.shape[1] // steps
-    family = delta_family(backend, q, chunk_size)
-    short = (
-        short_documents(cu_seqlens, tokens, steps, group, chunk_size or CHUNK_SIZE)
-        if family is DeltaRecurrence
-        else None
-    )
-    if short is not None:
-        again = partial(delta_rule, output_final_state=True, scale=scale, backend=backend, chunk_size=chunk_size)
-        output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
-        return (output, final) if output_final_state else output
-    plan, runs = plan_call(lengths, tokens, cu_seqlens, group, steps)
+    plan, runs = plan_call(begin_call(group, check), q.shape[1] // steps, cu_seqlens, group, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
-    recurrence = family(
+    recurrence = delta_family(backend, q, chunk_size)(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),

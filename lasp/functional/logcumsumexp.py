@@ -17,8 +17,10 @@ from lasp.parallel.group import SequenceGroup
 from lasp.parallel.halo import Halo, share_ends
 from lasp.parallel.layout import make_plan
 from lasp.parallel.logcumsumexp import LogCumSumExp
+from lasp.parallel.untraced import untraced
 
 
+@untraced
 def logcumsumexp(
     x: Tensor,
     *,

@@ -13,11 +13,11 @@ from lasp.functional.checks import (
     check_documents,
     check_heads,
     check_tokens,
-    may_look_at,
 )
 from lasp.kernels.arguments import check_integer, check_number, check_tensors
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
+from lasp.kernels.values import may_look_at
 from lasp.parallel.call import Arguments
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Plan, make_plan

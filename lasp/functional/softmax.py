@@ -16,8 +16,10 @@ from lasp.kernels.softmax.mask import Mask
 from lasp.parallel import softmax
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.untraced import untraced
 
 
+@untraced
 def softmax_attention(
     q: Tensor,
     k: Tensor,
