@@ -7,7 +7,8 @@ from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax
 from lasp.kernels.backend import backend_report
 from lasp.parallel.collator import PackingCollator, ShardedCollator
 from lasp.parallel.collectives import traffic
-from lasp.parallel.gradients import clip_grad_norm_, data_parallel, sync_gradients
+from lasp.parallel.data_parallel import data_parallel
+from lasp.parallel.gradients import clip_grad_norm_, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
 from lasp.parallel.loss import cross_entropy
 from lasp.parallel.sharding import shard, shard_batch, unshard

@@ -19,6 +19,15 @@ HEADER_BYTES = 1024
 _ERROR_BYTES = 400
 
 
+class Disagreement(ValueError):
+    """What every rank raises where the ranks' values of one field differ."""
+
+    def __init__(self, field: str, values: list[Any]) -> None:
+        told = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        super().__init__(f"ranks disagree on {field}: {told}")
+        self.field = field
+
+
 class Agreement:
     """A header exchange in flight: started at construction, settled by `wait()`."""
 
@@ -67,5 +76,4 @@ def _compare(fields: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(name for own in fields for name in own):
         values = [own.get(name) for own in fields]
         if any(value != values[0] for value in values):
-            told = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise ValueError(f"ranks disagree on {name}: {told}")
+            raise Disagreement(name, values)

@@ -6,6 +6,7 @@ import atexit
 import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lasp.parallel import collectives
 from lasp.parallel.agreement import Agreement
 from lasp.parallel.layout import LAYOUTS, house_slices
+
+# Axes of a mesh whose ranks hold different parameters, or different parts of them.
+MODEL_AXES = ("tp", "pp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +90,27 @@ class SequenceGroup:
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
         return house_slices(length, self.rank, self.size, self.layout)
+
+    @cached_property
+    def replicas(self) -> SequenceGroup:
+        """All ranks that hold the same parameters, in a row: this sequence's and those of its data-parallel replicas.
+
+        Every axis of the whole mesh counts, under any name and in any order, but "tp" and "pp". Without a mesh it is
+        the sequence's own ranks. With one it is a process group of its own even for one replica: on the sequence's,
+        the scans of earlier layers would queue behind buckets of gradients. Made at the first use, by all of them.
+        """
+        if self.mesh is None or self.axis is None:
+            return self._make(self.process_group, "contiguous", 1, self.checks)
+        root = self.mesh._get_root_mesh()
+        axes = tuple(name for name in root.mesh_dim_names or () if name not in MODEL_AXES or name == self.axis)
+        flat = root[axes]._flatten("_".join(axes)) if len(axes) > 1 else root[axes]
+        missed = set(dist.get_process_group_ranks(self.process_group)) - set(flat.mesh.flatten().tolist())
+        if missed:
+            raise ValueError(
+                f"the ranks of a sequence lie along axis {self.axis!r}, of a mesh with axes {root.mesh_dim_names}: "
+                f"{' and '.join(MODEL_AXES)} hold parts of a model, not of a sequence"
+            )
+        return self._make(flat.get_group(), "contiguous", 1, self.checks, flat)
 
     def agree(self, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
         """Start the header exchange of a call: `fields` must be equal on all ranks, `error` is this rank's own."""

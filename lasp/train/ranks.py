@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel import collectives
-from lasp.parallel.gradients import data_parallel
+from lasp.parallel.data_parallel import data_parallel
 from lasp.parallel.group import SequenceGroup, init_mesh, join_world, shutdown
 from lasp.train.config import TrainConfig
 
