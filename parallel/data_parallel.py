@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lasp.kernels.arguments import check_choice
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.parameters import (
@@ -55,8 +56,7 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: Kind = "ddp") ->
 
 
 def _reducible(model: nn.Module, ranks: SequenceGroup, kind: str) -> dict[str, Tensor]:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be 'ddp' or 'fsdp2', got {kind!r}")
+    check_choice("kind", kind, get_args(Kind))
     named = parameters_of(model, ranks)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise ValueError(f"no parameter of {type(model).__name__} is trained")

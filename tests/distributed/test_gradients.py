@@ -135,8 +135,8 @@ def test_ddp_sends_the_values_of_rank_0(world, group) -> None:
     ("kinds", "message"),
     [
         (["ddp", "fsdp2"], "ranks disagree on kind: rank 0: ddp, rank 1: ddp, rank 2: fsdp2, rank 3: ddp"),
-        (["fsdp2", "ddp2"], "kind must be 'ddp' or 'fsdp2', got 'ddp2' (rank 2 of 4)"),
-        (["ddp", ["ddp"]], "kind must be 'ddp' or 'fsdp2', got ['ddp'] (rank 2 of 4)"),
+        (["fsdp2", "ddp2"], "kind must be one of ddp, fsdp2, got 'ddp2'; did you mean 'ddp'? (rank 2 of 4)"),
+        (["ddp", ["ddp"]], "kind must be one of ddp, fsdp2, got ['ddp'] (rank 2 of 4)"),
     ],
 )
 def test_kinds_that_differ_are_refused(world, group, kinds: list[Any], message: str) -> None:

@@ -96,7 +96,7 @@ def test_data_parallel_gives_the_same_by_itself(world, dp: int, sp: int) -> None
     # fp32: the ranks' gradients, of size 10, in another order.
     torch.testing.assert_close(wrapped.weight.grad, plain.weight.grad, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(wrapped.bias.grad, plain.bias.grad, rtol=1e-6, atol=1e-5)
-    with pytest.raises(ValueError, match="kind must be 'ddp' or 'fsdp2', got 'magic'"):
+    with pytest.raises(ValueError, match="kind must be one of ddp, fsdp2, got 'magic'"):
         lasp.data_parallel(nn.Linear(2, 2), group, kind="magic")
 
 
