@@ -232,3 +232,17 @@ def test_the_architecture_names_every_file() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     missing = [str(f.relative_to(ROOT)) for f in sources() if f.name != "__init__.py" and f.name not in text]
     assert not missing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("failing", [(), ("PYTHON",), ("MPIRUN",), ("PYTHON", "MPIRUN")])
+def test_both_halves_run_and_both_results_are_said(failing: tuple[str, ...], tmp_path: Path) -> None:
+    """`make test`, with programs that only succeed or fail in the place of pytest and mpirun."""
+    (tmp_path / ".test").touch()
+    programs = [f"{name}={shutil.which('false' if name in failing else 'true')}" for name in ("PYTHON", "MPIRUN")]
+    command = ["make", "test", f"VENV={tmp_path}", *programs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (not failing)
+    one, four = ("FAILED" if name in failing else "passed" for name in ("PYTHON", "MPIRUN"))
+    assert f"tests of one process: {one}; of four ranks: {four}\n" in done.stdout
+    assert done.stdout.count(" -m pytest tests") == 2, "both halves ran"

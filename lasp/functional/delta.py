@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lasp.functional.checks import check_tokens
+from lasp.functional.documents import short_documents
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -21,6 +23,7 @@ from lasp.functional.recurrence import (
 from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.backend import delta_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE
+from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
@@ -154,10 +157,21 @@ def _delta(
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options, steps)
 
-    plan, runs = plan_call(begin_call(group, check), q.shape[1] // steps, cu_seqlens, group, steps)
+    lengths, tokens = begin_call(group, check), q.shape[1] // steps
+    family = delta_family(backend, q, chunk_size)
+    short = (
+        short_documents(cu_seqlens, tokens, steps, group, chunk_size or CHUNK_SIZE)
+        if family is DeltaRecurrence
+        else None
+    )
+    if short is not None:
+        again = partial(delta_rule, output_final_state=True, scale=scale, backend=backend, chunk_size=chunk_size)
+        output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
+        return (output, final) if output_final_state else output
+    plan, runs = plan_call(lengths, tokens, cu_seqlens, group, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
-    recurrence = delta_family(backend, q, chunk_size)(
+    recurrence = family(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from lasp.functional.checks import check_tokens
+from lasp.functional.documents import short_documents
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -18,7 +21,7 @@ from lasp.functional.recurrence import (
 )
 from lasp.kernels.arguments import check_flags
 from lasp.kernels.backend import decay_family
-from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE
+from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE, DecayRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
@@ -74,14 +77,23 @@ def linear_attention(
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, None, initial_state, cu_seqlens, options)
 
-    plan, runs = plan_call(begin_call(group, check), q.shape[1], cu_seqlens, group)
+    lengths = begin_call(group, check)
+    family = decay_family(backend, q, chunk_size, causal)
+    longest = chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE)
+    short = short_documents(cu_seqlens, q.shape[1], 1, group, longest) if family is DecayRecurrence else None
+    if short is not None:
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "backend": backend, "chunk_size": chunk_size}
+        again = partial(linear_attention, output_final_state=True, **options)
+        output, final = short.run(again, (q, k, v, log_decay), initial_state)
+        return (output, final) if output_final_state else output
+    plan, runs = plan_call(lengths, q.shape[1], cu_seqlens, group)
     heads = state_heads(k.shape[2], v.shape[2], gate_heads(log_decay), initial_state=initial_state)
-    recurrence = decay_family(backend, q, chunk_size, causal)(
+    recurrence = family(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=causal,
-        chunk_size=chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE),
+        chunk_size=longest,
     )
     call = Call(recurrence, plan, group, check_scan(scan), output_final_state)
     state = by_document(initial_state, heads, cu_seqlens is not None, compute_dtype(q))
