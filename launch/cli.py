@@ -23,7 +23,16 @@ class Command(NamedTuple):
     packages: tuple[str, ...] = ()
 
 
-TRAIN = ("transformers", "safetensors", "tokenizers", "jsonargparse", "matplotlib", "numpy", "rich")
+TRAIN = (
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "jsonargparse",
+    "docstring_parser",
+    "matplotlib",
+    "numpy",
+    "rich",
+)
 COMMANDS = {
     "train": Command("lasp.launch.train", "train a model with the sequence cut over ranks", "train", TRAIN),
     "verify": Command(
@@ -51,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         print_error(f'lasp {name} needs {", ".join(missing)}: pip install "lasp2[{command.extra}]"')
         return USER_ERROR
     # Imported here: each subcommand needs its own extras, and `lasp --help` needs none.
-    return int(import_module(command.module).main(arguments))
+    try:
+        return int(import_module(command.module).main(arguments))
+    except KeyboardInterrupt:
+        print_error("stopped by SIGINT")
+        return INTERRUPTED
 
 
 def print_error(message: str) -> None:

@@ -10,18 +10,19 @@ them. Started as one of several ranks, it trains.
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+import tomllib
+from itertools import pairwise
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from transformers.utils.logging import disable_progress_bar
 
-from lasp.launch.cli import INTERRUPTED, USER_ERROR, print_error
-from lasp.launch.torchrun import launched_rank, run_ranks
+from lasp.launch.outcome import Failure, Outcome
+from lasp.launch.ranks import launched_rank, loopback, run_ranks
 from lasp.parallel.group import join_world
-from lasp.train.config import TrainConfig
-from lasp.train.loop import Summary, train
-from lasp.train.ranks import Ranks
+from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from lasp.train.loop import StepError, Summary, train
+from lasp.train.ranks import Ranks, check_device
 from lasp.train.run import Run
 from lasp.train.sample import sample
 
@@ -32,32 +33,58 @@ RECIPES = Path(__file__).with_name("configs")
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; 2 for what the user can put right, after one line on stderr; 1 for a training that failed."""
     arguments = sys.argv[1:] if argv is None else argv
-    disable_progress_bar()  # transformers shows one for every file it reads or writes
     rank = launched_rank()
     if rank is None:
-        return _guarded(lambda: _start(arguments))
-    # A rank alone may have been given something else than the others: nobody goes on before all have agreed.
-    code = _guarded(lambda: _train(_agree_on_config(arguments)), quiet=rank != 0)
-    if code:
-        # The other ranks may be anywhere, and an orderly exit would wait for them (or be aborted by gloo).
-        sys.stdout.flush()
-        os._exit(code)
-    return 0
+        return Outcome.of(lambda: _start(arguments)).tell()
+    return Outcome.of(lambda: as_rank(arguments)).tell_as(rank)
+
+
+def as_rank(arguments: list[str]) -> int:
+    """Train as one of several ranks, which may have been given something else than the others."""
+    return _train(_agree_on_config(arguments))
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
     """The configuration that `CONFIG [--key value ...]` describes; ValueError for an unknown key or a bad value."""
-    parser = ArgumentParser(prog="lasp train CONFIG", parser_mode="toml", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a further TOML file, which overrides CONFIG")
-    parser.add_class_arguments(TrainConfig)
     if arguments and not arguments[0].startswith("-"):
         arguments = [f"--config={_find_file(arguments[0])}", *arguments[1:]]
+    parser = _parser()
+    if not {"-h", "--help"} & set(arguments):
+        _check_files(arguments)
     try:
-        values = parser.instantiate(parser.parse_args(arguments)).as_dict()
+        values = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     del values["config"]
+    for section, kind in {"data": DataConfig, "optimizer": OptimizerConfig, "sample": SampleConfig}.items():
+        values[section] = kind(**values[section])
     return TrainConfig(**values)
+
+
+def _parser() -> ArgumentParser:
+    """Of the command line. What its help says about a field is the text under it in `lasp.train.config`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="lasp train CONFIG", parser_mode="toml", exit_on_error=False, print_config=None)
+    parser.add_argument("--config", action="config", help="a further TOML file, which overrides CONFIG")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def _check_files(arguments: list[str]) -> None:
+    """ValueError unless there is a configuration, and every file of one can be read and sets something."""
+    names = [value for name, value in pairwise(arguments) if name == "--config"]
+    names += [name.removeprefix("--config=") for name in arguments if name.startswith("--config=")]
+    if not names:
+        raise ValueError(f"CONFIG is missing, a TOML file or the name of a recipe; recipes: {_recipes()}")
+    for name in names:
+        if not Path(name).is_file():
+            raise ValueError(f"no configuration file {name!r}")
+        try:
+            values = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise ValueError(f"cannot read the configuration file {name!r}: {error}") from error
+        if not values:
+            raise ValueError(f"the configuration file {name!r} sets nothing: a run has a model and data at least")
 
 
 def _agree_on_config(arguments: list[str]) -> TrainConfig:
@@ -65,6 +92,7 @@ def _agree_on_config(arguments: list[str]) -> TrainConfig:
     config, error = None, None
     try:
         config = read_config(arguments)
+        check_device(config.device)
     except ValueError as found:
         error = str(found)
     told = {"configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:8]}
@@ -79,43 +107,39 @@ def _find_file(name: str) -> Path:
     if not path.is_file() and path.name == name and recipe.is_file():
         return recipe
     if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-        raise ValueError(f"no configuration file {name!r}, and no recipe of that name; recipes: {known}")
+        raise ValueError(f"no configuration file {name!r}, and no recipe of that name; recipes: {_recipes()}")
     return path
+
+
+def _recipes() -> str:
+    return ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
 
 
 def _start(arguments: list[str]) -> int:
     """Train in this process, or in as many new ones as the configuration asks for."""
     config = read_config(arguments)
-    Run.prepare(config)
     ranks = config.sp * (config.dp or 1)
-    return run_ranks("lasp.launch.train", arguments, ranks) if ranks > 1 else _train(config)
+    check_device(config.device, ranks)
+    Run.prepare(config)
+    if ranks > 1:
+        return run_ranks("lasp.launch.train", arguments, ranks)
+    os.environ.update(loopback())
+    return _train(config)
 
 
 def _train(config: TrainConfig) -> int:
-    """Train as one of the ranks that torchrun, or `_start`, brought up, or as the only one."""
+    """Train as one of the ranks that a launcher, or `_start`, brought up, or as the only one."""
+    disable_progress_bar()  # transformers shows one for every file it reads or writes
     ranks = Ranks.join(config)
     run = Run.prepare_together(config, ranks.everyone)
-    summary = train(run, ranks)
+    try:
+        summary = train(run, ranks)
+    except StepError as error:
+        raise Failure(str(error)) from error
     ranks.leave()
     if ranks.is_main:
         _report(run, summary)
     return 0
-
-
-def _guarded(work: Callable[[], int], quiet: bool = False) -> int:
-    """The exit code of some work; an error that speaks for itself becomes one line instead of a traceback.
-
-    quiet: leave out what every rank raises alike, and another one says.
-    """
-    try:
-        return work()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (ValueError, FloatingPointError, OSError) as error:
-        if not quiet or isinstance(error, OSError):
-            print_error(str(error))
-        return USER_ERROR if isinstance(error, ValueError) else 1
 
 
 def _report(run: Run, summary: Summary) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lasp.launch.cli import USER_ERROR, print_error
-from lasp.launch.torchrun import launched_rank, run_ranks
+from lasp.launch.outcome import Outcome
+from lasp.launch.ranks import launched_rank, run_ranks
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
 from lasp.verify import Report, compare
 from lasp.wrap.parallelize import parallelize
@@ -30,18 +31,20 @@ def main(argv: list[str]) -> int:
     if options.sp < 1 or options.seq_len < options.sp:
         print_error(f"--sp must be at least 1 and --seq-len at least --sp, got {options.sp} and {options.seq_len}")
         return USER_ERROR
-    _quiet()
-    if launched_rank() is None:
+    rank = launched_rank()
+    if rank is None:
+        _quiet()
         return _refused(options.model) or run_ranks("lasp.launch.verify", argv, options.sp)
+    return Outcome.of(lambda: as_rank(argv)).tell_as(rank)
+
+
+def as_rank(argv: list[str]) -> int:
+    """Probe a model as one of several ranks; the first one prints the report."""
+    options = _parser().parse_args(argv)
+    _quiet()
     group = SequenceGroup.from_mesh(init_mesh(sp=options.sp, device="cpu"), layout=options.layout)
-    try:
-        report = probe(options.model, group, options.seq_len)
-    except ValueError as error:
-        if group.rank == 0:
-            print_error(str(error))
-        return USER_ERROR
-    finally:
-        shutdown()
+    report = probe(options.model, group, options.seq_len)
+    shutdown()
     if group.rank == 0:
         print(report)
     return 0 if report.exact else 1

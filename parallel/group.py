@@ -148,6 +148,11 @@ def join_world() -> SequenceGroup:
     return SequenceGroup.from_group()
 
 
+def create_world(store: dist.Store, rank: int, size: int) -> None:
+    """Create the process group of `size` ranks that meet in a store, in the place of a launcher's rendezvous."""
+    dist.init_process_group(_backend(), store=store, rank=rank, world_size=size)
+
+
 def shutdown() -> None:
     """Leave the process group together, as the last thing a script does; nothing happens where there is none.
 
@@ -187,14 +192,18 @@ def _is_busy_gloo(task: Path) -> bool:
 
 def _init_process_group() -> None:
     """Join the launcher's rendezvous; a process that no launcher started is a world of its own."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     atexit.register(_wait_for_gloo)  # for scripts that end without `shutdown`
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(_backend())
     except ValueError as error:
         if "environment variable RANK" not in str(error):
             raise  # a launcher was here, but did not say all
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        create_world(dist.HashStore(), rank=0, size=1)
+
+
+def _backend() -> str:
+    """What carries tensors: NCCL those of GPUs, gloo those of CPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _cpu_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -1,5 +1,6 @@
 """What a model made of mixers can be told; the configuration of Linear-Llama3, and the sizes it is known in."""
 
+import math
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -60,8 +61,8 @@ class MixerConfig(PreTrainedConfig):
         **kwargs: as for `transformers.PreTrainedConfig`.
 
     Raises:
-        ValueError: an unknown mixer or option, a pattern that does not fit, a mixer that knows only the past where
-            tokens see what comes after them.
+        ValueError: a size below 1, an unknown mixer or option, a pattern that does not fit, a mixer that knows only
+            the past where tokens see what comes after them.
     """
 
     causal: ClassVar[bool] = True  # of the family: False lets tokens see what comes after them
@@ -85,6 +86,7 @@ class MixerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self._check_values()
         for name in self.layer_mixers:
             if mixer_class(name).causal_only and not self.causal:
                 fit = sorted(other for other, mixer in MIXERS.items() if not mixer.causal_only)
@@ -93,6 +95,35 @@ class MixerConfig(PreTrainedConfig):
             known = mixer_class(name).option_names()
             if unknown := set(options) - known:
                 raise ValueError(f"unknown options {sorted(unknown)} of mixer {name!r}; known: {sorted(known)}")
+
+    def _check_values(self) -> None:
+        """ValueError for values that no model can have; how they fit together is for the mixers to check."""
+        optional = ("num_key_value_heads", "head_dim")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            *optional,
+        )
+        for name in sizes:
+            size = getattr(self, name)
+            if not (type(size) is int and size >= 1) and not (size is None and name in optional):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+        for name in ("initializer_range", "rms_norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+        if not isinstance(self.pattern, str | list | tuple):
+            raise ValueError(f"pattern must be a string of L and N or a list of mixers, got {self.pattern!r}")
+        options = self.mixer_options
+        if options is not None and not (
+            isinstance(options, dict) and all(isinstance(o, dict) for o in options.values())
+        ):
+            raise ValueError(f"mixer_options must be keywords of mixers by their names, got {options!r}")
 
     # Not called layer_types: transformers checks a field of that name against its own list of attention kinds.
     @property

@@ -10,17 +10,20 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.train.config import TrainConfig
 
 _NAME = re.compile(r"step-(\d{6,})")
+_PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\d+")
 # What transformers writes into config.json about itself rather than about the model.
 _BOOKKEEPING = {"transformers_version", "architectures", "_name_or_path", "dtype"}
 
@@ -61,10 +64,10 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         raise ValueError(f"resume = {config.resume!r} is not a checkpoint: it holds no training.pt")
     resumed = Path(config.resume).resolve() if config.resume is not None else None
     if present and present[-1].resolve() != resumed and not config.overwrite:
-        raise ValueError(
-            f"{str(folder)!r} already holds {len(present)} checkpoints, the last {present[-1].name}: "
-            'choose another output, resume = "latest", or overwrite = true'
-        )
+        there = f"{str(folder)!r} already holds {len(present)} checkpoints, the last {present[-1].name}"
+        if resumed is None:
+            raise ValueError(f'{there}: choose another output, resume = "latest", or overwrite = true')
+        raise ValueError(f"{there}: to go on from {resumed.name}, choose another output, or remove those after it")
     return resumed
 
 
@@ -72,7 +75,8 @@ def check_checkpoint(path: Path, config: LinearLlamaConfig) -> None:
     """ValueError, naming what differs, when a checkpoint is not of a model with this configuration."""
     written = _read_json(path / "config.json")
     # The file leaves out what has its default value; the class knows those, but would call any model its own.
-    saved = {**LinearLlamaConfig.from_dict(written).to_dict(), "model_type": written.get("model_type")}
+    known = _read(path / "config.json", lambda _: LinearLlamaConfig.from_dict(written).to_dict())
+    saved = {**known, "model_type": written.get("model_type")}
     expected = config.to_dict()
     differing = [
         f"{key} is {saved.get(key)!r} there and {expected.get(key)!r} here"
@@ -88,6 +92,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps and return its folder. One rank calls this; its peers hold the same values."""
     path = checkpoint_path(config.output, step)
+    _delete_partial(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -104,43 +109,99 @@ def save_checkpoint(
 def load_checkpoint(path: Path, model: LinearLlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint's state into a model of its configuration and that model's optimizer; return the steps done.
 
-    ValueError when the checkpoint is of another model, naming the fields or the parameters that differ.
+    Nothing is loaded before all of it was compared, names, shapes and dtypes. ValueError when a file cannot be read,
+    and, naming what differs, when the checkpoint is of another model, another optimizer or another step.
     """
     check_checkpoint(path, model.config)
-    _load_weights(path / "model.safetensors", model)
+    parameters = dict(model.named_parameters())  # a tied weight is listed once, under the name it is saved by
+    weights = _read(path / "model.safetensors", load_file)
+    _compare(path / "model.safetensors", weights, parameters)
     # weights_only: a checkpoint is data, and loading one must never run code.
-    training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(training["optimizer"])
-    return int(training["step"])
+    training = _read(path / "training.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
+    state = _optimizer_state(path / "training.pt", training, optimizer)
+    _put(weights, parameters)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return checkpoint_step(path)
 
 
 def delete_checkpoints(output: str | Path) -> None:
-    """Remove the complete checkpoints of an output folder; whatever else lies there stays."""
+    """Remove the checkpoints of an output folder, complete or not; whatever else lies there stays."""
+    _delete_partial(checkpoint_folder(output))
     for path in list_checkpoints(checkpoint_folder(output)):
         shutil.rmtree(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _delete_partial(folder: Path) -> None:
+    """Remove what a process that was killed while saving has left; the next one may have the same number."""
+    for path in folder.glob(".step-*"):
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """What a file of a checkpoint holds. ValueError, naming the file, for whatever is wrong with it."""
+    if not path.is_file():  # a FIFO would wait, a device has no end
+        raise ValueError(f"{str(path)!r} of the checkpoint is missing, or no file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {str(path)!r} of the checkpoint: {error}") from error
+        return reader(path)
+    except Exception as error:  # every library has its own ways to reject what it reads
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read {str(path)!r} of the checkpoint: {told}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = _read(path, lambda path: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} of the checkpoint is not a JSON object")
     return content
 
 
+def _optimizer_state(path: Path, training: Any, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """The state of every parameter by its number, as AdamW keeps it, from what `path` held.
+
+    The optimizer writes as many numbers as its parameters have, whatever tensors it was given. So each is compared with
+    the one that AdamW makes itself, and copied. The settings of the groups are not the file's but the run's.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        step = int(training["step"])
+        numbers = [[int(number) for number in group["params"]] for group in training["optimizer"]["param_groups"]]
+        state = training["optimizer"]["state"].items()
+        saved = {f"{number}.{name}": value for number, entries in state for name, value in entries.items()}
+    except Exception as error:  # what was written may be anything
+        raise ValueError(f"{str(path)!r} is not the training state of a checkpoint") from error
+    if step != checkpoint_step(path.parent):
+        raise ValueError(f"{str(path)!r} is of step {step}, its folder of step {checkpoint_step(path.parent)}")
+    if numbers != [group["params"] for group in groups]:
+        raise ValueError(f"{str(path)!r} is of another optimizer: its groups hold other parameters")
+    own = {}
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        own[number] = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        own[number]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    flat = {f"{number}.{name}": value for number, entries in own.items() for name, value in entries.items()}
+    _compare(path, saved, flat)
+    _put(saved, flat)
+    return own
+
+
+def _compare(path: Path, found: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    """ValueError, naming the first that differ, unless a file has tensors of these names, shapes and dtypes."""
+    there, here = ({name: _described(value) for name, value in of.items()} for of in (found, expected))
+    if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+        told = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing[:3])
+        raise ValueError(f"{str(path)!r} is of another model or dtype: {len(differing)} tensors differ: {told}")
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout is not torch.strided or value.is_meta:
+        return f"{value.layout} on {value.device}"
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
 @torch.no_grad()
-def _load_weights(path: Path, model: LinearLlamaForCausalLM) -> None:
-    """Copy tensors into the model's own parameters, which keep their dtype and their ties."""
-    parameters = dict(model.named_parameters())  # a tied weight is listed once, under the name it is saved by
-    with safe_open(path, framework="pt") as file:
-        names = file.keys()
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        if differing:
-            described = "; ".join(f"{n} is {shapes.get(n)} there and {expected.get(n)} here" for n in differing[:5])
-            raise ValueError(f"{str(path)!r} is of another model: {len(differing)} parameters differ: {described}")
-        for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(name))
+def _put(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, which keep their places in memory and their ties."""
+    for name, value in own.items():
+        value.copy_(found[name])

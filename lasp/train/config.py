@@ -35,6 +35,7 @@ class DataConfig:
     """Folder of the token files; by default `tokens` in the output folder."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.source), 'data.source must name a text, got ""')
         _require(self.seq_len >= 1, f"data.seq_len must be at least 1, got {self.seq_len}")
         _require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}")
 
@@ -141,7 +142,9 @@ class TrainConfig:
         _require(
             self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, got {self.save_every}"
         )
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(bool(self.output), 'output must name a folder, got ""')
+        _require(0 <= self.seed < 1 << 64, f"seed must not be negative and less than 2^64, got {self.seed}")
+        _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')
         _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")
         _require(self.dp is None or self.dp >= 1, f"dp must be at least 1, got {self.dp}")
         _require(

@@ -2,6 +2,7 @@
 
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 
 _WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+class StepError(Exception):
+    """A rank failed in a step, for a reason that no setting explains: all that could be wrong there was checked."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Trainer:
         config = run.config
         model = _initial_model(run).to(ranks.device, _WEIGHT_DTYPES[config.dtype])
         optimizer = build_optimizer(model, config.optimizer)
-        done = load_checkpoint(run.checkpoint, model, optimizer) if run.checkpoint else 0
+        path = run.checkpoint
+        done = 0 if path is None else ranks.together(lambda: load_checkpoint(path, model, optimizer))
         batches = Batches(
             open_corpus(run.corpus),
             config.data.seq_len,
@@ -119,10 +125,16 @@ class Trainer:
         self.ranks.barrier()
 
     def rest(self) -> Iterator[StepMetrics]:
-        """Train and save until the run is over, one step per item."""
+        """Train and save until the run is over, one step per item. A ValueError of a step becomes a StepError."""
         every = self.config.save_every or self.config.steps
         while self.steps_done < self.config.steps:
-            yield self.step()
+            try:
+                result = self.step()
+            except ValueError as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                told = f"{error} (ValueError at {Path(place.filename).name}:{place.lineno})"
+                raise StepError(f"step {self.steps_done + 1}: {told}") from error
+            yield result
             if self.steps_done % every == 0 or self.steps_done == self.config.steps:
                 self.save()
 

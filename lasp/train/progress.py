@@ -1,6 +1,7 @@
 """What a run shows while it runs: a bar on a terminal, a line now and then elsewhere."""
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -12,11 +13,19 @@ from lasp.train.metrics import StepMetrics
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+class _Console(Console):
+    """A console whose reader may go away (`lasp train ... | head`): the run goes on, and nothing more is shown."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class TrainingProgress:
     """Step, loss, tokens per second and time left of a run; silent when not `enabled` (ranks other than the first)."""
 
     def __init__(self, steps: int, steps_done: int, enabled: bool, console: Console | None = None) -> None:
-        self._console = console or Console(quiet=not enabled)
+        self._console = console or _Console(quiet=not enabled)
         self._steps = steps
         self._done_before = steps_done
         self._started = time.monotonic()

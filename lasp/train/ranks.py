@@ -1,7 +1,8 @@
 """This process's place among the ranks of a run, and what training needs of the others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,19 @@ from lasp.parallel import collectives
 from lasp.parallel.data_parallel import data_parallel
 from lasp.parallel.group import SequenceGroup, init_mesh, join_world, shutdown
 from lasp.train.config import TrainConfig
+
+T = TypeVar("T")
+
+
+def check_device(device: str | None, ranks: int = 1) -> None:
+    """ValueError when this machine has not what `device` says, or a GPU for each of some ranks that use them."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not there:
+        raise ValueError('device = "cuda", but torch finds no GPU here')
+    if device != "cpu" and 0 < there < ranks:
+        raise ValueError(
+            f'{ranks} ranks of this machine need a GPU each, torch finds {there}; device = "cpu" needs none'
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,16 @@ class Ranks:
         """The mean of a scalar over the data-parallel axis, the same on every rank when it is the same along sp."""
         total = value.detach().clone().view(1)
         return collectives.all_reduce(total, self.mesh.get_group("dp"), "control").wait().item() / self.dp_size
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What some work gives on this rank; the same ValueError on all where one of them cannot do it."""
+        result, error = None, None
+        try:
+            result = work()
+        except ValueError as found:
+            error = str(found)
+        self.everyone.agree({}, error).wait()
+        return cast(T, result)  # or there was an error, and everyone has raised it
 
     def barrier(self) -> None:
         """Wait for everyone."""

@@ -3,10 +3,10 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import SequenceGroup
@@ -40,7 +40,8 @@ class Run:
         """Check everything that needs no other rank, and tokenize the corpus unless that was done before.
 
         ValueError for a model that cannot be, an unreadable or too short corpus, a checkpoint that is missing, of
-        another model or at the end of the run already, and for an output folder that holds another run.
+        another model or at the end of the run already, and for an output folder that holds another run or cannot be
+        written.
         """
         tokenizer = load_tokenizer(config.data.tokenizer)
         model = _model_config(config.model, tokenizer.vocab_size)
@@ -51,6 +52,7 @@ class Run:
                 raise ValueError(
                     f"checkpoint {str(checkpoint)!r} has done the {config.steps} steps of this run already"
                 )
+        _check_output(Path(config.output))
         folder = Path(config.data.cache or Path(config.output) / "tokens")
         return cls(config, tokenizer, prepare_corpus(config.data, folder, tokenizer), model, checkpoint)
 
@@ -85,6 +87,18 @@ class Run:
         }
 
 
+def _check_output(folder: Path) -> None:
+    """ValueError when nothing can be written into a folder, which is made when it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except FileExistsError as error:
+        raise ValueError(f"output {str(folder)!r} is a file, not a folder") from error
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
+
+
 def _model_config(fields: dict[str, Any], vocab_size: int) -> LinearLlamaConfig:
     """The model's configuration from the fields of `config.model`, checked as only building the model can."""
     fields = {"vocab_size": vocab_size, **fields}
@@ -96,7 +110,7 @@ def _model_config(fields: dict[str, Any], vocab_size: int) -> LinearLlamaConfig:
         config = LinearLlamaConfig.preset(preset, **fields) if preset else LinearLlamaConfig(**fields)
         with torch.device("meta"):
             LinearLlamaForCausalLM(config)
-    except (TypeError, StrictDataclassError) as error:
+    except Exception as error:  # torch and transformers have their own ways to reject sizes
         raise ValueError(f"no model can be built from {fields}: {error}") from error
     if config.vocab_size < vocab_size:
         raise ValueError(f"model.vocab_size={config.vocab_size} is less than the tokenizer's {vocab_size}")

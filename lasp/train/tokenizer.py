@@ -53,9 +53,15 @@ class FileTokenizer:
             raise ValueError(
                 f'data.tokenizer {path!r} is neither "bytes" nor a readable tokenizers file: {error}'
             ) from error
-        self._end = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # Files of embedding models say how far a text is cut or filled up; a corpus is neither.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError(f"data.tokenizer {path!r} has no tokens")
+        self._end = max(ids) + 1  # ids may have gaps
         self.vocab_size = self._end + 1
-        self.key = f"file-{hashlib.sha256(content).hexdigest()}"
+        self.key = f"whole-{hashlib.sha256(content).hexdigest()}"
 
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of one document, `[tokens]`; bytes that are not UTF-8 are read as "�"."""

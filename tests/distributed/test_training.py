@@ -96,6 +96,19 @@ def test_an_error_of_one_rank_is_raised_by_all(config, world):
         Run.prepare_together(replace(config, seed=world.rank), ranks.everyone)
 
 
+def test_a_checkpoint_that_one_rank_cannot_read_is_refused_by_all(config, world):
+    """As on machines that share no folder."""
+    ranks = Ranks.join(replace(config, sp=4))
+    config = replace(config, steps=1, save_every=1)
+    train(Run.prepare_together(config, ranks.everyone), ranks)
+    again = Run.prepare_together(replace(config, steps=2, resume="latest"), ranks.everyone)
+    assert again.checkpoint is not None
+    if world.rank == 2:
+        again = replace(again, checkpoint=again.checkpoint.with_name("step-000007"))
+    with pytest.raises(ValueError, match=r"step-000007.*\(rank 2 of 4\)"):
+        Trainer.start(again, ranks)
+
+
 def test_a_mesh_that_does_not_fit_is_refused_by_all(config):
     with pytest.raises(ValueError, match="4"):
         Ranks.join(replace(config, sp=3))

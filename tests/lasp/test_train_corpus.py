@@ -110,6 +110,42 @@ def test_a_tokenizers_file(tmp_path):
         load_tokenizer(str(tmp_path / "words.jsn"))
 
 
+@pytest.mark.parametrize("option", ["truncation", "padding", "both"])
+def test_truncation_and_padding_saved_in_a_tokenizer_are_not_for_a_corpus(tmp_path, option):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": 2}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    if option != "padding":
+        library.enable_truncation(4)
+    if option != "truncation":
+        library.enable_padding(length=64, pad_id=2, pad_token="?")
+    library.save(str(tmp_path / "words.json"))
+    assert load_tokenizer(str(tmp_path / "words.json")).encode(b"to be " * 5).tolist() == [0, 1] * 5
+
+
+@pytest.mark.parametrize("last", [3, 9, 70000])
+def test_the_end_of_a_document_is_no_token_of_a_vocabulary_with_gaps(tmp_path, last):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": last}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    assert tokenizer.vocab_size == last + 2
+    (tmp_path / "text").write_bytes(b"to be or")
+    path = prepare_corpus(DataConfig(source=str(tmp_path / "text"), seq_len=2), tmp_path, tokenizer)
+    assert open_corpus(path).tolist() == [0, 1, last, last + 1]
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({}, unk_token="?")).save(str(tmp_path / "empty.json"))
+    with pytest.raises(ValueError, match=r"empty\.json' has no tokens"):
+        load_tokenizer(str(tmp_path / "empty.json"))
+
+
 def test_slices_of_all_ranks_are_the_batch_of_one_process():
     tokens = np.arange(1000, dtype=np.uint16)
     whole = Batches(tokens, seq_len=13, slices=[slice(0, 13)], batch_size=3, seed=5).read(4)

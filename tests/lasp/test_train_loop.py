@@ -3,19 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lasp.models import LinearLlamaForCausalLM
+from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import shutdown
-from lasp.train.checkpoint import checkpoint_folder, list_checkpoints
+from lasp.train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.metrics import read_metrics
+from lasp.train.optimizer import build_optimizer, learning_rate
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 from lasp.train.sample import sample
@@ -52,6 +54,24 @@ def config(text, tmp_path) -> TrainConfig:
 def _leave_no_process_group() -> Iterator[None]:
     yield
     shutdown()
+
+
+@pytest.fixture(scope="module")
+def saved(text, tmp_path_factory) -> Run:
+    """A run of six steps, with its checkpoint; tests work on copies of it."""
+    config = TrainConfig(
+        output=str(tmp_path_factory.mktemp("saved")),
+        device="cpu",
+        steps=6,
+        model=MODEL,
+        data=DataConfig(str(text), seq_len=64),
+    )
+    return replace(Run.prepare(config), checkpoint=trained(config).checkpoint)
+
+
+def blank(run: Run) -> Trainer:
+    """A trainer of the same run that has done nothing."""
+    return Trainer.start(replace(run, checkpoint=None), Ranks.join(run.config))
 
 
 def trained(config: TrainConfig) -> Summary:
@@ -130,9 +150,151 @@ def test_weights_that_do_not_fit_their_own_configuration_are_refused(config):
         config, output=config.output + "2", resume=str(saved), steps=9, model={**MODEL, "intermediate_size": 96}
     )
     with pytest.raises(
-        ValueError, match=r"6 parameters differ: .*gate_proj.weight is \(64, 32\) there and \(96, 32\) here"
+        ValueError,
+        match=r"6 tensors differ: .*gate_proj.weight is \(64, 32\) float32 there and \(96, 32\) float32 here",
     ):
         trained(wider)
+
+
+def damage(path: Path, change: Callable[[dict], object]) -> None:
+    """Change what a training.pt holds."""
+    training = torch.load(path, weights_only=True)
+    change(training)
+    torch.save(training, path)
+
+
+def moments(value: Callable[[torch.Tensor], object]) -> Callable[[dict], object]:
+    """A change of every first moment."""
+
+    def change(training: dict) -> None:
+        for state in training["optimizer"]["state"].values():
+            state["exp_avg"] = value(state["exp_avg"])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (moments(lambda _: torch.zeros(3)), r"exp_avg is \(3,\) float32 there and \(257, 32\) float32 here"),
+        (moments(lambda m: m.double()), r"exp_avg is \(257, 32\) float64 there"),
+        (moments(lambda m: m[..., :-1]), r"exp_avg is \(257, 31\) float32 there"),
+        (moments(lambda m: m.to_sparse()), "exp_avg is torch.sparse_coo on cpu there"),
+        (moments(lambda m: m.to("meta")), "exp_avg is torch.strided on meta there"),
+        (moments(lambda _: "text"), "exp_avg is a str there"),
+        (lambda t: t["optimizer"]["state"].pop(3), r"3 tensors differ: 3.exp_avg is None there"),
+        (lambda t: t["optimizer"]["state"][0].update(max=torch.zeros(2)), r"1 tensors differ: 0.max is \(2,\) float32"),
+        (lambda t: t["optimizer"]["state"][0].update(step=torch.zeros(2)), r"0.step is \(2,\) float32 there"),
+        (lambda t: t["optimizer"]["param_groups"].pop(), "its groups hold other parameters"),
+        (lambda t: t["optimizer"]["param_groups"][0]["params"].reverse(), "its groups hold other parameters"),
+        (lambda t: t.update(optimizer=[]), "is not the training state of a checkpoint"),
+        (lambda t: t.pop("optimizer"), "is not the training state of a checkpoint"),
+        (lambda t: t.update(step="six"), "is not the training state of a checkpoint"),
+        (lambda t: t.update(step=4), "is of step 4, its folder of step 6"),
+        (lambda t: t.update(step=-6), "is of step -6, its folder of step 6"),
+    ],
+)
+def test_a_training_state_of_something_else_is_refused_before_any_of_it_is_loaded(saved, tmp_path, change, said):
+    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
+    damage(tmp_path / "step-000006" / "training.pt", change)
+    trainer = blank(saved)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=said) as caught:
+        load_checkpoint(tmp_path / "step-000006", trainer.model, trainer.optimizer)
+    assert "training.pt" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert not trainer.optimizer.state
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "config.json"])
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 200, b"half"])
+def test_a_damaged_file_is_one_line_that_names_it(saved, tmp_path, name, content):
+    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
+    path = tmp_path / "step-000006" / name
+    whole = path.read_bytes()
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)  # whoever opened it would wait
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    trainer = blank(saved)
+    with pytest.raises(ValueError, match=name) as caught:
+        load_checkpoint(tmp_path / "step-000006", trainer.model, trainer.optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bfloat16])
+def test_weights_of_another_dtype_are_refused(saved, tmp_path, dtype):
+    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
+    path = tmp_path / "step-000006" / "model.safetensors"
+    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
+    trainer = blank(saved)
+    told = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"24 tensors differ: .*\) {told} there and .*\) float32 here"):
+        load_checkpoint(tmp_path / "step-000006", trainer.model, trainer.optimizer)
+
+
+def test_the_settings_of_the_optimizer_are_the_runs_whatever_the_file_says(saved, tmp_path):
+    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
+    path = tmp_path / "step-000006" / "training.pt"
+    damage(path, lambda t: t["optimizer"]["param_groups"][0].update(maximize=True, weight_decay=9.0))
+    damage(path, moments(lambda m: m.t().contiguous().t() if m.dim() == 2 else m))  # other strides, same values
+    trainer = blank(saved)
+    assert load_checkpoint(tmp_path / "step-000006", trainer.model, trainer.optimizer) == 6
+    group = trainer.optimizer.param_groups[0]
+    assert (group["maximize"], group["weight_decay"]) == (False, 0.1)
+    for parameter, state in trainer.optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("name", [f".step-000004.{os.getpid()}", ".step-000002.1", ".step-1234567.77"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_killed_save_left_is_removed(config, name, overwrite):
+    """The next process may have the same number, as it has in every container."""
+    folder = checkpoint_folder(config.output)
+    (folder / name).mkdir(parents=True)
+    (folder / name / "config.json").write_text("{")
+    (folder / ".mine").mkdir()
+    trained(replace(config, steps=4, save_every=2, overwrite=overwrite))
+    assert sorted(os.listdir(folder)) == [".mine", "step-000002", "step-000004"]
+
+
+def test_going_back_is_refused_with_advice_that_can_be_followed(config):
+    summary = trained(replace(config, save_every=3))
+    back = replace(config, resume=str(summary.checkpoint.with_name("step-000003")))
+    with pytest.raises(ValueError, match="to go on from step-000003, choose another output, or remove those after it"):
+        Run.prepare(back)
+    shutil.rmtree(summary.checkpoint)
+    assert Run.prepare(back).checkpoint.name == "step-000003"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [
+        (11, 10, [*(i / 10 for i in range(1, 11)), 0.1]),
+        (5, 10, [0.25, 0.5, 0.75, 1.0, 0.1]),
+        (1, 10, [1.0]),
+        (1, 0, [1.0]),
+        (2, 1, [1.0, 0.1]),
+        (3, 0, [1.0, 0.55, 0.1]),
+        (5, 2, [0.5, 1.0, 1.0, 0.55, 0.1]),
+    ],
+)
+def test_the_last_step_has_the_least_rate_however_long_the_warm_up(steps, warmup, expected):
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=warmup)
+    assert [learning_rate(step, steps, config) for step in range(steps)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mixer", ["kda", "mamba2", "gated_deltanet", "lightning"])
+def test_only_weight_matrices_decay(mixer):
+    model = LinearLlamaForCausalLM(LinearLlamaConfig(**{**MODEL, "vocab_size": 64, "mixer": mixer}))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices, others = (
+        [names[id(p)] for p in g["params"]] for g in build_optimizer(model, OptimizerConfig()).param_groups
+    )
+    assert all(name.endswith(".weight") for name in matrices)
+    assert all(name.endswith(("norm.weight", "A_log", "dt_bias", ".D", ".bias", "layernorm.weight")) for name in others)
+    assert sorted(matrices + others) == sorted(names.values())
 
 
 def test_a_failed_save_leaves_no_checkpoint(config, monkeypatch):
@@ -151,6 +313,17 @@ def test_a_failed_save_leaves_no_checkpoint(config, monkeypatch):
         ({"hiden_size": 32}, "unknown fields of the model: hiden_size"),
         ({**MODEL, "num_attention_heads": 3}, "32.*3|3.*32"),
         ({**MODEL, "hidden_size": "wide"}, "hidden_size.*wide"),
+        ({**MODEL, "hidden_size": -32}, "hidden_size must be a whole number of at least 1, got -32"),
+        ({**MODEL, "num_hidden_layers": 0}, "num_hidden_layers must be .* at least 1, got 0"),
+        ({**MODEL, "num_hidden_layers": -2}, "num_hidden_layers must be .* at least 1, got -2"),
+        ({**MODEL, "vocab_size": -1}, "vocab_size must be .* at least 1, got -1"),
+        ({**MODEL, "head_dim": 1.5}, "head_dim must be .* at least 1, got 1.5"),
+        ({**MODEL, "mixer_options": 5}, "mixer_options must be keywords of mixers by their names, got 5"),
+        ({**MODEL, "mixer_options": {"softmax": 5}}, "mixer_options must be keywords"),
+        ({**MODEL, "pattern": 3}, "pattern must be a string of L and N or a list of mixers, got 3"),
+        ({**MODEL, "rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, got nan"),
+        ({**MODEL, "initializer_range": -1}, "initializer_range must be a number of at least 0, got -1"),
+        ({**MODEL, "tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
         ({**MODEL, "vocab_size": 100}, "vocab_size=100 is less than the tokenizer's 257"),
         ({"preset": "huge"}, "unknown preset 'huge'"),
     ],

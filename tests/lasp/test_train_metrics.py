@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -81,3 +83,21 @@ def test_only_matrices_decay():
 def test_impossible_settings_are_refused_with_their_values(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(monkeypatch):
+    """As in `lasp train ... | head -1`: rich would end the process."""
+
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return -1
+
+    redirected = []
+    monkeypatch.setattr(os, "dup2", lambda _, to: redirected.append(to))
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with TrainingProgress(steps=1, steps_done=0, enabled=True) as shown:
+        shown.update(StepMetrics(1, 5.0, 1e-3, 1.0, 100.0))
+    assert redirected == [-1]

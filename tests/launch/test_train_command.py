@@ -1,12 +1,17 @@
 """`lasp train`: configuration files and overrides, one-line errors, and the ranks it starts."""
 
+import ipaddress
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lasp.launch import cli
 from lasp.launch.train import RECIPES, main, read_config
@@ -43,7 +48,7 @@ def recipe(tmp_path: Path) -> str:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=55)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=110)
 
 
 def error_lines(stderr: str) -> list[str]:
@@ -69,7 +74,24 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--stepz", "3"], ["stepz"]),
         (["{recipe}", "--data.sequence", "3"], ["data.sequence"]),
         (["{recipe}", "--config", "{folder}/unknown.toml"], ["optimizer", "beta"]),
-        (["{recipe}", "--config", "{folder}/broken.toml"], ["line 1"]),
+        (["{recipe}", "--config", "{folder}/broken.toml"], ["broken.toml", "line 1"]),
+        ([], ["CONFIG is missing", "demo"]),
+        (["--steps", "3"], ["CONFIG is missing", "demo"]),
+        (["{folder}/empty.toml"], ["empty.toml", "sets nothing"]),
+        (["{recipe}", "--config", "{folder}/missing.toml"], ["no configuration file", "missing.toml"]),
+        (["{recipe}", "--config={folder}/missing.toml"], ["no configuration file", "missing.toml"]),
+        (["{folder}/latin.toml"], ["latin.toml", "utf-8"]),
+        (["{folder}/nested.toml"], ["nested.toml"]),
+        (["{recipe}", "--device", "tpu"], ["device", "'tpu'", "cuda"]),
+        (["{recipe}", "--device", "mps"], ["device", "'mps'"]),
+        (["{recipe}", "--device", ""], ["device", "''"]),
+        (["{recipe}", "--seed", "18446744073709551616"], ["seed", "2^64", "18446744073709551616"]),
+        (["{recipe}", "--seed", "-1"], ["seed", "-1"]),
+        (["{recipe}", "--output", ""], ["output must name a folder"]),
+        (["{recipe}", "--data.source", ""], ["data.source must name a text"]),
+        (["{recipe}", "--model.num_hidden_layers", "0"], ["num_hidden_layers", "at least 1, got 0"]),
+        (["{recipe}", "--model.hidden_size=-32"], ["hidden_size", "at least 1, got -32"]),
+        (["{recipe}", "--model.mixer_options", "5"], ["mixer_options", "got 5"]),
         (["{recipe}", "--steps", "many"], ["steps", "many"]),
         (["{recipe}", "--layout", "spiral"], ["layout", "spiral", "zigzag"]),
         (["{recipe}", "--sp", "66"], ["65", "66"]),
@@ -77,7 +99,7 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--model.heads", "5"], ["heads"]),
         (["{recipe}", "--data.source", "{folder}/missing.txt"], ["missing.txt", "No such file"]),
         (["{recipe}", "--data.seq_len", "9999"], ["1721 tokens", "9999"]),
-        (["{recipe}", "--output", "{folder}/text.txt"], ["text.txt", "Not a directory"]),
+        (["{recipe}", "--output", "{folder}/text.txt"], ["text.txt", "is a file, not a folder"]),
         (["{recipe}", "--data.tokenizer", "{folder}/text.txt"], ["text.txt"]),
         (["{recipe}", "--resume", "{folder}/step-000001"], ["step-000001"]),
     ],
@@ -85,11 +107,60 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
 def test_user_errors_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, arguments, said):
     (tmp_path / "unknown.toml").write_text("[optimizer]\nbeta = 3\n")
     (tmp_path / "broken.toml").write_text("a = = 3\n")
+    (tmp_path / "empty.toml").write_text("# nothing yet\n")
+    (tmp_path / "latin.toml").write_bytes(b'output = "\xe9"\n')
+    (tmp_path / "nested.toml").write_text("a = " + "[" * 5000)
     assert main([argument.format(recipe=recipe, folder=tmp_path) for argument in arguments]) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("lasp: error: ")
     assert stderr.count("\n") == 1
     assert all(part in stderr for part in said), stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "sp", "there", "said"),
+    [
+        ("cuda", 1, 0, "torch finds no GPU here"),
+        ("cuda", 4, 2, "4 ranks of this machine need a GPU each, torch finds 2"),
+        (None, 4, 1, "4 ranks of this machine need a GPU each, torch finds 1"),
+    ],
+)
+def test_gpus_that_are_not_there_are_missed_before_ranks_start(recipe, capsys, monkeypatch, device, sp, there, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    config = Path(recipe)
+    config.write_text(config.read_text().replace('device = "cpu"\n', f'device = "{device}"\n' if device else ""))
+    assert main([recipe, "--sp", str(sp)]) == 2
+    stderr = capsys.readouterr().err
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_help_has_the_text_of_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "Optimizer steps in all",
+        "Folder of the token files",
+        "Learning rate of the last step",
+        "Text to continue",
+    ):
+        assert text in told
+
+
+def test_a_crafted_checkpoint_is_one_line(recipe, tmp_path, capsys):
+    assert main([recipe]) == 0
+    path = tmp_path / "run" / "checkpoints" / "step-000004" / "training.pt"
+    training = torch.load(path, weights_only=True)
+    for state in training["optimizer"]["state"].values():
+        state["exp_avg"] = torch.zeros(3)
+    torch.save(training, path)
+    capsys.readouterr()
+    assert main([recipe, "--steps=8", "--resume=latest"]) == 2
+    stderr = capsys.readouterr().err
+    assert re.fullmatch(r"lasp: error: '.*training.pt' is of another model .*\n", stderr), stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp_path, capsys):
@@ -103,6 +174,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp
     assert stderr.count("\n") == 1
 
 
+@pytest.mark.timeout(120)
 def test_the_command_starts_ranks_whose_losses_are_those_of_one_process(recipe, tmp_path, capsys):
     assert main([recipe, "--output", f"{tmp_path}/alone"]) == 0
     done = run("-m", "lasp.launch.cli", "train", recipe, "--sp", "2")
@@ -117,6 +189,80 @@ def test_the_command_starts_ranks_whose_losses_are_those_of_one_process(recipe, 
     assert not error_lines(done.stderr)
 
 
+FAULT = """
+import os, time
+
+del os.sched_getaffinity  # as on macOS
+if os.environ.get("RANK") == "1":
+    from lasp.train.loop import Trainer
+
+    def step(self, step=Trainer.step):
+        if self.steps_done == 2:
+            open(os.environ["AT_WORK"], "w").close()
+            for _ in range(600):
+                time.sleep(0.1)
+                if not os.path.exists(os.environ["AT_WORK"]):
+                    break
+            raise ValueError("the cause")
+        return step(self)
+
+    Trainer.step = step
+"""
+"""A sitecustomize.py: rank 1 waits before the third step until it was looked at, and fails."""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and renames the host in a namespace")
+def test_ranks_at_work_listen_to_this_machine_only_and_the_one_that_fails_is_named(recipe, tmp_path):
+    """Where the name of the host does not resolve, too, and where it is left as it is if that takes rights we lack."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT)
+    at_work, paths = tmp_path / "at-work", [str(tmp_path / "fault"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "AT_WORK": str(at_work), "TMPDIR": str(tmp_path / "temporary")}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    rename = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*rename, "true"], capture_output=True).returncode:
+        rename = []
+    command = [*rename, sys.executable, "-m", "lasp.launch.cli", "train", recipe, "--sp", "2"]
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as run:
+        while not at_work.exists() and run.poll() is None:
+            time.sleep(0.1)
+        addresses = [address for pid in descendants(run.pid) for address in listening(pid)]
+        at_work.unlink(missing_ok=True)
+        stderr = run.communicate(timeout=60)[1]
+    assert addresses
+    assert all(address in ("127.0.0.1", "::1") for address in addresses), addresses
+    assert run.returncode == 1
+    assert re.fullmatch(r"lasp: error: rank 1: step 3: the cause \(ValueError at .*\)\n", stderr), stderr
+    assert [name for name in os.listdir(tmp_path / "temporary") if not name.startswith("torchinductor")] == []
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in descendants(int(child)))]
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses at which a process waits for TCP connections."""
+    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    sockets = {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = []
+    for family in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:
+                # Words of four bytes, each in the order of this machine.
+                raw = bytes.fromhex(fields[1].partition(":")[0])
+                raw = b"".join(raw[i : i + 4][:: -1 if sys.byteorder == "little" else 1] for i in range(0, len(raw), 4))
+                found.append(str(ipaddress.ip_address(raw)))
+    return found
+
+
+@pytest.mark.timeout(120)
 def test_ranks_of_torchrun_report_a_user_error_once(recipe):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lasp.launch.train")
     done = run(*torchrun, recipe, "--sp", "3")
@@ -134,6 +280,7 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     assert cli.main(["echo", "nowhere.toml"]) == 2
 
 
+@pytest.mark.timeout(120)
 def test_a_mistake_of_one_rank_ends_all_and_is_told_by_the_first(recipe):
     """Two ranks started by hand, as under Slurm; only the second is given an unknown key."""
     with socket.socket() as probe:
@@ -145,7 +292,7 @@ def test_a_mistake_of_one_rank_ends_all_and_is_told_by_the_first(recipe):
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, "-m", "lasp.launch.train", str(recipe), "--sp", "2", *extra]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    told = [rank.communicate(timeout=50)[1] for rank in ranks]
+    told = [rank.communicate(timeout=100)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert "stepz" in told[0]
     assert "(rank 1 of 2)" in told[0]
