@@ -111,8 +111,19 @@ def _check_inputs(
     mask = kwargs.get("attention_mask")
     if type(model).__name__ == "OPTForCausalLM" and mask is not None and not mask.all():
         raise ValueError("OPT counts positions by its attention_mask: leave that out, with padding at the end only")
+    _check_vocabulary(model, tokens)
     said = sorted(name for name, x in kwargs.items() if x is not None and x is not False)
     return Arguments({"batch": tokens.shape[0], "arguments": said} | agreed, tokens.shape[1])
+
+
+def _check_vocabulary(model: Any, tokens: Tensor) -> None:
+    """An embedding would fail on the rank that holds the id alone, on a GPU without saying which."""
+    ids = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if ids is None or tokens.is_floating_point() or not tokens.numel():
+        return
+    least, most = torch.stack(tokens.aminmax()).tolist()
+    if least < 0 or most >= ids:
+        raise ValueError(f"input_ids must be from 0 to {ids - 1}, got {least if least < 0 else most}")
 
 
 def _check_positions(given: Tensor | None, own: Tensor) -> Arguments:

@@ -147,3 +147,13 @@ def test_checkpointing(group_of: GroupOf, name: str, reentrant: bool) -> None:
     own = lasp.parallelize(model, group)
     own.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_equal(on_ranks(own, {"input_ids": ids}, ids, group), theirs)
+
+
+@pytest.mark.parametrize(("rank", "wrong"), [(0, VOCABULARY), (1, -1), (3, -100), (2, 10**9)])
+def test_ids_beyond_the_vocabulary_are_refused_by_all(world, group_of: GroupOf, rank: int, wrong: int) -> None:
+    group, ids = group_of(4, "contiguous"), tokens(1, 16)
+    assert group is not None
+    model = lasp.parallelize(make("llama"), group)
+    ids[0, 4 * rank + 1] = wrong
+    with pytest.raises(ValueError, match=rf"must be from 0 to {VOCABULARY - 1}, got {wrong} \(rank {rank} of 4\)"):
+        model(**lasp.shard_batch({"input_ids": ids}, group))
