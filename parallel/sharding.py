@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp.kernels.arguments import check_integer, check_tensors
 from lasp.parallel import collectives
-from lasp.parallel.batch import complete, fingerprint, token_dim
+from lasp.parallel.batch import complete, fingerprint, read_agreement, token_dim
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Piece, pieces_of
@@ -138,3 +138,10 @@ def cut_batch(whole: Mapping[str, Tensor], group: Slices | None) -> dict[str, Te
     if "labels" in cut:
         cut["shift_labels"] = cut["labels"]
     return cut
+
+
+def settle(agreement: Tensor | None, group: SequenceGroup | None) -> None:
+    """Compare what a batch from a worker process carries: one header exchange. Raises ValueError on every rank where
+    batches differ, or one could not be made."""
+    if agreement is not None:
+        begin_call(group, lambda: Arguments(read_agreement(agreement), 1))()

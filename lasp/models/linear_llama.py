@@ -17,6 +17,7 @@ from lasp.models.cache import NAME, NAMES, RecurrentCache, one_cache
 from lasp.models.config import LinearLlamaConfig
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
+from lasp.parallel.sharding import settle
 
 IGNORE_INDEX = -100
 
@@ -142,6 +143,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         group: SequenceGroup | None = None,
+        agreement: Tensor | None = None,
         cache: RecurrentCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of the next tokens, and the loss when targets are given.
@@ -167,6 +169,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
             output_attentions: must not be True: no attention weights are kept.
             return_dict: False for a tuple.
             group: ranks that hold the rest of the sequence.
+            agreement: what a batch from a worker process carries (`lasp.ShardedCollator`), compared here.
             cache: what transformers 5.24 calls past_key_values; only one of the two.
 
         Returns:
@@ -184,6 +187,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         targets = next_tokens(labels, cu_seqlens, group) if shift_labels is None else shift_labels
         if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"a loss needs the logits of every token, got logits_to_keep={logits_to_keep}")
+        settle(agreement, group)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,

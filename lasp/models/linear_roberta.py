@@ -14,6 +14,7 @@ from lasp.models.blocks import build_blocks, embed, token_mask
 from lasp.models.config import MixerConfig
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
+from lasp.parallel.sharding import settle
 
 
 class LinearRobertaConfig(MixerConfig):
@@ -118,6 +119,7 @@ class LinearRobertaForMaskedLM(LinearRobertaPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         group: SequenceGroup | None = None,
+        agreement: Tensor | None = None,
     ) -> MaskedLMOutput | tuple:
         """Logits of the tokens themselves, and the loss when labels are given.
 
@@ -134,6 +136,7 @@ class LinearRobertaForMaskedLM(LinearRobertaPreTrainedModel):
             num_items_in_batch: what to divide the loss by (default: valid labels of the whole sequence).
             return_dict: False for a tuple.
             group: ranks that hold the rest of the sequence.
+            agreement: what a batch from a worker process carries (`lasp.ShardedCollator`), compared here.
 
         Returns:
             loss (scalar) and logits [B, T, vocab]. The loss is the mean over the whole sequence, with the gradient of
@@ -143,6 +146,7 @@ class LinearRobertaForMaskedLM(LinearRobertaPreTrainedModel):
             ValueError: not exactly one of input_ids and inputs_embeds, a mask of another shape; and what the mixers and
                 `lasp.cross_entropy` raise.
         """
+        settle(agreement, group)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,

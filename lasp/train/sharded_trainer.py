@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from lasp.parallel.batch import AGREEMENT, read_agreement
+from lasp.parallel.batch import AGREEMENT
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.collator import ShardedCollator
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.sharding import settle
 from lasp.wrap.parallelize import base_model
 from lasp.wrap.wiring import WIRING
 
@@ -124,9 +125,7 @@ class ShardedTrainer(Trainer):
 
     def _agreed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch that a worker process made, compared before all ranks count its targets."""
-        if AGREEMENT in batch:
-            agreement = batch.pop(AGREEMENT)
-            begin_call(self.group, lambda: Arguments(read_agreement(agreement), 1))()
+        settle(batch.pop(AGREEMENT, None), self.group)
         return batch
 
     def compute_loss(

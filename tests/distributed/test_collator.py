@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import lasp
+from lasp.models import LinearLlamaForCausalLM, LinearRobertaForMaskedLM
+from lasp.parallel.batch import write_agreement
 from tests.hf_models import make_single
 
 pytestmark = pytest.mark.mpi
@@ -135,3 +137,17 @@ def test_a_pickled_collator_has_no_group_and_cuts_alike(group_of) -> None:
         expected, local = collator(SAMPLES), copied(SAMPLES)
         assert "agreement" in local
         assert all(torch.equal(local[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("model_class", "shift"), [(LinearLlamaForCausalLM, True), (LinearRobertaForMaskedLM, False)])
+def test_own_models_compare_too(world, group_of, model_class: Any, shift: bool) -> None:
+    group = group_of(4)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = model_class(model_class.config_class(**sizes, num_attention_heads=2))
+    collator = lasp.ShardedCollator(group, shift=shift)
+    whole, local = collator(SAMPLES[:2]), next(iter(DataLoader(SAMPLES, 2, num_workers=1, collate_fn=collator)))
+    assert model(**local, group=group).loss == model(**whole, group=group).loss
+    local["agreement"] = write_agreement({}, "no" if world.rank == 3 else None)
+    with pytest.raises(ValueError, match=r"no \(rank 3 of 4\)"):
+        model(**local, group=group)

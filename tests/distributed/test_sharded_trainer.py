@@ -25,6 +25,7 @@ pytestmark = pytest.mark.mpi
 IDS = torch.randint(1, 97, (12, 21), generator=torch.Generator().manual_seed(0))
 EQUAL = [{"input_ids": ids, "labels": ids} for ids in IDS]
 UNEQUAL = [{"input_ids": ids[: 9 + i]} for i, ids in enumerate(IDS)]
+LABELLED = [row | {"labels": row["input_ids"]} for row in UNEQUAL]
 
 
 class Stream(IterableDataset):
@@ -50,9 +51,11 @@ def environment(**told: str) -> Iterator[None]:
     for name in [name for name in kept if name.endswith(("WORLD_SIZE", "_RANK", "PMI_SIZE")) or name == "RANK"]:
         del os.environ[name]
     os.environ.update(told)
-    yield
-    os.environ.clear()
-    os.environ.update(kept)
+    try:
+        yield
+    finally:  # accelerate writes there too
+        os.environ.clear()
+        os.environ.update(kept)
 
 
 def of_launcher(rank: int) -> Any:
@@ -64,7 +67,7 @@ def train(trainer_of: Callable[..., Any], model: Any, folder: Path, rows: Any, c
         str(folder), logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         learning_rate=0.01, max_steps=3, train_sampling_strategy="sequential", **own,
     )  # fmt: skip
-    trainer = trainer_of(model=model, args=options, data_collator=collator, train_dataset=rows, eval_dataset=EQUAL[:3])
+    trainer = trainer_of(model=model, args=options, data_collator=collator, train_dataset=rows, eval_dataset=EQUAL[:4])
     trainer.train()
     trainer.evaluate()
     return trainer
@@ -77,20 +80,18 @@ def curve(trainer: Any) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def one_process(world, tmp_path_factory) -> Callable[[int, bool], list[float]]:
-    """The curve of `Trainer` on one process: steps of equal samples, or of as many unequal ones, each by itself."""
+def one_process(world, tmp_path_factory) -> Callable[[bool], list[float]]:
+    """The curve of `Trainer` on one process: steps of four equal samples, or of four unequal ones, each by itself."""
 
     @cache
-    def run(samples: int, equal: bool) -> list[float]:
+    def run(equal: bool) -> list[float]:
         model = make("llama")  # the library's own loss is one in fp32
         model.loss_function = lambda logits, labels, num_items_in_batch, **_: lasp.cross_entropy(
             logits[:, :-1], labels[:, 1:], num_items=num_items_in_batch
         )
-        rows = EQUAL if equal else [row | {"labels": row["input_ids"]} for row in UNEQUAL]
-        own = {
-            "per_device_train_batch_size": samples if equal else 1,
-            "gradient_accumulation_steps": 1 if equal else samples,
-        }
+        rows = EQUAL if equal else LABELLED
+        steps = {"per_device_train_batch_size": 4} if equal else {"gradient_accumulation_steps": 4}
+        own = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 4} | steps
         with environment():
             return curve(train(transformers.Trainer, model, tmp_path_factory.mktemp("one"), rows, None, **own))
 
@@ -103,22 +104,23 @@ CASES = {
     "workers": (EQUAL, None, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
     "stream": (Stream(EQUAL), None, {}),
     "shards and a worker": (Shards(EQUAL), None, {"dataloader_num_workers": 1}),
-    "packed": (UNEQUAL, lasp.PackingCollator(tokens=80), {}),
+    "packed": (UNEQUAL, lasp.PackingCollator(tokens=84), {}),
     "flattened and a worker": (UNEQUAL, FLAT(return_flash_attn_kwargs=True), {"dataloader_num_workers": 1}),
     "flattened stream": (Stream(UNEQUAL), FLAT(), {}),
 }
 
 
-@pytest.mark.parametrize("sp", [4, 2])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "sp"), [*((case, 4) for case in CASES), ("rows", 2), ("shards and a worker", 2), ("packed", 2)]
+)
 def test_trains_as_one_process(world, one_process, tmp_path, case: str, sp: int) -> None:
     rows, collator, own = CASES[case]
     group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=sp, device="cpu"))
     model = lasp.parallelize(make("llama"), group)
-    own = own | {"per_device_train_batch_size": 4 * sp // world.size}
-    expected = one_process(4, collator is None)
+    sizes = {f"per_device_{kind}_batch_size": 4 * sp // world.size for kind in ("train", "eval")}
+    expected = one_process(collator is None)
     with of_launcher(world.rank):
-        trainer = train(partial(ShardedTrainer, group=group), model, tmp_path, rows, collator, **own)
+        trainer = train(partial(ShardedTrainer, group=group), model, tmp_path, rows, collator, **sizes, **own)
         assert trainer.get_total_train_batch_size(trainer.args) == 4
     assert curve(trainer) == pytest.approx(expected, rel=1e-6)
 
@@ -134,16 +136,8 @@ def refused(folder: Path, rank: int, match: str, rows: Any, **own: Any) -> None:
     ("match", "rows", "own"),
     [
         ("the batch has no labels: they are in the data set's rows, or", [{"input_ids": ids} for ids in IDS], {}),
-        (
-            r"samples differ in length: pack \(lasp.PackingCollator\) or pad",
-            [row | {"labels": row["input_ids"]} for row in UNEQUAL],
-            {},
-        ),
-        (
-            r"Error in a worker process: samples differ",
-            [row | {"labels": row["input_ids"]} for row in UNEQUAL],
-            {"dataloader_num_workers": 1},
-        ),
+        (r"samples differ in length: pack \(lasp.PackingCollator\) or pad", LABELLED, {}),
+        ("Error in a worker process: samples differ in length", LABELLED, {"dataloader_num_workers": 1}),
     ],
 )
 def test_rows_that_make_no_batch_are_refused_by_all(world, tmp_path, match: str, rows: Any, own: Any) -> None:

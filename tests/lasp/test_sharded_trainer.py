@@ -135,9 +135,7 @@ def test_the_plain_trainer_says_which_one_to_take(tmp_path: Path) -> None:
     row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
     training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     trainer = Trainer(lasp.parallelize(make_single("llama"), None), training, train_dataset=[row])
-    with pytest.raises(
-        ValueError, match=r"use lasp.shard_batch, or lasp.ShardedTrainer in the place"
-    ):
+    with pytest.raises(ValueError, match=r"use lasp.shard_batch, or lasp.ShardedTrainer in the place"):
         trainer.train()
 
 
