@@ -93,7 +93,7 @@ def compare(plain: Any, own: Any, group: SequenceGroup | None, seq_len: int) -> 
     theirs = _step(plain, {"input_ids": ids, "labels": ids, **_without_cache(plain)}, seq_len)
     # The weights are the same everywhere, or the ranks disagree on this.
     said = {"seq_len": seq_len, "loss on one device": f"{theirs.loss.item():.4e}"}
-    begin_call(group, lambda: Arguments(said, 1))()
+    begin_call(group, "verify", lambda: Arguments(said, 1))()
     batch = shard_batch({"input_ids": ids, "labels": ids}, group)
     ours = _step(own, batch, batch["input_ids"].shape[1])
     if group is not None:

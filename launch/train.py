@@ -96,7 +96,7 @@ def _agree_on_config(arguments: list[str]) -> TrainConfig:
     except ValueError as found:
         error = str(found)
     told = {"configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:8]}
-    join_world().agree(told, error).wait()
+    join_world().agree("reading the configuration", told, error).wait()
     assert config is not None, "or there was an error, and everyone has raised it"
     return config
 

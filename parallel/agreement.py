@@ -1,14 +1,17 @@
 """Agreement: what every rank says about its call before any data moves.
 
 Under gloo, ranks that call a collective with different shapes or dtypes get garbage in 6 of 14 cases and an abort in
-others. So each call begins with one all-gather of a fixed-size header; whoever disagrees, or has found an error in its
-own arguments, makes every rank raise the same ValueError.
+others. So each call begins with one exchange of fixed-size headers; whoever disagrees, or has found an error in its own
+arguments, makes every rank raise the same ValueError.
+
+Headers are messages with a tag of their own: whatever else the ranks do, a header meets a header. It tells which call
+it belongs to, so ranks that are not at the same call see it as soon as they exchange anything.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,10 +19,15 @@ import torch.distributed as dist
 from lasp.parallel import collectives
 
 HEADER_BYTES = 1024
+MAGIC = b"lasp header 1\n"  # begins every header; another number, another format
 _ERROR_BYTES = 400
 
 
-class Disagreement(ValueError):
+class Refused(ValueError):
+    """What every rank raises, from headers that all of them have."""
+
+
+class Disagreement(Refused):
     """What every rank raises where the ranks' values of one field differ."""
 
     def __init__(self, field: str, values: list[Any]) -> None:
@@ -28,31 +36,100 @@ class Disagreement(ValueError):
         self.field = field
 
 
+class Channel:
+    """The way that headers take between some ranks of a process group, and the count of calls, alike on all of them.
+
+    process_group: can carry CPU tensors. ranks: those of it that take part, by default all. identity: what all headers
+    of the channel say, which tells it from others between the same ranks. broken: what was left in the middle, so that
+    no call is possible any more; None as long as all is well.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, ranks: list[int] | None = None) -> None:
+        self.process_group = process_group
+        self.ranks = list(range(dist.get_world_size(process_group))) if ranks is None else ranks
+        self.identity: dict[str, Any] = {}
+        self.count = 0
+        self.broken: str | None = None
+        self.open: Agreement | None = None
+        self._told: list[Agreement] = []  # not waited for yet; they own their messages
+
+    def agree(self, call: Call, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
+        """Start a header exchange. ValueError on this rank where an earlier call was left in the middle."""
+        self._settle()
+        if self.open is not None and self.broken is None:
+            self.broken = str(self.open.call)
+        if self.broken is not None:
+            said = f"{self.broken} was left in the middle, and other ranks may still wait in it: end this run"
+            self._told.append(Agreement(self, call, {}, said))  # to those that wait for a header
+            raise ValueError(said)
+        return Agreement(self, call, fields, error, tokens)
+
+    def next_call(self, operation: str) -> Call:
+        """The call of an operation that comes next."""
+        self._settle()
+        return Call(operation, self.count + 1)
+
+    def tell(self, operation: str, error: str) -> None:
+        """Send an error in the place of the next call's header, and wait for nobody: who waits for it raises it."""
+        if self.open is None and self.broken is None:
+            self._told.append(Agreement(self, Call(operation, self.count + 1 + len(self._told)), {}, error))
+            self.open = None
+
+    def _settle(self) -> None:
+        """Receive what the others had to say where this rank sent an error and went on."""
+        while self._told and self.broken is None:
+            self._told.pop(0).headers()
+
+
+class Call(NamedTuple):
+    """What a header is about: an operation, and its running number among the calls of a group."""
+
+    operation: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.operation}, number {self.number}" if self.number else self.operation
+
+
 class Agreement:
     """A header exchange in flight: started at construction, settled by `wait()`."""
 
-    def __init__(self, group: dist.ProcessGroup, fields: dict[str, Any], error: str | None, tokens: int = 0) -> None:
-        """fields must be equal on all ranks; tokens, this rank's number of them, may differ."""
-        packed = _pack({"tokens": tokens, "error": error, "fields": fields if error is None else {}})
+    def __init__(
+        self, channel: Channel, call: Call, fields: dict[str, Any], error: str | None = None, tokens: int = 0
+    ) -> None:
+        """call and fields must be equal on all ranks; tokens, this rank's number of them, may differ."""
+        self.call, self._channel = call, channel
+        said = {"call": call, "of": channel.identity, "tokens": tokens, "error": error}
+        packed = _pack(said | {"fields": fields if error is None else {}})
         sent = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         sent[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        self._pending = collectives.all_gather(sent, group, "control")
+        channel.open = self
+        self._pending = collectives.swap_headers(sent, channel.ranks, channel.process_group)
+
+    def headers(self) -> list[dict[str, Any]]:
+        """What every rank said."""
+        rows = self._pending.wait()
+        self._channel.open = None
+        headers = [_unpack(row, rank) for rank, row in enumerate(rows)]
+        if all(header["of"] == self._channel.identity for header in headers):
+            # Ranks of which one had skipped a call are together again.
+            self._channel.count = max(self._channel.count, *(header["call"][1] for header in headers))
+        return headers
 
     def wait(self) -> list[int]:
         """Every rank's number of tokens. Raises the same ValueError on every rank where they do not agree."""
-        rows = self._pending.wait()
-        headers = [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in rows]
+        headers = self.headers()
         errors = {rank: header["error"] for rank, header in enumerate(headers) if header["error"]}
         if errors:
-            raise ValueError(_tell_errors(errors, len(headers)))
-        _compare([header["fields"] for header in headers])
+            raise Refused(_tell_errors(errors, len(headers)))
+        _compare([{"the call": str(Call(*h["call"]))} | h["of"] | h["fields"] for h in headers])
         return [header["tokens"] for header in headers]
 
 
 def _pack(header: dict[str, Any]) -> bytes:
     """The header as JSON. What does not fit, or is no plain value, is an error of this rank, told like any other."""
     try:
-        packed = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+        packed = MAGIC + json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as problem:
         return _pack({**header, "error": f"an argument that cannot be compared: {problem}", "fields": {}})
     if len(packed) <= HEADER_BYTES:
@@ -60,7 +137,19 @@ def _pack(header: dict[str, Any]) -> bytes:
     error = header["error"] or f"the header of this call takes {len(packed)} bytes, at most {HEADER_BYTES} fit"
     printable = "".join(c if c.isprintable() else " " for c in error)
     shortened = printable.encode()[:_ERROR_BYTES].decode(errors="ignore")
-    return json.dumps({"tokens": header["tokens"], "error": shortened, "fields": {}}, ensure_ascii=False).encode()
+    return _pack({**header, "error": shortened, "fields": {}})
+
+
+def _unpack(row: torch.Tensor, rank: int) -> dict[str, Any]:
+    packed = bytes(row.tolist())
+    try:
+        if not packed.startswith(MAGIC):
+            raise ValueError("not of this version of lasp, or a message of something else")
+        header: dict[str, Any] = json.loads(packed[len(MAGIC) :].rstrip(b"\0"))
+    except ValueError as problem:
+        told = f"{type(problem).__name__}: {problem}" if type(problem) is not ValueError else problem
+        raise ValueError(f"what came from rank {rank} in place of a header is none ({told})") from problem
+    return header
 
 
 def _tell_errors(errors: dict[int, str], size: int) -> str:

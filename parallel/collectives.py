@@ -17,6 +17,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Of headers. Scans and rings tag messages by link and piece, of which each rank has two at most.
+_HEADER_TAG = 32_767  # the largest that every MPI takes
+
 # torch 2.13 renamed these two; GPU machines still have 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -92,6 +95,24 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[
     # Flat on both sides: gloo wants the input's dims to match the output's.
     work = _all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)
     return Pending([work], result, sent=[tensor])
+
+
+def swap_headers(header: Tensor, ranks: Sequence[int], group: dist.ProcessGroup) -> Pending[Tensor]:
+    """Start gathering the equally long headers of some ranks of the group into [ranks, bytes], in their order.
+
+    Messages between every two ranks, which no other exchange of the group can meet, nor disturb; for so little they
+    also take half the time of gloo's all-gather.
+    """
+    own = dist.get_rank(group)
+    rows = header.new_empty(len(ranks), *header.shape)
+    rows[ranks.index(own)] = header
+    if len(ranks) == 1:
+        return Pending([], rows)
+    record("all_gather", "control", (len(ranks) - 1) * header.nbytes, 1)
+    others = [(rank, row) for rank, row in zip(ranks, rows, strict=True) if rank != own]
+    sends = [dist.isend(header, group=group, group_dst=rank, tag=_HEADER_TAG) for rank, _ in others]
+    receives = [dist.irecv(row, group=group, group_src=rank, tag=_HEADER_TAG) for rank, row in others]
+    return Pending([*receives, *sends], rows, sent=[header])
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lasp.parallel import collectives
-from lasp.parallel.agreement import Agreement
-from lasp.parallel.layout import LAYOUTS, house_slices
+from lasp.parallel.agreement import Agreement, Call, Channel, Refused
+from lasp.parallel.layout import LAYOUTS, Layout, house_slices
 
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
 MODEL_AXES = ("tp", "pp")
@@ -33,42 +37,50 @@ class SequenceGroup:
     control: dist.ProcessGroup  # carries headers on the CPU; the same group where that one can
     rank: int
     size: int
-    layout: str
+    layout: Layout
     checks: bool
+    channel: Channel = field(repr=False)  # of headers, and the count of the group's calls
     mesh: DeviceMesh | None = None
     axis: str | None = None  # of the mesh, where there is one
     heads: int = 1  # neighbours that exchange heads in ulysses x ring
 
     @classmethod
     def from_mesh(
-        cls, mesh: DeviceMesh, axis: str = "sp", layout: str = "contiguous", heads: int = 1, checks: bool = True
+        cls, mesh: DeviceMesh, axis: str = "sp", layout: Layout = "contiguous", heads: int = 1, checks: bool = True
     ) -> SequenceGroup:
-        """The ranks along one axis of a mesh (`lasp.init_mesh`).
+        """The ranks along one axis of a mesh (`lasp.init_mesh`). Every rank of the mesh calls this.
 
         layout: "contiguous" or "zigzag". checks: begin every call with a header that all ranks compare; an unchecked
         group trusts that the ranks hold the house's cut of the sequence. heads: how many neighbouring ranks exchange
         heads in `softmax_attention(method="ulysses_ring")`, while the rest of the group is a ring; it divides the size.
+        Raises ValueError, on every rank of the mesh, for an unknown axis or layout, or where the ranks differ.
         """
+        error = None
         if axis not in (mesh.mesh_dim_names or ()):
-            raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {axis!r}")
+            error = f"the mesh has axes {', '.join(mesh.mesh_dim_names or ())}, not {axis!r}"
+        fields = {"axis": axis, "shape of the mesh": list(mesh.shape), **_said(layout, heads, checks)}
+        _agree_on_mesh("from_mesh", mesh.mesh.flatten().tolist(), fields, error)
         return cls._make(mesh.get_group(axis), layout, heads, checks, mesh, axis)
 
     @classmethod
     def from_group(
         cls,
         process_group: dist.ProcessGroup | None = None,
-        layout: str = "contiguous",
+        layout: Layout = "contiguous",
         checks: bool = True,
         heads: int = 1,
     ) -> SequenceGroup:
-        """The ranks of an existing process group, by default the world. Every rank of it calls this."""
+        """The ranks of an existing process group, by default the world. Every rank of it calls this.
+
+        The other arguments, and what is refused, are as in `from_mesh`.
+        """
         return cls._make(process_group, layout, heads, checks)
 
     @classmethod
     def _make(
         cls,
         process_group: dist.ProcessGroup | None,
-        layout: str,
+        layout: Layout,
         heads: int,
         checks: bool,
         mesh: DeviceMesh | None = None,
@@ -81,11 +93,18 @@ class SequenceGroup:
         if rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
         control = _cpu_group(process_group)
-        error = None if layout in LAYOUTS else f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}"
-        if not isinstance(heads, int) or heads < 1 or size % heads:
+        channel = Channel(control)
+        error = None
+        if layout not in LAYOUTS:
+            error = f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}"
+        elif not isinstance(heads, int) or heads < 1 or size % heads:
             error = f"heads must divide the number of ranks in the group, {size}, got {heads!r}"
-        Agreement(control, {"layout": layout, "heads": heads, "checks": checks}, error).wait()
-        return cls(process_group, control, rank, size, layout, checks, mesh, axis, heads)
+        # Groups of the same ranks are told apart by what the first of these draws.
+        drawn = secrets.randbelow(10**6)
+        fields = _said(layout, heads, checks)
+        numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, drawn).wait()
+        channel.identity = {"layout": layout, "the group (by a random number)": numbers[0]}
+        return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads)
 
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
@@ -112,9 +131,48 @@ class SequenceGroup:
             )
         return self._make(flat.get_group(), "contiguous", 1, self.checks, flat)
 
-    def agree(self, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
+    def agree(self, operation: str, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
         """Start the header exchange of a call: `fields` must be equal on all ranks, `error` is this rank's own."""
-        return Agreement(self.control, fields, error, tokens)
+        return self.channel.agree(self.channel.next_call(operation), fields, error, tokens)
+
+    @contextmanager
+    def telling(self, work: str) -> Iterator[None]:
+        """Around work between calls: what ends it on one rank is a ValueError on those that wait for a header of it."""
+        try:
+            yield
+        except Refused:
+            raise
+        except BaseException as error:
+            if self.checks and self.size > 1:
+                self.channel.tell(work, f"{work} ended by {type(error).__name__}: {error}")
+            raise
+
+    def __copy__(self) -> SequenceGroup:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SequenceGroup lives in its process and cannot be saved: save model.state_dict(), or the whole model "
+            "after lasp.unparallelize(model)"
+        )
+
+
+def _said(layout: str, heads: int, checks: bool) -> dict[str, Any]:
+    """What ranks that make a group must share."""
+    return {"layout": layout, "heads": heads, "checks": checks}
+
+
+def _agree_on_mesh(operation: str, ranks: list[int], fields: dict[str, Any], error: str | None) -> None:
+    """Raise the same ValueError on all of some ranks of the world where one has an error, or they differ."""
+    world = dist.group.WORLD
+    assert world is not None, "whoever has a mesh has a world"
+    if len(ranks) > 1 and "cpu" in dist.get_backend_config(world):
+        Agreement(Channel(world, ranks), Call(operation, 0), fields, error).wait()
+    if error is not None:
+        raise ValueError(error)
 
 
 def init_mesh(
@@ -124,21 +182,23 @@ def init_mesh(
 
     dp=None takes what sp and tp leave of the world. Creates the process group if there is none: from the launcher's
     rendezvous, or of this process alone where no launcher set one up. device: "cuda" when there is one, else "cpu".
-    Raises ValueError when the sizes do not multiply to the world size.
+    Raises ValueError, on every rank, when the sizes do not multiply to the world size, or differ between ranks.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if not dist.is_initialized():
         _init_process_group()
     world = dist.get_world_size()
     sizes = {"dp": dp, "sp": sp, "tp": tp}
-    if any(size is not None and size < 1 for size in sizes.values()):
-        raise ValueError(f"the axes of a mesh must be at least 1, got {sizes}")
-    dp = max(1, world // (sp * tp)) if dp is None else dp
-    if dp * sp * tp != world:
-        told = f"dp x sp x tp = {dp} x {sp} x {tp} = {dp * sp * tp} ranks, but the world has {world}"
-        alone = f": start it with torchrun --nproc-per-node {dp * sp * tp}" if world == 1 else ""
-        raise ValueError(told + alone)
-    return init_device_mesh(kind, (dp, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
+    error = None
+    if any(size is not None and (not isinstance(size, int) or size < 1) for size in sizes.values()):
+        replicas, error = 1, f"the axes of a mesh must be at least 1, got {sizes}"
+    else:
+        replicas = max(1, world // (sp * tp)) if dp is None else dp
+        if (ranks := replicas * sp * tp) != world:
+            alone = f": start it with torchrun --nproc-per-node {ranks}" if world == 1 else ""
+            error = f"dp x sp x tp = {replicas} x {sp} x {tp} = {ranks} ranks, but the world has {world}{alone}"
+    _agree_on_mesh("init_mesh", list(range(world)), {"dp": replicas, "sp": sp, "tp": tp, "device": kind}, error)
+    return init_device_mesh(kind, (replicas, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
 
 
 def join_world() -> SequenceGroup:
@@ -198,12 +258,29 @@ def _init_process_group() -> None:
     except ValueError as error:
         if "environment variable RANK" not in str(error):
             raise  # a launcher was here, but did not say all
+        _warn_if_alone()
         create_world(dist.HashStore(), rank=0, size=1)
 
 
 def _backend() -> str:
     """What carries tensors: NCCL those of GPUs, gloo those of CPUs."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _warn_if_alone() -> None:
+    """Say it where a launcher that torch does not listen to has started several processes.
+
+    This file reads the environment as torch's own rendezvous does, to tell what no argument can.
+    """
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        said = os.environ.get(name, "")
+        if said.isdecimal() and int(said) > 1:
+            warnings.warn(
+                f"{name}={said}, but RANK, WORLD_SIZE and MASTER_ADDR are not set: this process is a world of its own "
+                "and shares nothing with others; start the ranks with torchrun, or set these",
+                stacklevel=4,
+            )
+            return
 
 
 def _cpu_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:

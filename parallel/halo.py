@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel import collectives
-from lasp.parallel.group import SequenceGroup
+from lasp.parallel.call import Turn
 from lasp.parallel.layout import Plan, pieces_of
 
 
@@ -59,7 +59,7 @@ class Halo:
     """The exchange of halos of `size` tokens among the ranks of a group, as one rank takes part in it."""
 
     plan: Plan
-    group: SequenceGroup | None
+    turn: Turn
     size: int
     moves: tuple[Move, ...]  # to or from this rank
 
@@ -67,14 +67,14 @@ class Halo:
     def of(
         cls,
         plan: Plan,
-        group: SequenceGroup | None,
+        turn: Turn,
         lengths: tuple[int, ...],
         bounds: tuple[int, ...] | None,
         size: int,
     ) -> Halo:
         """The halo of a call. lengths: every rank's number of tokens; bounds: cu_seqlens, None for one document."""
-        moves = halo_moves(lengths, "contiguous" if group is None else group.layout, bounds, size)
-        return cls(plan, group, size, tuple(m for m in moves if plan.rank in (m.source, m.target)))
+        moves = halo_moves(lengths, "contiguous" if turn.group is None else turn.group.layout, bounds, size)
+        return cls(plan, turn, size, tuple(m for m in moves if plan.rank in (m.source, m.target)))
 
     @property
     def sent(self) -> list[Move]:
@@ -89,7 +89,7 @@ class Halo:
     ) -> list[tuple[Tensor, ...]]:
         """Send blocks, and return those of `incoming` (rank, number of tokens): one all-to-all. like: tensors whose
         batch, feature dims and dtype those of the blocks are."""
-        if self.group is None or self.group.size == 1:
+        if self.turn.group is None:
             return []
         peers = sorted({self.plan.rank, *(b.peer for b in outgoing), *(peer for peer, _ in incoming)})
         nothing = like[0].new_empty(0)
@@ -99,7 +99,7 @@ class Halo:
         ]
         widths = [x.shape[0] * prod(x.shape[2:]) for x in like]
         sizes = [[n * width for source, n in incoming if source == peer for width in widths] for peer in peers]
-        arrived = collectives.all_to_all(parts, [sum(s) for s in sizes], peers, self.group.process_group, phase).wait()
+        arrived = collectives.all_to_all(parts, [sum(s) for s in sizes], peers, self.turn.process_group, phase).wait()
         found = {p: iter(flat.split(size)) for p, flat, size in zip(peers, arrived, sizes, strict=True)}
         return [tuple(next(found[peer]).view(x.shape[0], n, *x.shape[2:]) for x in like) for peer, n in incoming]
 
@@ -123,7 +123,8 @@ class _Bring(torch.autograd.Function):
     def forward(ctx: Any, halo: Halo, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.halo = halo
         outgoing = [Block(m.target, [x[:, m.offset : m.offset + m.length] for x in tensors]) for m in halo.sent]
-        blocks = halo.exchange(outgoing, [(m.source, m.length) for m in halo.received], tensors, "forward")
+        with halo.turn.forward():
+            blocks = halo.exchange(outgoing, [(m.source, m.length) for m in halo.received], tensors, "forward")
         nothing = tuple(x[:, :0] for x in tensors)
         return *(x.view_as(x) for x in tensors), *(torch.cat(parts, 1) for parts in zip(nothing, *blocks, strict=True))
 
@@ -133,7 +134,8 @@ class _Bring(torch.autograd.Function):
         halo, count = ctx.halo, len(grads) // 2
         parts = (grad.split([move.length for move in halo.received], 1) for grad in grads[count:])
         outgoing = [Block(m.source, block) for m, *block in zip(halo.received, *parts, strict=True)]
-        blocks = halo.exchange(outgoing, [(m.target, m.length) for m in halo.sent], grads[:count], "backward")
+        with halo.turn.backward():
+            blocks = halo.exchange(outgoing, [(m.target, m.length) for m in halo.sent], grads[:count], "backward")
         own = tuple(grad.clone() if blocks else grad for grad in grads[:count])
         for move, block in zip(halo.sent, blocks, strict=True):
             for x, part in zip(own, block, strict=True):
@@ -180,9 +182,9 @@ def share_ends(halo: Halo, output: Tensor, ends: list[Tensor]) -> tuple[Tensor, 
     own = {run.document: end for run, end in zip(halo.plan.runs, ends, strict=True) if run.last}
     nothing = torch.zeros_like(ends[0])
     final = torch.stack([own.get(document, nothing) for document in range(halo.plan.documents)])
-    if halo.group is None or halo.group.size == 1:
+    if halo.turn.group is None:
         return output, final
-    output, shared = _ShareEnds.apply(halo.group, output, final.to(compute_dtype(final)))
+    output, shared = _ShareEnds.apply(halo.turn, output, final.to(compute_dtype(final)))
     return output, shared.to(final.dtype)
 
 
@@ -195,12 +197,15 @@ class _ShareEnds(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: SequenceGroup, output: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.group = group
-        return output.view_as(output), collectives.all_reduce(ends.clone(), group.process_group, "forward").wait()
+    def forward(ctx: Any, turn: Turn, output: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.turn = turn
+        with turn.forward():
+            shared = collectives.all_reduce(ends.clone(), turn.process_group, "forward").wait()
+        return output.view_as(output), shared
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_ends: Tensor) -> tuple[None, Tensor, Tensor]:
         total = grad_ends.clone(memory_format=torch.contiguous_format)
-        return None, grad, collectives.all_reduce(total, ctx.group.process_group, "backward").wait()
+        with ctx.turn.backward():
+            return None, grad, collectives.all_reduce(total, ctx.turn.process_group, "backward").wait()

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.parallel import collectives
+from lasp.parallel.call import Turn
 from lasp.parallel.layout import Piece
 
 
@@ -22,7 +22,7 @@ class HeadExchange:
     pieces: theirs by position, with the rank counted among the members.
     """
 
-    group: dist.ProcessGroup
+    turn: Turn
     peers: tuple[int, ...]
     rank: int
     lengths: tuple[int, ...]
@@ -58,7 +58,8 @@ class HeadExchange:
     def _exchange(self, parts: list[Tensor], shapes: list[list[tuple[int, ...]]], phase: str) -> list[list[Tensor]]:
         """Send part j to member j; what each member sent here, in tensors of its `shapes`."""
         sizes = [[torch.Size(shape).numel() for shape in own] for own in shapes]
-        arrived = collectives.all_to_all(parts, [sum(own) for own in sizes], self.peers, self.group, phase).wait()
+        totals = [sum(own) for own in sizes]
+        arrived = collectives.all_to_all(parts, totals, self.peers, self.turn.process_group, phase).wait()
         return [
             [x.view(shape) for x, shape in zip(flat.split(size), own, strict=True)]
             for flat, size, own in zip(arrived, sizes, shapes, strict=True)
@@ -88,11 +89,13 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, scatter: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.scatter = exchange, scatter
-        return exchange.scatter(tensors, "forward") if scatter else exchange.gather(tensors, "forward")
+        with exchange.turn.forward():
+            return exchange.scatter(tensors, "forward") if scatter else exchange.gather(tensors, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         exchange: HeadExchange = ctx.exchange
-        found = exchange.gather(grads, "backward") if ctx.scatter else exchange.scatter(grads, "backward")
+        with exchange.turn.backward():
+            found = exchange.gather(grads, "backward") if ctx.scatter else exchange.scatter(grads, "backward")
         return None, None, *found

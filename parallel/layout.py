@@ -11,9 +11,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-LAYOUTS = ("contiguous", "zigzag")
+Layout = Literal["contiguous", "zigzag"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class Piece(NamedTuple):

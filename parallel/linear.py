@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.precision import exact
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
+from lasp.parallel.call import Turn
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.scan import BACKWARD, FORWARD, Direction, Transfers, start_scan
@@ -69,19 +70,25 @@ class Recurrence(Protocol):
 class Call:
     """Everything about one call that is not a tensor.
 
-    plan: waits for the ranks' agreement and returns the plan; nothing is sent before. final: return final states.
+    plan: waits for the ranks' agreement and returns the plan; nothing is sent before. turn: which call it is. final:
+    return final states.
     """
 
     recurrence: Recurrence
     plan: Callable[[], Plan]
-    group: SequenceGroup | None
+    turn: Turn
     scan: str
     final: bool
 
     @property
+    def group(self) -> SequenceGroup | None:
+        """The ranks that share the sequence; None where this one holds all of it."""
+        return self.turn.group
+
+    @property
     def alone(self) -> bool:
         """Whether this rank holds the whole sequence: nothing travels, and every run begins a document."""
-        return self.group is None or self.group.size == 1
+        return self.group is None
 
 
 def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -111,16 +118,18 @@ class _CausalRecurrence(torch.autograd.Function):
         if call.alone:
             plan = call.plan()
             output, chain = recurrence.forward(inputs, _initial(plan, initial_state))
+            final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
         else:
-            chain = recurrence.states(inputs)
-            plan = call.plan()
-            initial = _initial(plan, initial_state)
-            maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
-            scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
-            inside = recurrence.inside(inputs, chain)
-            chain.enter(_enter_runs(plan, scan.wait(), initial))
-            output = recurrence.read_out(inputs, chain, inside)
-        final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
+            with call.turn.forward():
+                chain = recurrence.states(inputs)
+                plan = call.plan()
+                initial = _initial(plan, initial_state)
+                maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
+                scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
+                inside = recurrence.inside(inputs, chain)
+                chain.enter(_enter_runs(plan, scan.wait(), initial))
+                output = recurrence.read_out(inputs, chain, inside)
+                final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
         _save(ctx, call, plan, transfers, initial_state, inputs, chain)
         return output, final
 
@@ -129,7 +138,7 @@ class _CausalRecurrence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
         inputs, entered = _saved(ctx)
-        with _exact(inputs):
+        with _exact(inputs), call.turn.backward():
             ends = _ends_grad(call, plan, grad_final)
             if call.alone:
                 grads, starts = recurrence.backward(inputs, grad, entered, ends)
@@ -266,15 +275,16 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         recurrence = call.recurrence
-        chain = recurrence.states(inputs)
-        plan = call.plan()
         transfers = Transfers(recurrence.transfer_rule(inputs))
-        totals = _document_totals(call, plan, chain.ends(), transfers, "forward")
-        if initial_state is not None:
-            totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
-        chain.fill(totals)
-        output = recurrence.read_out(inputs, chain, recurrence.inside(inputs, chain))
-        final = _share_ends(call, plan, totals, "forward") if call.final else None
+        with call.turn.forward():
+            chain = recurrence.states(inputs)
+            plan = call.plan()
+            totals = _document_totals(call, plan, chain.ends(), transfers, "forward")
+            if initial_state is not None:
+                totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
+            chain.fill(totals)
+            output = recurrence.read_out(inputs, chain, recurrence.inside(inputs, chain))
+            final = _share_ends(call, plan, totals, "forward") if call.final else None
         _save(ctx, call, plan, transfers, initial_state, inputs, chain)
         return output, final
 
@@ -283,7 +293,7 @@ class _BidirectionalRecurrence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
         inputs, entered = _saved(ctx)
-        with _exact(inputs):
+        with _exact(inputs), call.turn.backward():
             adjoint = recurrence.adjoint(inputs, grad, entered)
             ends = _ends_grad(call, plan, grad_final)
             own = [start if end is None else start + end for start, end in zip(adjoint.starts(), ends, strict=True)]

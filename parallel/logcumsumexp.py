@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp.kernels.logcumsumexp import ratio, running, suffix_sums
 from lasp.parallel import collectives
+from lasp.parallel.call import Turn
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 
@@ -27,14 +28,15 @@ class LogCumSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, group: SequenceGroup | None, x: Tensor, initial: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: Plan, turn: Turn, x: Tensor, initial: Tensor) -> Tensor:
         parts = [x[:, run.offset : run.offset + run.length] for run in plan.runs]
         sums = []
         for link in plan.own_links:
             last = plan.runs_of(link)[-1]
             run, total = plan.runs[last], parts[last].logsumexp(1)
             sums.append(torch.logaddexp(total, initial[run.document]) if run.reset else total)
-        gathered = _gather(sums, plan, group, "forward")
+        with turn.forward():
+            gathered = _gather(sums, plan, turn.group, "forward")
         carries = [torch.full_like(sums[0], -torch.inf)]  # what enters each link, and what leaves the last
         for link, total in zip(plan.links, gathered, strict=True):
             carries.append(total if link.reset else torch.logaddexp(carries[-1], total))
@@ -43,7 +45,7 @@ class LogCumSumExp(torch.autograd.Function):
             running(part, entering.get(i, initial[run.document]))
             for i, (run, part) in enumerate(zip(plan.runs, parts, strict=True))
         ]
-        ctx.plan, ctx.group = plan, group
+        ctx.plan, ctx.turn = plan, turn
         result = torch.cat(rows, 1)
         ctx.save_for_backward(x, initial, result, torch.stack(carries))
         return result
@@ -57,8 +59,10 @@ class LogCumSumExp(torch.autograd.Function):
         grads = [suffix_sums(*pair) for pair in zip(grad.split(sizes, 1), rows, strict=True)]
         nothing = torch.zeros_like(carries[0])
         sums = [sum((grads[i][:, 0] for i in _entered(plan, link)), nothing) for link in plan.own_links]
+        with ctx.turn.backward():
+            gathered = _gather(sums, plan, ctx.turn.group, "backward")
         later, arriving = nothing, {}
-        for place, total in reversed(list(enumerate(_gather(sums, plan, ctx.group, "backward")))):
+        for place, total in reversed(list(enumerate(gathered))):
             link = plan.links[place]
             arriving[link] = later
             later = total if link.reset else total + ratio(carries[place], carries[place + 1]) * later

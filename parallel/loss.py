@@ -33,14 +33,16 @@ def cross_entropy(
     valid token in the whole sequence the result is nan, as torch's. Raises ValueError on every rank for bad shapes or
     labels.
     """
-    begin_call(group, lambda: _check(logits, labels, ignore_index, num_items))()
+    turn = begin_call(group, "cross_entropy", lambda: _check(logits, labels, ignore_index, num_items))
+    turn()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     local = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()
     # One message for both sums: fp64 holds any count exactly.
     sums = torch.stack([local.detach().double(), valid.double()])
-    if group is not None:
-        sums = collectives.all_reduce(sums, group.process_group, "forward").wait()
+    if turn.group is not None:
+        with turn.forward():
+            sums = collectives.all_reduce(sums, turn.group.process_group, "forward").wait()
     denominator = sums[1] if num_items is None else torch.as_tensor(num_items, device=logits.device)
     own = local / denominator.to(local.dtype)
     # Exactly the same value on every rank, with the gradient of this rank's part.
@@ -67,6 +69,7 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor 
                 f"got {counted.min().item()}..{counted.max().item()}"
             )
     fields: dict[str, Any] = {
+        "device": logits.device.type,
         "vocabulary": logits.shape[-1],
         "logits dtype": str(logits.dtype),
         "ignore_index": ignore_index,

@@ -93,10 +93,10 @@ def agree_on_parameters(
         named.update(found.named)
         lines.extend(_describe(name, parameter) for name, parameter in named.items())
         said = f"{len(lines)} ({hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]})"
-        return Arguments({"operation": operation, **found.options, "parameters": said}, 1)
+        return Arguments({**found.options, "parameters": said}, 1)
 
     try:
-        begin_call(ranks, check)()
+        begin_call(ranks, operation, check)()
         return named
     except Disagreement as error:
         if ranks is None or error.field != "parameters":
@@ -166,7 +166,8 @@ def _tell_first_difference(ranks: SequenceGroup, lines: list[str]) -> None:
     own = torch.tensor([int.from_bytes(value, "big", signed=True) for value in hashes])
     rows = collectives.all_gather(own, ranks.control, "control").wait()
     first = int((rows != rows[0]).any(0).nonzero()[0])
-    ranks.agree({f"parameter {first}": lines[first] if first < len(lines) else "none"}).wait()
+    own_line = lines[first] if first < len(lines) else "none"
+    ranks.agree("comparing parameters", {f"parameter {first}": own_line}).wait()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.arguments import check_integer, check_tensors
 from lasp.parallel import collectives
 from lasp.parallel.batch import complete, fingerprint, read_agreement, token_dim
-from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.call import Arguments, Turn, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Piece, pieces_of
 from lasp.parallel.untraced import untraced
@@ -50,14 +50,20 @@ def unshard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
 
     def check() -> Arguments:
         _check_dim(x, dim)
-        rest = [size for i, size in enumerate(x.shape) if i != dim % x.dim()]
-        backward = x.requires_grad and torch.is_grad_enabled()
-        return Arguments({"dim": dim, "shape": rest, "dtype": str(x.dtype), "backward": backward}, x.shape[dim])
+        fields = {
+            "dim": dim % x.dim(),
+            "shape": [size for i, size in enumerate(x.shape) if i != dim % x.dim()],
+            "dtype": str(x.dtype),
+            "device": x.device.type,
+            "backward": x.requires_grad and torch.is_grad_enabled(),
+        }
+        return Arguments(fields, x.shape[dim])
 
-    lengths = begin_call(group, check)()
-    if group is None or group.size == 1:
+    turn = begin_call(group, "unshard", check)
+    lengths = turn()
+    if turn.group is None:
         return x
-    whole: Tensor = _Unshard.apply(x.movedim(dim, 0), group, pieces_of(lengths, group.layout), lengths)
+    whole: Tensor = _Unshard.apply(x.movedim(dim, 0), turn, pieces_of(lengths, turn.group.layout), lengths)
     return whole.movedim(0, dim)
 
 
@@ -77,13 +83,12 @@ class _Unshard(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: SequenceGroup, pieces: tuple[Piece, ...], lengths: tuple[int, ...]
-    ) -> Tensor:
-        ctx.group, ctx.pieces, ctx.lengths = group, pieces, lengths
+    def forward(ctx: Any, x: Tensor, turn: Turn, pieces: tuple[Piece, ...], lengths: tuple[int, ...]) -> Tensor:
+        ctx.turn, ctx.group, ctx.pieces, ctx.lengths = turn, turn.group, pieces, lengths
         padded = x.new_zeros(max(lengths), *x.shape[1:])
         padded[: x.shape[0]] = x
-        parts = collectives.all_gather(padded, group.process_group, "forward").wait()
+        with turn.forward():
+            parts = collectives.all_gather(padded, ctx.group.process_group, "forward").wait()
         return torch.cat([parts[p.rank, p.offset : p.offset + p.stop - p.start] for p in pieces])
 
     @staticmethod
@@ -92,7 +97,8 @@ class _Unshard(torch.autograd.Function):
         parts = grad.new_zeros(ctx.group.size, max(ctx.lengths), *grad.shape[1:])
         for p in ctx.pieces:
             parts[p.rank, p.offset : p.offset + p.stop - p.start] = grad[p.start : p.stop]
-        own = collectives.reduce_scatter(parts, ctx.group.process_group, "backward").wait()
+        with ctx.turn.backward():
+            own = collectives.reduce_scatter(parts, ctx.group.process_group, "backward").wait()
         return own[: ctx.lengths[ctx.group.rank]], None, None, None
 
 
@@ -127,7 +133,7 @@ def agree_and_cut(make: Callable[[], Mapping[str, Any]], group: SequenceGroup | 
         length = whole["position_ids"].shape[-1]
         return Arguments({} if alone else fingerprint(whole), local["position_ids"].shape[-1], length)
 
-    begin_call(group, check)()
+    begin_call(group, "shard_batch", check)()
     return local
 
 

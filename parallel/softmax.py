@@ -25,6 +25,7 @@ from lasp.kernels.arguments import check_choice
 from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
 from lasp.kernels.softmax.mask import Mask, Span
+from lasp.parallel.call import ALONE, Turn
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.heads import HeadExchange, heads_to_tokens, tokens_to_heads
 from lasp.parallel.keys import Gather, KeyExchange, Ring, span
@@ -68,8 +69,13 @@ class Call:
 
     attention: BlockAttention
     lengths: tuple[int, ...]
-    group: SequenceGroup | None
+    turn: Turn
     method: str
+
+    @property
+    def group(self) -> SequenceGroup | None:
+        """The ranks that share the sequence; None where this one holds all of it."""
+        return self.turn.group
 
 
 @torch.compiler.disable  # tables of integers, messages and flash kernels: nothing for a compiler
@@ -102,7 +108,7 @@ def _head_exchange(call: Call, group: SequenceGroup, members: int) -> HeadExchan
     first = group.rank - group.rank % members
     pieces = [p for p in pieces_of(call.lengths, group.layout) if first <= p.rank < first + members]
     return HeadExchange(
-        group.process_group,
+        call.turn,
         tuple(range(first, first + members)),
         group.rank - first,
         call.lengths[first : first + members],
@@ -125,8 +131,9 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
         rotation = plan_rotation(pieces, ranks, call.attention.mask)
         exchange = Ring(rotation, peers, rank, None if group is None else group.process_group)
     queries = tuple(piece for piece in pieces if piece.rank == rank)
+    turn = call.turn if ranks > 1 else ALONE
     with exact(q):
-        output: Tensor = _Attention.apply(call.attention, queries, exchange, q, k, v, sinks, key_mask)
+        output: Tensor = _Attention.apply(turn, call.attention, queries, exchange, q, k, v, sinks, key_mask)
     return output
 
 
@@ -149,6 +156,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        turn: Turn,
         attention: BlockAttention,
         pieces: tuple[Piece, ...],
         exchange: KeyExchange,
@@ -165,11 +173,12 @@ class _Attention(torch.autograd.Function):
             for piece in pieces:
                 attention.attend(queries.part(span(piece), piece.offset, _sharing(heads, q, k)), keys)
 
-        kept = exchange.forward(Keys(local, k, v, key_mask), visit)
+        with turn.forward():
+            kept = exchange.forward(Keys(local, k, v, key_mask), visit)
         if sinks is not None:
             merge_sinks(queries.output, queries.lse, sinks)
         output = queries.output.to(v.dtype)
-        ctx.attention, ctx.pieces, ctx.exchange = attention, pieces, exchange
+        ctx.turn, ctx.attention, ctx.pieces, ctx.exchange = turn, attention, pieces, exchange
         ctx.save_for_backward(q, kept.k, kept.v, kept.mask, sinks, output, queries.lse)
         return output
 
@@ -188,10 +197,10 @@ class _Attention(torch.autograd.Function):
                 part = queries.part(span(piece), piece.offset, shared)
                 ctx.attention.gradients(part, grad[:, rows, shared], keys, (dq[:, rows, shared], dk, dv))
 
-        with exact(q):
+        with exact(q), ctx.turn.backward():
             dk, dv = ctx.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
             dsinks = None if sinks is None else sinks_gradient(sinks, output, queries.lse, grad)
-        return None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
+        return None, None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
 
 
 def _sharing(heads: slice, q: Tensor, k: Tensor) -> slice:

@@ -209,7 +209,9 @@ def test_no_globals_no_bare_except_no_environment() -> None:
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except in {file}"
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 reads_environment.add(str(file.relative_to(ROOT)))
-    assert {name for name in reads_environment if not name.startswith("launch/")} == {"kernels/backend.py"}
+    # A world of one rank among many processes can only be told from what their launcher left there.
+    allowed = {"kernels/backend.py", "parallel/group.py"}
+    assert {name for name in reads_environment if not name.startswith("launch/")} == allowed
 
 
 def test_the_readme_example_runs(tmp_path: Path) -> None:

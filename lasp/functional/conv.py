@@ -55,11 +55,12 @@ def causal_conv1d(
         options = {"activation": activation, "final_state": output_final_state}
         return _check_conv((x, weight, bias, initial_state), cu_seqlens, options)
 
-    lengths = begin_call(group, check)()
+    turn = begin_call(group, "causal_conv1d", check)
+    lengths = turn()
     bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(lengths))
     rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
     plan = make_plan(lengths, rank, layout, bounds)
-    halo = Halo.of(plan, group, lengths, bounds, weight.shape[1] - 1)
+    halo = Halo.of(plan, turn, lengths, bounds, weight.shape[1] - 1)
     # Convolutions would follow autocast: the output has x's dtype on every device.
     with exact(x):
         state = None
@@ -111,6 +112,7 @@ def _check_conv(
             )
     wanted = [torch.is_grad_enabled() and other is not None and other.requires_grad for other in tensors]
     fields = options | {
+        "device": x.device.type,
         "batch": x.shape[0],
         "weight": list(weight.shape),
         "dtype": str(x.dtype),

@@ -25,7 +25,7 @@ from lasp.kernels.backend import delta_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE
 from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.precision import compute_dtype
-from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.call import Arguments, begin_call, together
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, causal_recurrence
 from lasp.parallel.scan import check_scan
@@ -72,7 +72,7 @@ def delta_rule(
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
     }
-    return _delta(q, k, v, beta, log_decay, 1, group, **states, **options)
+    return _delta("delta_rule", q, k, v, beta, log_decay, 1, group, **states, **options)
 
 
 @untraced
@@ -98,28 +98,30 @@ def delta_product(
     step of a token decays, and the state after its last is read. chunk_size counts steps. Everything else, the
     results and the errors are as in `delta_rule`, of which this is a call over n·T rows.
     """
-    if not (k.dim() == v.dim() == 5 and beta.dim() == 4 and k.shape[2] == v.shape[2] == beta.shape[2] >= 1):
-        shapes = f"k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
-
-        def refuse() -> Arguments:
-            raise ValueError(f"k, v and beta must be [B, T, n, H, ...] with the same n >= 1, got {shapes}")
-
-        begin_call(group, refuse)  # the other ranks must hear of it
-    steps = k.shape[2]
-    q = _on_step(q, steps, steps - 1)
-    if log_decay is not None and log_decay.dim() in (3, 4):
-        log_decay = _on_step(log_decay, steps, 0)
-    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    steps, (q, k, v, beta, log_decay) = together(group, "delta_product", lambda: _as_steps(q, k, v, beta, log_decay))
     options: dict[str, Any] = {"scale": scale, "scan": scan, "backend": backend, "chunk_size": chunk_size}
     states: dict[str, Any] = {
         "initial_state": initial_state,
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
     }
-    result = _delta(q, k, v, beta, log_decay, steps, group, **states, **options)
+    result = _delta("delta_product", q, k, v, beta, log_decay, steps, group, **states, **options)
     if isinstance(result, tuple):
         return result[0][:, steps - 1 :: steps], result[1]
     return result[:, steps - 1 :: steps]
+
+
+def _as_steps(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+    """The number of steps to a token, and the arguments of a delta rule over rows of which each token has so many."""
+    if not (k.dim() == v.dim() == 5 and beta.dim() == 4 and k.shape[2] == v.shape[2] == beta.shape[2] >= 1):
+        shapes = f"k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
+        raise ValueError(f"k, v and beta must be [B, T, n, H, ...] with the same n >= 1, got {shapes}")
+    steps = k.shape[2]
+    if log_decay is not None and log_decay.dim() in (3, 4):
+        log_decay = _on_step(log_decay, steps, 0)
+    return steps, (_on_step(q, steps, steps - 1), k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2), log_decay)
 
 
 def _on_step(x: Tensor, steps: int, step: int) -> Tensor:
@@ -129,6 +131,7 @@ def _on_step(x: Tensor, steps: int, step: int) -> Tensor:
 
 
 def _delta(
+    operation: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -157,7 +160,7 @@ def _delta(
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options, steps)
 
-    lengths, tokens = begin_call(group, check), q.shape[1] // steps
+    turn, tokens = begin_call(group, operation, check), q.shape[1] // steps
     family = delta_family(backend, q, chunk_size)
     short = (
         short_documents(cu_seqlens, tokens, steps, group, chunk_size or CHUNK_SIZE)
@@ -168,7 +171,7 @@ def _delta(
         again = partial(delta_rule, output_final_state=True, scale=scale, backend=backend, chunk_size=chunk_size)
         output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
         return (output, final) if output_final_state else output
-    plan, runs = plan_call(lengths, tokens, cu_seqlens, group, steps)
+    plan, runs = plan_call(turn, tokens, cu_seqlens, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
     recurrence = family(
@@ -178,6 +181,6 @@ def _delta(
         causal=True,
         chunk_size=chunk_size or CHUNK_SIZE,
     )
-    call = Call(recurrence, plan, group, check_scan(scan), output_final_state)
+    call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     state = by_document(initial_state, heads, cu_seqlens is not None, compute_dtype(q))
     return whole_results(*causal_recurrence(call, state, (q, k, v, log_decay, beta)), packed=cu_seqlens is not None)

@@ -77,7 +77,7 @@ def linear_attention(
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
         return check_recurrence((q, k, v), log_decay, None, initial_state, cu_seqlens, options)
 
-    lengths = begin_call(group, check)
+    turn = begin_call(group, "linear_attention", check)
     family = decay_family(backend, q, chunk_size, causal)
     longest = chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE)
     short = short_documents(cu_seqlens, q.shape[1], 1, group, longest) if family is DecayRecurrence else None
@@ -86,7 +86,7 @@ def linear_attention(
         again = partial(linear_attention, output_final_state=True, **options)
         output, final = short.run(again, (q, k, v, log_decay), initial_state)
         return (output, final) if output_final_state else output
-    plan, runs = plan_call(lengths, q.shape[1], cu_seqlens, group)
+    plan, runs = plan_call(turn, q.shape[1], cu_seqlens)
     heads = state_heads(k.shape[2], v.shape[2], gate_heads(log_decay), initial_state=initial_state)
     recurrence = family(
         runs,
@@ -95,7 +95,7 @@ def linear_attention(
         causal=causal,
         chunk_size=longest,
     )
-    call = Call(recurrence, plan, group, check_scan(scan), output_final_state)
+    call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     state = by_document(initial_state, heads, cu_seqlens is not None, compute_dtype(q))
     run = causal_recurrence if causal else bidirectional_recurrence
     return whole_results(*run(call, state, (q, k, v, log_decay)), packed=cu_seqlens is not None)

@@ -48,7 +48,8 @@ def logcumsumexp(
     def check() -> Arguments:
         return _check(x, initial_state, cu_seqlens, {"exclusive": exclusive, "final_state": output_final_state})
 
-    lengths = begin_call(group, check)()
+    turn = begin_call(group, "logcumsumexp", check)
+    lengths = turn()
     bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(lengths))
     rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
     plan = make_plan(lengths, rank, layout, bounds)
@@ -57,11 +58,11 @@ def logcumsumexp(
         initial = x.new_full((plan.documents, x.shape[0], *x.shape[2:]), -torch.inf, dtype=dtype)
     else:
         initial = initial_state.to(dtype).unsqueeze(0 if cu_seqlens is None else 1)
-    rows = LogCumSumExp.apply(plan, group, x.to(dtype), initial).split([run.length + 1 for run in plan.runs], 1)
+    rows = LogCumSumExp.apply(plan, turn, x.to(dtype), initial).split([run.length + 1 for run in plan.runs], 1)
     z = torch.cat([row[:, :-1] if exclusive else row[:, 1:] for row in rows], 1)
     if not output_final_state:
         return z
-    z, final = share_ends(Halo(plan, group, 1, ()), z, [row[:, -1] for row in rows])
+    z, final = share_ends(Halo(plan, turn, 1, ()), z, [row[:, -1] for row in rows])
     return z, final[0] if cu_seqlens is None else final[:, 0]
 
 
@@ -82,6 +83,7 @@ def _check(
             )
     tensors = [x] if initial_state is None else [x, initial_state]
     fields = options | {
+        "device": x.device.type,
         "shape": [x.shape[0], *x.shape[2:]],
         "dtype": str(x.dtype),
         "initial_state": initial_state is not None,

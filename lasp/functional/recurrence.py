@@ -18,8 +18,7 @@ from lasp.kernels.arguments import check_integer, check_number, check_tensors
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.values import may_look_at
-from lasp.parallel.call import Arguments
-from lasp.parallel.group import SequenceGroup
+from lasp.parallel.call import Arguments, Turn
 from lasp.parallel.layout import Plan, make_plan
 from lasp.parallel.scan import check_scan
 
@@ -27,13 +26,12 @@ Runs = tuple[tuple[int, int], ...]
 
 
 def plan_call(
-    lengths: Callable[[], tuple[int, ...]],
+    turn: Turn,
     tokens: int,
     cu_seqlens: Tensor | Sequence[int] | None,
-    group: SequenceGroup | None,
     steps: int = 1,
 ) -> tuple[Callable[[], Plan], Runs]:
-    """What waits for the agreed `lengths` and makes the plan, and the (offset, length) of this rank's runs.
+    """What waits for the ranks' agreement and makes the plan, and the (offset, length) of this rank's runs.
 
     tokens: this rank's number of them; steps: how many steps of the recurrence each takes.
     """
@@ -42,14 +40,14 @@ def plan_call(
 
     def plan() -> Plan:
         if not made:
-            agreed = lengths()
+            agreed, group = turn(), turn.group
             bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(agreed))
             rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
             made.append(make_plan(agreed, rank, layout, bounds).times(steps))
         return made[0]
 
     # Contiguous and in one document, the runs are known before the ranks have agreed.
-    one_run = cu_seqlens is None and (group is None or group.layout == "contiguous")
+    one_run = cu_seqlens is None and (turn.group is None or turn.group.layout == "contiguous")
     return plan, ((0, tokens * steps),) if one_run else plan().local_runs
 
 
@@ -121,6 +119,8 @@ def check_recurrence(
         _check_erasure(beta, k)
     tensors = [x for x in (q, k, v, log_decay, beta, initial_state) if x is not None]
     fields = options | {
+        "scale": q.shape[3] ** -0.5 if options["scale"] is None else options["scale"],
+        "device": q.device.type,
         "batch": q.shape[0],
         "heads": heads,
         "dims": [q.shape[3], v.shape[3]],

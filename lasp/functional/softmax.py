@@ -63,7 +63,8 @@ def softmax_attention(
         numbers = {"scale": check_number("scale", scale), "softcap": check_number("softcap", softcap)}
         return _check_softmax((q, k, v), sinks, key_mask, cu_seqlens, group, options | numbers)
 
-    lengths = begin_call(group, check)()
+    turn = begin_call(group, "softmax_attention", check)
+    lengths = turn()
     total = sum(lengths)
     bounds = (0, total) if cu_seqlens is None else document_bounds(cu_seqlens, total)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -71,7 +72,7 @@ def softmax_attention(
     heads, key_heads = _attention_heads(q, k, v)
     chosen = softmax.check_method(method, group, heads, key_heads, window)
     q, k, v = (_with_heads(x, count) for x, count in ((q, heads), (k, key_heads), (v, key_heads)))
-    return softmax.shared_attention(softmax.Call(attention, lengths, group, chosen), q, k, v, sinks, key_mask)
+    return softmax.shared_attention(softmax.Call(attention, lengths, turn, chosen), q, k, v, sinks, key_mask)
 
 
 def _with_heads(x: Tensor, heads: int) -> Tensor:
@@ -115,7 +116,9 @@ def _check_softmax(
     method = softmax.check_method(options["method"], group, query_heads, key_heads, options["window"])
     tensors = [x for x in (q, k, v, sinks) if x is not None]
     fields = options | {
+        "scale": q.shape[3] ** -0.5 if options["scale"] is None else options["scale"],
         "method": method,
+        "device": q.device.type,
         "batch": q.shape[0],
         "heads": heads,
         "dims": [q.shape[3], v.shape[3]],

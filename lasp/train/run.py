@@ -63,10 +63,10 @@ class Run:
         Rank 0 is first, so that ranks on one machine find the tokens that it has written.
         """
         run, error = cls._attempt(config) if everyone.rank == 0 else (None, None)
-        everyone.agree({}, error).wait()
+        everyone.agree("preparing the run on rank 0", {}, error).wait()
         if everyone.rank != 0:
             run, error = cls._attempt(config)
-        everyone.agree(run._fingerprint() if run else {}, error).wait()
+        everyone.agree("preparing the run", run._fingerprint() if run else {}, error).wait()
         assert run is not None  # or there was an error, and everyone has raised it
         return run
 

@@ -68,7 +68,8 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
     group, agreement = wiring.group, kwargs.pop(AGREEMENT, None)
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    lengths = begin_call(group, lambda: _check_inputs(model, args, kwargs, tokens, agreement))()
+    turn = begin_call(group, "forward of the model", lambda: _check_inputs(model, args, kwargs, tokens, agreement))
+    lengths = turn()
     assert tokens is not None, "checked"
     if 0 in lengths:
         raise ValueError(f"every rank needs a token, the ranks hold {list(lengths)}: use lasp.shard_batch")
@@ -77,7 +78,7 @@ def prepare(model: Any, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str,
         rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
         own = torch.cat([torch.arange(p.start, p.stop) for p in pieces_of(lengths, layout) if p.rank == rank])
         own = own.to(tokens.device)
-        begin_call(group, lambda: _check_positions(kwargs.get("position_ids"), own))()
+        begin_call(group, "positions of the model", lambda: _check_positions(kwargs.get("position_ids"), own))()
         kwargs["position_ids"] = own.unsqueeze(0)
     wiring.positions = kwargs["position_ids"].flatten(0, -2)[0]
     if kwargs.get("labels") is not None:

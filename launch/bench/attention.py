@@ -21,9 +21,10 @@ from torch import Tensor
 import lasp
 from lasp.launch.bench.timing import Contestant, compared, interleave, machine
 from lasp.parallel import collectives
+from lasp.parallel.layout import Layout
 from lasp.parallel.softmax import Method
 
-OURS: dict[str, tuple[Method, str]] = {
+OURS: dict[str, tuple[Method, Layout]] = {
     "lasp ring, zigzag": ("ring", "zigzag"),
     "lasp ring, contiguous": ("ring", "contiguous"),
     "lasp gather, zigzag": ("gather", "zigzag"),
@@ -100,7 +101,7 @@ def _rank(rank: int, ranks: int, threads: int, store: str, shape: tuple[int, ...
     lasp.shutdown()
 
 
-def _ours(tensors: tuple[Tensor, ...], method: Method, layout: str) -> Contestant:
+def _ours(tensors: tuple[Tensor, ...], method: Method, layout: Layout) -> Contestant:
     group = lasp.SequenceGroup.from_group(layout=layout)
     q, k, v, grad = tensors
 

@@ -62,10 +62,11 @@ DISAGREEMENTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]]
     ),
     "kind of decay": (lambda a: {"log_decay": None}, "ranks disagree on"),
     "scan": (lambda a: {"scan": "ring"}, "ranks disagree on scan: rank 0: gather"),
-    "scale": (lambda a: {"scale": 2.0}, "ranks disagree on scale: rank 0: None"),
+    "scale": (lambda a: {"scale": 2.0}, "ranks disagree on scale: rank 0: 0.5"),
     "mask": (lambda a: {"causal": False, "log_decay": None}, "ranks disagree on causal"),
     "documents": (lambda a: {"cu_seqlens": [0, 24]}, "ranks disagree on cu_seqlens"),
     "final state": (lambda a: {"output_final_state": True}, "ranks disagree on final_state"),
+    "device": (lambda a: {n: x.to("meta") for n, x in a.items()}, "ranks disagree on device: rank 0: cpu, rank 1: cpu"),
     "gradients": (lambda a: {"q": a["q"].clone().requires_grad_()}, "ranks disagree on backward"),
 }
 
@@ -102,6 +103,30 @@ def test_ranks_that_disagree(world, group_of, name: str) -> None:
     assert lasp.linear_attention(group=group, **arguments).isfinite().all()
 
 
+def test_what_only_looks_different_is_taken(world, group_of) -> None:
+    group, arguments, wrong = group_of(4), good(world.rank), world.rank == WRONG_RANK
+    q, k, v = (arguments[name] for name in "qkv")
+    for call in (lasp.linear_attention, lasp.softmax_attention):
+        assert call(q, k, v, scale=0.5 if wrong else None, group=group).isfinite().all()
+    assert lasp.unshard(v, group, dim=1 if wrong else -3).shape == (1, 24, 2, 4)
+
+
+def test_delta_product_tells_the_others(world, group_of) -> None:
+    """What is no tensor is met before the steps of a token are laid out."""
+    group, wrong = group_of(4), world.rank == WRONG_RANK
+    q = torch.randn(1, 6, 2, 4)
+    k = torch.nn.functional.normalize(torch.randn(1, 6, 2, 2, 4), dim=-1)
+    beta = torch.ones(1, 6, 2, 2)
+    for spoiled in ({"q": None}, {"k": None}, {"v": k[:, :, :1]}, {"beta": beta[0]}):
+        arguments = {"q": q, "k": k, "v": k, "beta": beta} | (spoiled if wrong else {})
+        with pytest.raises(ValueError) as caught:
+            lasp.delta_product(**arguments, group=group)
+        messages = world.allgather(str(caught.value))
+        assert len(set(messages)) == 1
+        assert "(rank 2 of 4)" in messages[0]
+    assert lasp.delta_product(q, k, k, beta, group=group).isfinite().all()
+
+
 def test_bounds_must_end_at_the_whole_length(world, group_of) -> None:
     arguments = good(world.rank) | {"cu_seqlens": [0, 5, 23]}
     assert "must end at the whole sequence's length 24, got 23" in told(world, group_of(4), arguments)
@@ -135,9 +160,53 @@ def test_groups_must_agree_when_they_are_made(world, subgroups) -> None:
         lasp.SequenceGroup.from_group(subgroups[4], checks=world.rank == 0)
 
 
+# What rank WRONG_RANK says where the others say sp=4, and the message.
+MESHES: dict[str, tuple[dict[str, Any], str]] = {
+    "too small": ({"sp": 3}, "dp x sp x tp = 1 x 3 x 1 = 3 ranks, but the world has 4 (rank 2 of 4)"),
+    "nothing": ({"sp": 0}, "must be at least 1, got {'dp': None, 'sp': 0, 'tp': 1} (rank 2 of 4)"),
+    "replicas": ({"sp": 1}, "ranks disagree on dp: rank 0: 1, rank 1: 1, rank 2: 4, rank 3: 1"),
+    "two of two": ({"sp": 2, "dp": 2}, "ranks disagree on dp: rank 0: 1, rank 1: 1, rank 2: 2, rank 3: 1"),
+    "tensors": ({"sp": 1, "tp": 4}, "ranks disagree on sp: rank 0: 4, rank 1: 4, rank 2: 1, rank 3: 4"),
+    "text": ({"sp": "4"}, "(rank 2 of 4)"),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_ranks_agree_on_a_mesh(world, name: str) -> None:
+    sizes, message = MESHES[name]
+    with pytest.raises(ValueError) as caught:
+        lasp.init_mesh(**({"sp": 4} | (sizes if world.rank == WRONG_RANK else {})), device="cpu")
+    messages = world.allgather(str(caught.value))
+    assert len(set(messages)) == 1, messages
+    assert message in messages[0]
+
+
 def test_a_mesh_must_multiply_to_the_world(world) -> None:
     with pytest.raises(ValueError, match="dp x sp x tp = 1 x 3 x 1 = 3 ranks, but the world has 4"):
         lasp.init_mesh(sp=3, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": "seq"}, "the mesh has axes dp, sp, tp, not 'seq' (rank 2 of 4)"),
+        ({"axis": "dp"}, "ranks disagree on axis: rank 0: sp, rank 1: sp, rank 2: dp"),
+        ({"layout": "zigzag"}, "ranks disagree on layout: rank 0: contiguous"),
+        ({"layout": "spiral"}, "ranks disagree on layout: rank 0: contiguous, rank 1: contiguous, rank 2: spiral"),
+        ({"heads": 2}, "ranks disagree on heads: rank 0: 1"),
+        ({"checks": False}, "ranks disagree on checks: rank 0: True"),
+    ],
+)
+def test_ranks_agree_on_a_group_of_a_mesh(world, options: dict[str, Any], message: str) -> None:
+    """Two sequences of two ranks: the ranks of the other sequence hear of it too."""
+    mesh = lasp.init_mesh(sp=2, device="cpu")
+    with pytest.raises(ValueError) as caught:
+        lasp.SequenceGroup.from_mesh(mesh, **(options if world.rank == WRONG_RANK else {}))
+    messages = world.allgather(str(caught.value))
+    assert len(set(messages)) == 1, messages
+    assert message in messages[0]
+    group = lasp.SequenceGroup.from_mesh(mesh)
+    assert lasp.unshard(torch.ones(1, 2), group).shape == (1, 4)
 
 
 def test_losses_and_shards_refuse_what_does_not_fit(world, group_of) -> None:

@@ -1,0 +1,30 @@
+"""Every case of the table comes out as docs/reliability.md says."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mismatches.cases import CASES
+from tests.mismatches.runner import Case, try_case
+
+# What cannot be seen: nothing of it reaches the others before they wait for it. And torch's own (DDP).
+UNSEEN = {
+    "group None",
+    "a call skipped, then a barrier",
+    "a loop once less",
+    "KeyboardInterrupt between two calls",
+    "MemoryError in the middle of a call, and another call",
+    "a rank that sleeps",
+    "backward on one rank, then nothing",
+    "init_mesh on one rank",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.api}: {case.name}")
+def test_a_mistake_of_one_rank(case: Case) -> None:
+    outcome, reports = try_case(case)
+    if case.expects == "mistake" and case.name not in UNSEEN:
+        assert outcome in ("refused", "raised"), reports
+    else:
+        assert outcome in (case.expects, "hang", "wait"), reports
