@@ -695,7 +695,7 @@ def _(group: Group, wrong: bool) -> None:
     lasp.sync_gradients(table, group)
 
 
-@alike(SYNC, "NaN on one rank")
+@alike(SYNC, "NaN on one rank", "values")
 def _(group: Group, wrong: bool) -> None:
     model = with_gradients(layers(1))
     model[0].weight.grad *= float("nan") if wrong else 1
@@ -827,7 +827,7 @@ def _(group: Group, wrong: bool) -> None:
     linear(group)
 
 
-@alike(PARALLEL, "fsdp2, weights of another seed", "values")
+@alike(PARALLEL, "fsdp2, weights of another seed")
 def _(group: Group, wrong: bool) -> None:
     torch.manual_seed(int(wrong))
     train(lasp.data_parallel(layers(1), group, "fsdp2"))
