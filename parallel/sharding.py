@@ -150,4 +150,4 @@ def settle(agreement: Tensor | None, group: SequenceGroup | None) -> None:
     """Compare what a batch from a worker process carries: one header exchange. Raises ValueError on every rank where
     batches differ, or one could not be made."""
     if agreement is not None:
-        begin_call(group, lambda: Arguments(read_agreement(agreement), 1))()
+        begin_call(group, "batch of a worker", lambda: Arguments(read_agreement(agreement), 1))()

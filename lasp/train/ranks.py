@@ -88,7 +88,7 @@ class Ranks:
             result = work()
         except ValueError as found:
             error = str(found)
-        self.everyone.agree({}, error).wait()
+        self.everyone.agree("a step of the run on one rank", {}, error).wait()
         return cast(T, result)  # or there was an error, and everyone has raised it
 
     def barrier(self) -> None:

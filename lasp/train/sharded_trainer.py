@@ -51,10 +51,10 @@ class ShardedTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, group: SequenceGroup, **kwargs: Any) -> None:
-        begin_call(group, lambda: _check_class(type(self), group))()
+        begin_call(group, "ShardedTrainer, its class", lambda: _check_class(type(self), group))()
         super().__init__(*args, **kwargs)
         self.group = group
-        begin_call(group, self._check_arguments)()
+        begin_call(group, "ShardedTrainer", self._check_arguments)()
         self.data_collator: Any = ShardedCollator(group, self.data_collator)
         self.args.prediction_loss_only = True
         self.accelerator.dataloader_config.dispatch_batches = False
