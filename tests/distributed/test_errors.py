@@ -120,11 +120,11 @@ def test_delta_product_tells_the_others(world, group_of) -> None:
     for spoiled in ({"q": None}, {"k": None}, {"v": k[:, :, :1]}, {"beta": beta[0]}):
         arguments = {"q": q, "k": k, "v": k, "beta": beta} | (spoiled if wrong else {})
         with pytest.raises(ValueError) as caught:
-            lasp.delta_product(**arguments, group=group)
+            lasp.functional.delta_product(**arguments, group=group)
         messages = world.allgather(str(caught.value))
         assert len(set(messages)) == 1
         assert "(rank 2 of 4)" in messages[0]
-    assert lasp.delta_product(q, k, k, beta, group=group).isfinite().all()
+    assert lasp.functional.delta_product(q, k, k, beta, group=group).isfinite().all()
 
 
 def test_bounds_must_end_at_the_whole_length(world, group_of) -> None:
