@@ -31,6 +31,7 @@ from lasp.parallel.heads import HeadExchange, heads_to_tokens, tokens_to_heads
 from lasp.parallel.keys import Gather, KeyExchange, Ring, span
 from lasp.parallel.layout import Piece, joined_pieces, pieces_of
 from lasp.parallel.rotation import Rotation, make_rotation
+from lasp.parallel.untraced import outside
 
 Method = Literal["auto", "ring", "gather", "ulysses", "ulysses_ring"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -78,7 +79,7 @@ class Call:
         return self.turn.group
 
 
-@torch.compiler.disable  # tables of integers, messages and flash kernels: nothing for a compiler
+@outside  # tables of integers, messages and flash kernels: nothing for a compiler
 def shared_attention(
     call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None
 ) -> Tensor:

@@ -14,19 +14,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function whose calls over a group of ranks, or with `cu_seqlens`, break the graph of torch.compile.
-
-    They then run as they do without it, backward too. Bounds differ from batch to batch, and each would be compiled
-    anew. All other calls are traced.
-    """
+def outside(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that torch.compile never traces: it breaks the graph and runs as it does without it, backward too."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() and (_over_ranks(args, kwargs) or kwargs.get("cu_seqlens") is not None):
-            outside: Callable[P, R] = torch.compiler.disable(function, reason="a call over ranks, or with documents")
-            return outside(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # Only now: it imports the compiler, which takes seconds.
+            eager: Callable[P, R] = torch.compiler.disable(function, reason="exchanges, or tables of integers")
+            return eager(*args, **kwargs)
         return function(*args, **kwargs)
+
+    return call
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """A public function whose calls over a group of ranks, or with `cu_seqlens`, are `outside`; others are traced.
+
+    Bounds differ from batch to batch, and each would be compiled anew.
+    """
+
+    apart = outside(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        stops = _over_ranks(args, kwargs) or kwargs.get("cu_seqlens") is not None
+        return apart(*args, **kwargs) if stops else function(*args, **kwargs)
 
     return call
 
