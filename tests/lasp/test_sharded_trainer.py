@@ -75,6 +75,7 @@ def run(folder: Path, sp: int, dp: int) -> dict[str, Any]:
         ({"compute_loss_func": sum}, {}),
         ({}, {"label_smoothing_factor": 0.1}),
         ({}, {"average_tokens_across_devices": False}),
+        ({}, {"neftune_noise_alpha": 5.0}),
     ],
 )
 def test_what_would_see_a_part_is_refused(tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any]) -> None:
@@ -87,6 +88,55 @@ def test_what_would_see_a_part_is_refused(tmp_path: Path, arguments: dict[str, A
     group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))
     with pytest.raises(ValueError, match=f"{option}.* would see a rank's part"):
         ShardedTrainer(make_single("llama"), training, group=group, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("use_liger_kernel", {"use_liger_kernel": True}),
+        ("split_batches", {"accelerator_config": {"split_batches": True}}),
+        ("dispatch_batches=True", {"accelerator_config": {"dispatch_batches": True}}),
+    ],
+)
+def test_what_was_not_compared_is_refused(tmp_path: Path, match: str, options: dict[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    from lasp.train.sharded_trainer import ShardedTrainer
+
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))
+    with pytest.raises(ValueError, match=f"ShardedTrainer takes no {match}"):
+        ShardedTrainer(lasp.parallelize(make_single("llama"), group), training, group=group)
+
+
+@pytest.mark.parametrize("method", ["compute_loss", "prediction_step", "training_step", "evaluation_loop"])
+@pytest.mark.parametrize("behind", [True, False])
+def test_other_trainers_are_refused_by_name(tmp_path: Path, method: str, behind: bool) -> None:
+    """As those of TRL, whose losses would be of a part. A step of one's own around ShardedTrainer's is taken."""
+    from transformers import Trainer, TrainingArguments
+
+    from lasp.train.sharded_trainer import ShardedTrainer
+
+    other = type("SFTTrainer", (Trainer if behind else ShardedTrainer,), {method: getattr(ShardedTrainer, method)})
+    mixed = type("Mixed", (ShardedTrainer, other) if behind else (other,), {})
+    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))
+    model = lasp.parallelize(make_single("llama"), group)
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    if behind or method in ("compute_loss", "prediction_step"):
+        with pytest.raises(ValueError, match=f"SFTTrainer.{method} would see a rank's part of each sequence"):
+            mixed(model, training, group=group)
+    else:
+        mixed(model, training, group=group)
+
+
+def test_the_plain_trainer_says_which_one_to_take(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    trainer = Trainer(lasp.parallelize(make_single("llama"), None), training, train_dataset=[row])
+    with pytest.raises(ValueError, match=r"use lasp.shard_batch, or lasp.ShardedTrainer in the place"):
+        trainer.train()
 
 
 def test_a_model_that_is_not_parallelised_over_the_group_is_refused(tmp_path: Path) -> None:
