@@ -21,7 +21,7 @@ pytestmark = pytest.mark.mpi
 WRONG_RANK = 2  # of the second sequence of two
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def group(world) -> lasp.SequenceGroup:
     return lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, dp=2, device="cpu"))
 
@@ -87,11 +87,11 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("wrong", OTHER_MODELS)
-@pytest.mark.parametrize("operation", [lasp.sync_gradients, lasp.data_parallel])
-def test_ranks_with_other_models_are_told_which_parameter(world, group, operation: Any, wrong: str) -> None:
+def test_ranks_with_other_models_are_told_which_parameter(world, group, wrong: str) -> None:
     make, message = OTHER_MODELS[wrong]
     model = make() if world.rank == WRONG_RANK else layers(4, 4, 4)
-    refused_by_all(world, message, lambda: operation(model, group))
+    for operation in (lasp.sync_gradients, lasp.data_parallel):
+        refused_by_all(world, message, lambda operation=operation: operation(model, group))
     lasp.sync_gradients(layers(4, 4, 4), group)  # the ranks are still together
 
 
@@ -426,35 +426,36 @@ def test_a_model_cut_over_the_replicas_is_refused(world) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "axes", "replicas"),
+    ("shape", "axes", "replicas", "kinds"),
     [
-        ((2, 2), ("data", "sp"), [[0, 1], [2, 3]]),
-        ((2, 2), ("sp", "dp"), [[0, 2], [1, 3]]),
-        ((2, 2, 1), ("replica", "shard", "sp"), [[0], [1], [2], [3]]),
-        ((1, 2, 2), ("replica", "sp", "shard"), [[0, 2], [1, 3]]),
-        ((2, 2), ("sp", "tp"), [[0, 2]]),
-        ((2, 2), ("sp", "pp"), [[0, 2]]),
+        ((2, 2), ("data", "sp"), [[0, 1], [2, 3]], [None, "ddp", "fsdp2"]),
+        ((2, 2), ("sp", "dp"), [[0, 2], [1, 3]], [None, "ddp", "fsdp2"]),
+        ((2, 2, 1), ("replica", "shard", "sp"), [[0], [1], [2], [3]], [None]),
+        ((1, 2, 2), ("replica", "sp", "shard"), [[0, 2], [1, 3]], [None, "ddp"]),
+        ((2, 2), ("sp", "tp"), [[0, 2]], [None, "fsdp2"]),
+        ((2, 2), ("sp", "pp"), [[0, 2]], [None]),
     ],
 )
-@pytest.mark.parametrize("sliced", [False, True])
-@pytest.mark.parametrize("kind", [None, "ddp", "fsdp2"])
 def test_every_axis_but_those_of_the_model_holds_replicas(
-    world, shape: tuple[int, ...], axes: tuple[str, ...], replicas: list[list[int]], sliced: bool, kind: Any
+    world, shape: tuple[int, ...], axes: tuple[str, ...], replicas: list[list[int]], kinds: list[Any]
 ) -> None:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=axes)
-    group = lasp.SequenceGroup.from_mesh(mesh["sp"] if sliced else mesh)
-    inputs = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
-    model, whole = nn.Linear(5, 2).double(), nn.Linear(5, 2).double()
-    whole.load_state_dict(model.state_dict())
-    called = lasp.data_parallel(model, group, kind) if kind else model
-    called(inputs[world.rank]).square().sum().backward()
-    if not kind:
-        lasp.sync_gradients(model, group)
     if len(replicas) * len(replicas[0]) < 4 and world.rank % 2:  # the other ranks of the model's axis
         replicas = [[rank + 1 for rank in sequence] for sequence in replicas]
+    inputs = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    whole = nn.Linear(5, 2).double()
+    model = copy.deepcopy(whole)
     ranks = [rank for sequence in replicas for rank in sequence]
     (sum(whole(inputs[rank]).square().sum() for rank in ranks) / len(replicas)).backward()
-    for own, right in zip(model.parameters(), whole.parameters(), strict=True):
-        found = own.grad.full_tensor() if kind == "fsdp2" else own.grad
-        torch.testing.assert_close(found, right.grad, rtol=1e-13, atol=1e-13)
+    for given in (mesh, mesh["sp"]):  # one axis of it knows the others
+        group = lasp.SequenceGroup.from_mesh(given)
+        for kind in kinds:
+            own = copy.deepcopy(model)
+            called = lasp.data_parallel(own, group, kind) if kind else own
+            called(inputs[world.rank]).square().sum().backward()
+            if not kind:
+                lasp.sync_gradients(own, group)
+            for parameter, right in zip(own.parameters(), whole.parameters(), strict=True):
+                found = parameter.grad.full_tensor() if kind == "fsdp2" else parameter.grad
+                torch.testing.assert_close(found, right.grad, rtol=1e-13, atol=1e-13)
