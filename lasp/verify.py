@@ -17,6 +17,7 @@ from lasp.parallel.gradients import sync_gradients
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.sharding import shard, shard_batch
 from lasp.wrap.parallelize import base_model, parallelize, unparallelize, use_pytorch
+from lasp.wrap.refusal import check_model
 from lasp.wrap.wiring import WIRING
 
 # fp32 parts by 1e-5 over a few layers; a layer that misses the tokens of another rank by 1e-1.
@@ -68,12 +69,19 @@ def verify(model: Any, group: SequenceGroup | None, seq_len: int = 64) -> Report
     plain, own = copy.deepcopy(model).float(), copy.deepcopy(model).float()
     if hasattr(base_model(model), WIRING):
         unparallelize(plain)
+        begin_call(group, "verify", lambda: _check_plain(plain))()
     else:
         parallelize(own, group)
     report = compare(plain, own, group, seq_len)
     if not report.exact:
         raise ValueError(str(report))
     return report
+
+
+def _check_plain(model: Any) -> Arguments:
+    """Refuse what was changed since `parallelize`, before the model runs."""
+    check_model(base_model(model))
+    return Arguments({}, 1)
 
 
 class Step(NamedTuple):
@@ -94,7 +102,8 @@ def compare(plain: Any, own: Any, group: SequenceGroup | None, seq_len: int) -> 
     # The weights are the same everywhere, or the ranks disagree on this.
     said = {"seq_len": seq_len, "loss on one device": f"{theirs.loss.item():.4e}"}
     begin_call(group, "verify", lambda: Arguments(said, 1))()
-    batch = shard_batch({"input_ids": ids, "labels": ids}, group)
+    # An encoder of ours restores tokens, and shifts no labels.
+    batch = shard_batch({"input_ids": ids, "labels": ids}, group, shift=getattr(plain.config, "causal", True))
     ours = _step(own, batch, batch["input_ids"].shape[1])
     if group is not None:
         sync_gradients(own, group)

@@ -257,8 +257,8 @@ class RetNetForCausalLM(Model):
 
 
 MODELS = (GLAForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM, KDAForCausalLM, RetNetForCausalLM)
-for cls in MODELS:  # transformers looks a model's module up
-    sys.modules[cls.__module__] = sys.modules[__name__]
+for cls in [x for x in vars().values() if isinstance(x, type) and x.__module__.startswith("fla.")]:
+    sys.modules[cls.__module__] = sys.modules[__name__]  # a class's module is looked up
 
 
 def make(cls: type[Model]) -> Model:

@@ -24,10 +24,13 @@ __all__ = [
 
 
 def register_auto_classes() -> None:
-    """Let the Auto classes of transformers load the models of this package from their folders."""
+    """Let the Auto classes of transformers load the models of this package from their folders; done at import."""
     AutoConfig.register(LinearLlamaConfig.model_type, LinearLlamaConfig, exist_ok=True)
     AutoModel.register(LinearLlamaConfig, LinearLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(LinearLlamaConfig, LinearLlamaForCausalLM, exist_ok=True)
     AutoConfig.register(LinearRobertaConfig.model_type, LinearRobertaConfig, exist_ok=True)
     AutoModel.register(LinearRobertaConfig, LinearRobertaModel, exist_ok=True)
     AutoModelForMaskedLM.register(LinearRobertaConfig, LinearRobertaForMaskedLM, exist_ok=True)
+
+
+register_auto_classes()

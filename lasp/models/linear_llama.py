@@ -30,6 +30,7 @@ class LinearLlamaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     _skip_keys_device_placement = NAMES
+    takes_group = True  # asked by lasp.parallelize, which binds one
     _is_stateful = True  # generate() then refuses what would have to take tokens back
 
 

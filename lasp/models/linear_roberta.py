@@ -52,6 +52,7 @@ class LinearRobertaPreTrainedModel(PreTrainedModel):
     config_class = LinearRobertaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    takes_group = True  # asked by lasp.parallelize, which binds one
     _no_split_modules = ("Block",)
 
 

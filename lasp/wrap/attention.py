@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lasp.functional import softmax_attention
+from lasp.parallel.untraced import outside
 from lasp.wrap.wiring import WIRING, LayerCall, check_keywords
 
 NAME = "lasp"  # transformers reads "flash", "sdpa" and "flex" inside a name as more than a name
@@ -23,6 +24,7 @@ def describe_mask(*, attention_mask: Tensor | None = None, local_size: int | Non
     return MaskDescriptor(local_size, attention_mask)
 
 
+@outside
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -52,7 +54,7 @@ def attention(
         )
     if sliding_window not in (None, attention_mask.window):
         raise ValueError(f"{where}: sliding_window={sliding_window}, but its mask has {attention_mask.window}")
-    call = LayerCall.of(module, cu_seqlens)
+    call = LayerCall.of(module, cu_seqlens, query.shape[2])
     # Autocast leaves rotated queries and keys in fp32, and values in its own dtype.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     output = softmax_attention(

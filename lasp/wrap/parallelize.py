@@ -3,57 +3,84 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import hashlib
+import inspect
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lasp.kernels.arguments import check_choice
 from lasp.parallel import softmax
+from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.scan import check_scan
 from lasp.wrap import fla
 from lasp.wrap.attention import NAME, attention, describe_mask
-from lasp.wrap.model import balance, loss, prepare
+from lasp.wrap.dropout import drops, functional, swap_joined, swap_randomness
+from lasp.wrap.guard import check_unchanged
+from lasp.wrap.model import balance, check_loss, loss, prepare
 from lasp.wrap.modules import METHODS
 from lasp.wrap.recurrences import FUNCTIONS
-from lasp.wrap.refusal import check_adapters, check_model, family
-from lasp.wrap.swap import Function, calls, rebind, restore, swap, undecorated
+from lasp.wrap.refusal import check_adapters, check_model, family, takes_group
+from lasp.wrap.swap import Function, calling_undecorated, calls, rebind_telling, restore, swap
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
+
+Model = TypeVar("Model", bound=nn.Module)
+Scan = Literal["auto", "gather", "ring"]
 
 
 def parallelize(
-    model: Any, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: str = "auto"
-) -> Any:
+    model: Model, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: Scan = "auto"
+) -> Model:
     """Make a model take this rank's part of every sequence (`lasp.shard_batch`); in place, this instance only.
 
     attention: method of `softmax_attention`. scan: of `linear_attention` and `delta_rule`, for recurrences. The model's
     loss is the whole sequence's mean, with the gradient of this rank's part: see `lasp.sync_gradients`. Documents come
-    as cu_seqlens and are isolated, also where transformers lets them leak. Returns the model. Raises ValueError for a
-    model not known to be exact (docs/models.md), naming the modules.
+    as cu_seqlens and are isolated, also where transformers lets them leak. All ranks of the group call it. Returns the
+    model. Raises ValueError, on every rank, for a model not known to be exact (docs/models.md), naming the modules, and
+    for ranks that do not call it with the same model and options. The models of `lasp.models` are given the group at
+    every call, and choose by themselves how they exchange.
     """
     target = base_model(model)
-    if hasattr(target, WIRING):
-        raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
-    check_scan(scan)
-    check_choice("attention", attention, softmax.METHODS)
-    check_model(target)
-    check_adapters(model)
-    wire(target, group, attention, scan)
+
+    def check() -> Arguments:
+        if hasattr(target, WIRING):
+            raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
+        check_scan(scan)
+        check_choice("attention", attention, softmax.METHODS)
+        if takes_group(target) and (attention, scan) != ("auto", "auto"):
+            raise ValueError(f"{type(target).__name__} takes no attention={attention!r} and scan={scan!r}")
+        check_model(target)
+        check_adapters(model)
+        return Arguments({"model": _outline(target), "attention": attention, "scan": scan}, 1)
+
+    begin_call(group, "parallelize", check)()
+    if takes_group(target):
+        _bind(target, group)
+    else:
+        wire(target, group, attention, scan)
     return model
 
 
-def unparallelize(model: Any) -> Any:
+def _outline(model: nn.Module) -> str:
+    """A model's class, and a hash of its parameters' names, shapes and dtypes."""
+    said = [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+    return f"{type(model).__name__} ({hashlib.sha256(' '.join(said).encode()).hexdigest()[:16]})"
+
+
+def unparallelize(model: Model) -> Model:
     """Undo `parallelize`. Raises ValueError for a model that is not parallelised."""
     target = base_model(model)
     if not hasattr(target, WIRING):
         raise ValueError("the model is not parallelised")
     before = getattr(target, WIRING).before
-    if target.config._attn_implementation != before:
+    if before is not None:
         target.set_attn_implementation(before)
-    del target._loss_function
+        _choose_attention(target, before)
+    if getattr(vars(target).get("_loss_function"), "func", None) is loss:
+        del target._loss_function
     for module in target.modules():
         restore(module)
         module.__dict__.pop(WIRING, None)
@@ -66,10 +93,12 @@ def base_model(model: Any) -> Any:
 
 
 def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, scan: str) -> None:
-    """`parallelize` without asking whether the model is known."""
-    wiring = Wiring(group, attention, scan, model.config._attn_implementation)
+    """`parallelize` without asking whether a foreign model is known."""
     _own_config(model)
-    _switch_attention(model)
+    switches = model._can_set_attn_implementation()
+    wiring = Wiring(group, attention, scan, model.config._attn_implementation if switches else None, model)
+    if switches:
+        _switch_attention(model)
     for module in model.modules():
         module.__dict__[WIRING] = wiring
     for module in list(model.modules()):
@@ -77,11 +106,28 @@ def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, sca
             _swap_functions(module)
             _swap_methods(module)
             _swap_rotation(module)
-    model.loss_function = partial(torch.compiler.disable(loss), wiring)
+    model.loss_function = partial(loss, wiring)
     if family(model) in fla.MODELS:
         swap(model, "_compute_logits_and_loss", torch.compiler.disable(fla.logits_and_loss))
-    swap(model, "generate", _refuse_to_generate)
-    _swap_forward(model)
+    _swap_whole(model)
+
+
+def _bind(model: Any, group: SequenceGroup | None) -> None:
+    """`parallelize` for a model that takes a group itself: it is given this one at every call."""
+    wiring = Wiring(group, "auto", "auto", None, model)
+    for module in model.modules():
+        module.__dict__[WIRING] = wiring
+    _swap_whole(model)
+
+
+def _swap_whole(model: Any) -> None:
+    if hasattr(model, "generate"):
+        swap(model, "generate", _refuse_to_generate)
+    for module in model.modules():
+        if "input_ids" in inspect.signature(type(module).forward).parameters:
+            _swap_forward(module)
+    for module in model.modules():
+        swap_randomness(module)
 
 
 def _refuse_to_generate(_: Any, *args: Any, **kwargs: Any) -> None:
@@ -93,12 +139,19 @@ def _switch_attention(model: Any) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(attention))
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, describe_mask)
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise ValueError(f"{type(model).__name__} did not switch its attention: it does not call the registry")
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ValueError(f"{type(model).__name__} did not switch its attention: it does not call the registry")
+    _choose_attention(model, NAME)
+
+
+def _choose_attention(model: Any, name: str) -> None:
+    """Let every configuration say the same, those too that only modules without attention hold."""
+    for module in model.modules():
+        if "config" in vars(module):
+            module.config._attn_implementation = name
 
 
 def _own_config(model: Any) -> None:
@@ -119,14 +172,13 @@ def _swap_functions(module: nn.Module) -> None:
         swap(module, method, _with_functions(original, {name: functions[name] for name in names}, take))
 
 
-def _with_functions(original: Any, functions: Mapping[str, Function], take: Function) -> Function:
-    @torch.compiler.disable
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = LayerCall.of(self, take(kwargs, "cu_seqlens", None))
-        own = rebind(original, {name: partial(function, call) for name, function in functions.items()})
-        return own(self, *args, **kwargs)
+def _with_functions(original: Any, functions: dict[str, Function], take: Function) -> Function:
+    def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+        hidden = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3)  # [B, T, D]
+        tokens = next((x.shape[1] for x in hidden), None)
+        return LayerCall.of(module, take(kwargs, "cu_seqlens", None), tokens)
 
-    return run
+    return torch.compiler.disable(rebind_telling(original, functions, tell))
 
 
 def use_pytorch(model: nn.Module) -> None:
@@ -136,7 +188,7 @@ def use_pytorch(model: nn.Module) -> None:
     """
     for module in model.modules():
         for method, original, names in calls(module, FUNCTIONS):
-            swap(module, method, undecorated(original, names))
+            swap(module, method, calling_undecorated(original, names))
 
 
 def _swap_methods(module: nn.Module) -> None:
@@ -161,11 +213,12 @@ def _swap_rotation(module: Any) -> None:
         return
     original = type(module).forward
 
+    @torch.compiler.disable
     def run(self: nn.Module, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        wiring: Wiring = getattr(self, WIRING)
-        if wiring.packed:
+        batch = getattr(self, WIRING).batch
+        if batch.packed:
             raise ValueError(f"rope_type {kinds!r} depends on one length, and packed documents have several")
-        last = position_ids.new_full((*position_ids.shape[:-1], 1), wiring.length - 1)
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), sum(batch.lengths) - 1)
         rotations = original(self, x, torch.cat([position_ids, last], -1), *args, **kwargs)
         return tuple(rotation[:, :-1] for rotation in rotations)
 
@@ -173,13 +226,26 @@ def _swap_rotation(module: Any) -> None:
 
 
 def _swap_forward(model: Any) -> None:
-    original = type(model).forward
-    prepared, balanced = torch.compiler.disable(prepare), torch.compiler.disable(balance)
+    """The model, and the model without its head, which others call by itself (value heads, chunked losses)."""
+    original: Any = type(model).forward
+    others = {"load_balancing_loss_func": balance} | ({"nn.functional.dropout": functional} if drops(original) else {})
+    forward = rebind_telling(original, others, lambda module, *_: getattr(module, WIRING))
+
+    begin, end = torch.compiler.disable(prepare), torch.compiler.disable(check_loss)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         wiring: Wiring = getattr(self, WIRING)
-        kwargs = prepared(self, wiring, args, kwargs)
-        call = LayerCall(wiring, kwargs.get("cu_seqlens"))
-        return rebind(original, {"load_balancing_loss_func": partial(balanced, call)})(self, *args, **kwargs)
+        if wiring.inside:
+            return forward(self, *args, **kwargs)
+        kwargs = begin(self, partial(check_unchanged, wiring.model, wiring), wiring, args, kwargs)
+        swap_joined(wiring.model, wiring)
+        wiring.inside = True
+        try:
+            output = forward(self, *args, **kwargs)
+        finally:
+            wiring.inside = False
+        if not takes_group(self):
+            end(self, wiring, kwargs)
+        return output
 
-    swap(model, "forward", run)
+    swap(model, "forward", torch.compiler.disable(run, recursive=False))

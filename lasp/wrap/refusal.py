@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -36,11 +38,41 @@ _TRUSTED = (
     "transformers.activations", "transformers.pytorch_utils", "torch.nn.modules.activation", "peft.tuners.lora",
     "peft.utils.other",
 )  # fmt: skip
+# Whose code may be wrapped around a module's forward, and which classes add nothing to the one that they stand for.
+_DECORATING = ("transformers", "torch", "accelerate", "peft", "fla", "lasp")
+_TRANSPARENT = ("torch.distributed.", "torch._dynamo.")
 _MIXING = {nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d}  # among torch's activations
+
+
+def takes_group(model: Any) -> bool:
+    """Whether a model is of our own kind: its class says so, its forward has a `group`, and its mixers exchange."""
+    return bool(getattr(type(model), "takes_group", False))
 
 
 def check_model(model: Any) -> None:
     """Raises ValueError where the model, a module in it or an option of it is not known to be exact."""
+    check_forwards(model.modules())
+    check_noise(model)
+    own = [path for path, m in model.named_modules() if has_own_forward(m)]
+    if own:
+        raise ValueError(f"the forward of {own[0] or type(model).__name__} is not that of its class, and not known")
+    if takes_group(model):
+        _check_own(model)
+    else:
+        _check_foreign(model)
+
+
+def _check_own(model: Any) -> None:
+    foreign = [
+        f"{path} ({type(m).__qualname__})"
+        for path, m in model.named_modules()
+        if not is_tokenwise(m) and not any(cls.__module__.startswith("lasp.") for cls in type(m).__mro__)
+    ]
+    if foreign:
+        raise ValueError(f"modules that may mix tokens and are not known: {', '.join(foreign)}")
+
+
+def _check_foreign(model: Any) -> None:
     name, folder = type(model).__name__, family(model)
     if folder not in (*VERIFIED, *fla.MODELS):
         own = sorted({type(m).__name__ for m in model.modules() if not _tokenwise(type(m))} - {name})
@@ -65,6 +97,41 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"{name} has a loss_function of its own, which would see a rank's part: del model._loss_function"
         )
+
+
+def check_forwards(modules: Iterable[nn.Module]) -> None:
+    """Raises ValueError for a class whose forward is not the one in its own file: it may leave out what was replaced.
+
+    Liger, Unsloth and others put a forward of their own into the classes of transformers.
+    """
+    for cls in {type(module) for module in modules}:
+        owner = next(c for c in cls.__mro__ if "forward" in vars(c))
+        function, home = vars(owner)["forward"], getattr(sys.modules.get(owner.__module__), "__dict__", None)
+        while hasattr(function, "__wrapped__") and _written_in(function).split(".")[0] in _DECORATING:
+            function = function.__wrapped__
+        if getattr(function, "__globals__", None) is not home:
+            raise ValueError(
+                f"{owner.__name__}.forward was patched (from {_written_in(function)}) and need not come to what lasp "
+                "replaces in it: use the model without the patch"
+            )
+
+
+def _written_in(function: Any) -> str:
+    """The module that a function was written in; decorators copy `__module__`."""
+    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
+
+
+def check_noise(model: Any) -> None:
+    """Raises ValueError for noise that a rank's part would get otherwise than the whole sequence."""
+    for path, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            if getattr(hook, "__name__", "") == "neftune_post_forward_hook":
+                raise ValueError(f"neftune_noise_alpha: the noise on {path} is scaled by the length of a rank's part")
+        if getattr(module, "layerdrop", 0):
+            raise ValueError(f"layerdrop={module.layerdrop}: every rank would leave out other layers, set it to 0")
+        variants = getattr(module, "lora_variant", {})
+        if any(type(variant).__name__.startswith("ALora") for variant in variants.values()):
+            raise ValueError(f"alora_invocation_tokens: {path} looks for them in a rank's part alone")
 
 
 def check_adapters(model: Any) -> None:
@@ -95,6 +162,20 @@ def _known(model: nn.Module, path: str, module: nn.Module) -> bool:
     # Convolutions and the like belong to the mixer around them, if that is one that we know.
     mixer = model.get_submodule(path.rpartition(".")[0])
     return cls.__module__.startswith("torch.nn.") and _mixes_known(mixer) and family(mixer) == family(model)
+
+
+def is_tokenwise(module: nn.Module) -> bool:
+    """Whether a module treats every token by itself; so does one that compiles, shards or checkpoints others."""
+    return _plain_class(module) is nn.Module or _tokenwise(_plain_class(module))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an instance's forward is not that of its class. Hooks of accelerate and the compiler put one there."""
+    return "forward" in vars(module) and "_hf_hook" not in vars(module) and _plain_class(module) is not nn.Module
+
+
+def _plain_class(module: nn.Module) -> type:
+    return next(c for c in type(module).__mro__ if not c.__module__.startswith(_TRANSPARENT))
 
 
 def _tokenwise(cls: type) -> bool:

@@ -330,10 +330,9 @@ def test_saving_and_loading_keeps_every_bit(kind: str, tied: bool, tmp_path: Pat
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_auto_classes_load_after_registration(tmp_path: Path) -> None:
+def test_auto_classes_load_after_import(tmp_path: Path) -> None:
     model = small().float()
     model.save_pretrained(tmp_path)
-    models.register_auto_classes()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert type(loaded) is models.LinearLlamaForCausalLM
     assert loaded.dtype == torch.bfloat16

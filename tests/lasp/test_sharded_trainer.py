@@ -151,6 +151,31 @@ def test_a_model_that_is_not_parallelised_over_the_group_is_refused(tmp_path: Pa
             ShardedTrainer(model, training, group=group)
 
 
+def test_trains_a_model_of_ones_own(tmp_path: Path) -> None:
+    """As `Trainer` does without a group; on several ranks the model is compared in tests/distributed."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
+    from lasp.train.sharded_trainer import ShardedTrainer
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    samples = [{"input_ids": torch.arange(i, i + 20), "labels": torch.arange(i, i + 20)} for i in range(4)]
+    options = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    losses = []
+    for group in (None, lasp.SequenceGroup.from_mesh(lasp.init_mesh(device="cpu"))):
+        torch.manual_seed(0)
+        model = LinearLlamaForCausalLM(LinearLlamaConfig(**sizes, num_hidden_layers=1))
+        arguments = TrainingArguments(str(tmp_path), save_strategy="no", **options)
+        if group is None:
+            trainer = Trainer(model, arguments, train_dataset=samples)
+        else:
+            trainer = ShardedTrainer(lasp.parallelize(model, group), arguments, train_dataset=samples, group=group)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_trains_as_one_process(tmp_path: Path) -> None:

@@ -243,10 +243,3 @@ def test_padding_is_exact_or_refused() -> None:
             if not error < 1e-3:
                 wrong[name] = error
     assert wrong == {}
-
-
-def test_compiled(config: Any) -> None:
-    model = transformers.LlamaForCausalLM(config)
-    before = model(IDS).logits
-    compiled = torch.compile(lasp.parallelize(model, None), backend="eager")
-    torch.testing.assert_close(compiled(input_ids=IDS).logits, before)

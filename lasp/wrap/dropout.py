@@ -1,0 +1,125 @@
+"""Dropout whose masks belong to the tokens, wherever these lie: the same on any number of ranks.
+
+Ranks start from the same seed, so that what they draw alike (layers, samples) is alike; torch's dropout would then give
+the k-th token of every rank the same mask. Here the global generator gives one number per call, which activation
+checkpointing brings back; with the number of a block of positions it is the seed of that block's mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasp.parallel.untraced import outside
+from lasp.wrap.swap import Function, calls, is_swapped, rebind_telling, swap, undecorated
+from lasp.wrap.wiring import WIRING, Batch, Wiring
+
+BLOCK = 64  # positions that are drawn at once
+
+
+@outside
+def dropout(wiring: Wiring, x: Tensor, p: float, training: bool) -> Tensor:
+    """`torch.nn.functional.dropout` of this rank's tokens: x is [B, T, ...], or [B·T, ...] as routers flatten it.
+
+    What has no such shape (the tokens of one expert) gets a mask of this rank's own.
+    """
+    if not training or p == 0 or not x.numel():
+        return x
+    dropped = _dropped(wiring, _seed(), x, p)
+    return x.masked_fill(dropped, 0) / (1 - p if p < 1 else 1)
+
+
+def _dropped(wiring: Wiring, seed: int, x: Tensor, p: float) -> Tensor:
+    batch = wiring.batch_of(seed)
+    if batch is not None and x.dim() > 2 and x.shape[1] == batch.tokens:
+        return _by_position(batch, seed, x, p)
+    if batch is not None and x.dim() == 2 and x.shape[0] == batch.sequences * batch.tokens:
+        return _by_position(batch, seed, x.unflatten(0, (batch.sequences, -1)), p).flatten(0, 1)
+    rank = 0 if wiring.group is None else wiring.group.rank
+    return _draw(seed + rank, x.shape, x.device) < p
+
+
+def _by_position(batch: Batch, seed: int, x: Tensor, p: float) -> Tensor:
+    """Which numbers of x [B, T, ...] are 0."""
+    shape = (x.shape[0], BLOCK, *x.shape[2:])
+    drawn = [
+        _draw(seed + block, shape, x.device)[:, start - block * BLOCK : stop - block * BLOCK] < p
+        for block, start, stop in _blocks(batch)
+    ]
+    return torch.cat(drawn, 1)
+
+
+def _blocks(batch: Batch) -> Iterator[tuple[int, int, int]]:
+    """This rank's tokens by blocks of positions: block, start, stop."""
+    for start, stop in batch.parts:
+        borders = range((start // BLOCK + 1) * BLOCK, stop, BLOCK)
+        for a, b in pairwise((start, *borders, stop)):
+            if a < b:
+                yield a // BLOCK, a, b
+
+
+def _draw(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def drops(method: Function) -> bool:
+    """Whether a method of a model calls `nn.functional.dropout` itself."""
+    return {"nn", "functional", "dropout"} <= set(undecorated(method).__code__.co_names)
+
+
+def functional(
+    wiring: Wiring, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:  # under the names of `nn.functional.dropout`
+    return dropout(wiring, input, p, training)
+
+
+def swap_randomness(module: nn.Module) -> None:
+    """Let a module drop by position; a router's noise is drawn by a generator of this rank's own."""
+    if type(module) is nn.Dropout:
+        swap(module, "forward", _drop)
+    for method, original, _ in calls(module, {"nn": None}):
+        if drops(original) and not is_swapped(module, method):
+            swap(module, method, rebind_telling(original, {"nn.functional.dropout": functional}, _wiring_of))
+    if any("jitter" in name and isinstance(value, float) for name, value in vars(module).items()):
+        swap(module, "forward", _with_own_noise(type(module).forward))
+
+
+def swap_joined(model: nn.Module, wiring: Wiring) -> None:
+    """Dropout that has joined the model since it was wired (LoRA)."""
+    for module in model.modules():
+        if type(module) is nn.Dropout and vars(module).get(WIRING) is not wiring:
+            module.__dict__[WIRING] = wiring
+            swap_randomness(module)
+
+
+def _wiring_of(module: nn.Module, *_: Any) -> Wiring:
+    wiring: Wiring = getattr(module, WIRING)
+    return wiring
+
+
+def _drop(module: Any, x: Tensor) -> Tensor:
+    return dropout(_wiring_of(module), x, module.p, True) if module.training and module.p else x
+
+
+def _with_own_noise(original: Function) -> Function:
+    @torch.compiler.disable
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        group = _wiring_of(self).group
+        if not self.training or group is None or group.size == 1:
+            return original(self, *args, **kwargs)
+        seed = _seed() + group.rank
+        devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_cuda}
+        with torch.random.fork_rng(sorted(device.index for device in devices)):
+            torch.manual_seed(seed)
+            return original(self, *args, **kwargs)
+
+    return run
+
+
+def _seed() -> int:
+    """What the ranks draw alike, and draw again where a layer is repeated in backward."""
+    return int(torch.randint(2**62, (), device="cpu"))
