@@ -23,7 +23,7 @@ test: $(VENV)/.test
 	[ $$single = passed ] && [ $$distributed = passed ]
 
 test-single: $(VENV)/.test
-	$(PYTHON) -m pytest tests --ignore tests/distributed -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests --ignore tests/distributed -m "not slow" -n 2 --dist worksteal
 
 test-distributed: $(VENV)/.test
 	$(MPIRUN) $(PYTHON) -m pytest tests/distributed --with-mpi -m "not slow" -p no:cacheprovider --color=no

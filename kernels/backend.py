@@ -6,7 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # triton is slow to import, and not there on every machine
     from lasp.kernels.delta.triton_recurrence import TritonDelta
     from lasp.kernels.fla import FlaDecay, FlaDelta
 
-BACKENDS = ("auto", "torch", "triton", "fla")
+Backend = Literal["auto", "torch", "triton", "fla"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 CHUNK_SIZES = (16, 32, 64)
 """Those that Triton's kernels have tiles for."""
 MOST_ERASING_CHANNELS = 256

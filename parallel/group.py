@@ -230,8 +230,9 @@ def _wait_for_gloo(seconds: float = 5.0) -> None:
     They do so a little after the call has returned, and take the interpreter's lock for it. One that a busy machine
     holds up until the interpreter has ended takes the process down: "terminate called without an active exception".
     """
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(map(_is_busy_gloo, Path("/proc/self/task").glob("*"))):
+    deadline, quiet = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline and quiet < 3:  # one look may meet a thread between two pieces of its work
+        quiet = 0 if any(map(_is_busy_gloo, Path("/proc/self/task").glob("*"))) else quiet + 1
         time.sleep(1e-3)
 
 
@@ -241,13 +242,13 @@ def _is_busy_gloo(task: Path) -> bool:
         if (task / "comm").read_text().strip() != "pt_gloo_runloop":
             return False
         file = os.open(task / "stat", os.O_RDONLY)
+        try:
+            # Reading leaves the interpreter's lock to others: a thread that waits for it is awake in what is read.
+            return os.read(file, 4096).rpartition(b") ")[2][:1] != b"S"
+        finally:
+            os.close(file)
     except OSError:
         return False  # it has ended
-    try:
-        # Reading leaves the interpreter's lock to others: a thread that waits for it is awake in what is read.
-        return os.read(file, 4096).rpartition(b") ")[2][:1] != b"S"
-    finally:
-        os.close(file)
 
 
 def _init_process_group() -> None:

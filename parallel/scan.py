@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 
-SCANS = ("auto", "gather", "ring")
+ScanName = Literal["auto", "gather", "ring"]
+SCANS: tuple[ScanName, ...] = get_args(ScanName)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from lasp.parallel.halo import Halo, bring_halo, share_ends
 from lasp.parallel.layout import make_plan
 from lasp.parallel.untraced import untraced
 
-ACTIVATIONS = (None, "silu")
+Activation = Literal["silu"]
+ACTIVATIONS: tuple[Activation | None, ...] = (None, *get_args(Activation))
 
 
 @untraced
@@ -29,7 +30,7 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: str | None = None,
+    activation: Activation | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,

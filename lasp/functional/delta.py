@@ -21,14 +21,14 @@ from lasp.functional.recurrence import (
     whole_results,
 )
 from lasp.kernels.arguments import check_flags, check_tensors
-from lasp.kernels.backend import delta_family
+from lasp.kernels.backend import Backend, delta_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE
 from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call, together
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, causal_recurrence
-from lasp.parallel.scan import check_scan
+from lasp.parallel.scan import ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
@@ -45,8 +45,8 @@ def delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
-    scan: str = "auto",
-    backend: str = "auto",
+    scan: ScanName = "auto",
+    backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The delta rule: a token first erases what its key holds, then writes its value there.
@@ -88,8 +88,8 @@ def delta_product(
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
-    scan: str = "auto",
-    backend: str = "auto",
+    scan: ScanName = "auto",
+    backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The delta rule with n steps to a token (DeltaProduct, arXiv:2502.10297): products of n Householder matrices.
@@ -144,8 +144,8 @@ def _delta(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | Sequence[int] | None,
-    scan: str,
-    backend: str,
+    scan: ScanName,
+    backend: Backend,
     chunk_size: int | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`delta_rule` over rows of which each token of the sequence has `steps`."""

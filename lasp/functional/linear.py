@@ -20,13 +20,13 @@ from lasp.functional.recurrence import (
     whole_results,
 )
 from lasp.kernels.arguments import check_flags
-from lasp.kernels.backend import decay_family
+from lasp.kernels.backend import Backend, decay_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE, DecayRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, bidirectional_recurrence, causal_recurrence
-from lasp.parallel.scan import check_scan
+from lasp.parallel.scan import ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
@@ -43,8 +43,8 @@ def linear_attention(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     causal: bool = True,
     group: SequenceGroup | None = None,
-    scan: str = "auto",
-    backend: str = "auto",
+    scan: ScanName = "auto",
+    backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Linear attention, `S_t = diag(exp(log_decay_t))·S_{t-1} + k_t v_t^T` and `o_t = scale·S_t^T q_t`.

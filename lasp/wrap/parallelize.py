@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from lasp.kernels.arguments import check_choice
 from lasp.parallel import softmax
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
-from lasp.parallel.scan import check_scan
+from lasp.parallel.scan import ScanName, check_scan
 from lasp.wrap import fla
 from lasp.wrap.attention import NAME, attention, describe_mask
 from lasp.wrap.dropout import drops, functional, swap_joined, swap_randomness
@@ -28,11 +29,10 @@ from lasp.wrap.swap import Function, calling_undecorated, calls, rebind_telling,
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
 Model = TypeVar("Model", bound=nn.Module)
-Scan = Literal["auto", "gather", "ring"]
 
 
 def parallelize(
-    model: Model, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: Scan = "auto"
+    model: Model, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: ScanName = "auto"
 ) -> Model:
     """Make a model take this rank's part of every sequence (`lasp.shard_batch`); in place, this instance only.
 
@@ -130,8 +130,13 @@ def _swap_whole(model: Any) -> None:
         swap_randomness(module)
 
 
-def _refuse_to_generate(_: Any, *args: Any, **kwargs: Any) -> None:
-    raise ValueError("a parallelised model sees a part of each sequence: call lasp.unparallelize to generate")
+def _refuse_to_generate(model: Any, *args: Any, **kwargs: Any) -> None:
+    with _telling(getattr(model, WIRING).group, "generate"):
+        raise ValueError("a parallelised model sees a part of each sequence: call lasp.unparallelize to generate")
+
+
+def _telling(group: SequenceGroup | None, work: str) -> AbstractContextManager[None]:
+    return nullcontext() if group is None else group.telling(work)
 
 
 def _switch_attention(model: Any) -> None:
@@ -241,7 +246,9 @@ def _swap_forward(model: Any) -> None:
         swap_joined(wiring.model, wiring)
         wiring.inside = True
         try:
-            output = forward(self, *args, **kwargs)
+            # A layer, a hook or a user's interrupt may end it on one rank, while the others wait in the next layer.
+            with _telling(wiring.group, f"the forward of {type(self).__name__}"):
+                output = forward(self, *args, **kwargs)
         finally:
             wiring.inside = False
         if not takes_group(self):

@@ -247,7 +247,9 @@ def test_the_settings_of_the_optimizer_are_the_runs_whatever_the_file_says(saved
         assert state["exp_avg"].stride() == parameter.stride()
 
 
-@pytest.mark.parametrize("name", [f".step-000004.{os.getpid()}", ".step-000002.1", ".step-1234567.77"])
+@pytest.mark.parametrize(
+    "name", [f".step-000004.{os.getpid()}", ".step-000002.1", ".step-1234567.77"], ids=["own", "other", "long"]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_a_killed_save_left_is_removed(config, name, overwrite):
     """The next process may have the same number, as it has in every container."""

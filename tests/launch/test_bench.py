@@ -85,6 +85,7 @@ def test_bench_convergence_trains_every_mixer_and_pattern(tmp_path: Path, capsys
     assert f"{runs[0]['loss']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_convergence_says_why_a_run_failed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown mixer 'none'"):
         main(["convergence", "--mixers", "none", "--steps", "1"])

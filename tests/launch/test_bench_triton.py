@@ -24,7 +24,8 @@ from lasp.launch.bench.timing import wall_seconds
 SMALL = Shape(1, 70, 1, 16)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 def test_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
     """KDA launches all of them. In a process of its own: here kernels are the interpreter's."""
     file = tmp_path / "figures.json"
