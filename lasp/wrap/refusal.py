@@ -105,8 +105,11 @@ def check_forwards(modules: Iterable[nn.Module]) -> None:
     Liger, Unsloth and others put a forward of their own into the classes of transformers.
     """
     for cls in {type(module) for module in modules}:
-        owner = next(c for c in cls.__mro__ if "forward" in vars(c))
-        function, home = vars(owner)["forward"], getattr(sys.modules.get(owner.__module__), "__dict__", None)
+        # FSDP2 makes a class of its own for each, with a copy of the forward.
+        holders = (c for c in cls.__mro__ if "forward" in vars(c) and not c.__module__.startswith("torch.distributed."))
+        owner = next(holders)
+        function = vars(owner)["forward"]
+        home = getattr(sys.modules.get(owner.__module__), "__dict__", None)
         while hasattr(function, "__wrapped__") and _written_in(function).split(".")[0] in _DECORATING:
             function = function.__wrapped__
         if getattr(function, "__globals__", None) is not home:

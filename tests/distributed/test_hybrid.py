@@ -84,8 +84,15 @@ def train(pattern: str, group: lasp.SequenceGroup | None) -> tuple[list[float], 
     return losses, first
 
 
-@layouts
-@pytest.mark.parametrize("pattern", ["LLLN", "LNLN"])
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [
+        ("LLLN", "contiguous"),
+        ("LNLN", "zigzag"),
+        pytest.param("LLLN", "zigzag", marks=pytest.mark.slow),
+        pytest.param("LNLN", "contiguous", marks=pytest.mark.slow),
+    ],
+)
 def test_a_hybrid_has_the_curve_of_one_device(group_of, plain_training, pattern: str, layout: str) -> None:
     expected_losses, expected_gradients = plain_training(pattern)
     losses, first = train(pattern, group_of(4, layout, checks=False))

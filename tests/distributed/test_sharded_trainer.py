@@ -110,8 +110,16 @@ CASES = {
 }
 
 
+QUICK = ("rows", "stream", "flattened and a worker")
+
+
 @pytest.mark.parametrize(
-    ("case", "sp"), [*((case, 4) for case in CASES), ("rows", 2), ("shards and a worker", 2), ("packed", 2)]
+    ("case", "sp"),
+    [
+        *(pytest.param(case, 4, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES),
+        ("packed", 2),
+        *(pytest.param(case, 2, marks=pytest.mark.slow) for case in ("rows", "shards and a worker")),
+    ],
 )
 def test_trains_as_one_process(world, one_process, tmp_path, case: str, sp: int) -> None:
     rows, collator, own = CASES[case]

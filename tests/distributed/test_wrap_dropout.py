@@ -84,7 +84,9 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("build", [gpt2, opt, starcoder2, lora, own_lora])
+@pytest.mark.parametrize(
+    "build", [gpt2, opt, lora, *(pytest.param(build, marks=pytest.mark.slow) for build in (starcoder2, own_lora))]
+)
 def test_equal_on_any_number_of_ranks(group_of: GroupOf, build: Callable[[], Any]) -> None:
     model = seeded(build)
     one = lasp.parallelize(copy.deepcopy(model), None)

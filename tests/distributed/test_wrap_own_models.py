@@ -27,7 +27,7 @@ def make(kind: str) -> Any:
     return LinearLlamaForCausalLM(LinearLlamaConfig(**SIZES, mixer=kind, pattern="LN")).double()
 
 
-@pytest.mark.parametrize("kind", ["gla", "gated_deltanet", "roberta"])
+@pytest.mark.parametrize("kind", [pytest.param("gla", marks=pytest.mark.slow), "gated_deltanet", "roberta"])
 def test_equal_to_one_device(group_of: GroupOf, kind: str) -> None:
     model, whole = make(kind), {"input_ids": IDS, "labels": IDS}
     plain = copy.deepcopy(model)
