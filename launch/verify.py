@@ -82,17 +82,16 @@ def configuration(name: str) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    is_type = name in CONFIG_MAPPING and not Path(name).exists()
-    try:
-        if is_type:
+    if not Path(name).exists() and "/" not in name:
+        if name in CONFIG_MAPPING:
             return CONFIG_MAPPING[name]()
-        return AutoConfig.from_pretrained(name, local_files_only="/" not in name)
-    except Exception as error:  # every kind has its own ways to reject what it reads
-        if is_type or Path(name).exists() or "/" in name:
-            raise ValueError(f"{name!r}: no valid configuration, here or at the hub: {_first_line(error)}") from error
         close = get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "an id of the hub is owner/name"
-        raise ValueError(f"{name!r}: no model type of transformers, and no folder; {hint}") from None
+        raise ValueError(f"{name!r}: no model type of transformers, and no folder; {hint}")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # every kind has its own ways to reject what it reads
+        raise ValueError(f"{name!r}: no valid configuration, here or at the hub: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -107,13 +107,16 @@ def test_the_details_of_the_first_alone_come_before_the_line(capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_passed_on_once(capfd, tmp_path, monkeypatch, number):
     monkeypatch.setattr(launcher, "GRACE", 20)
-    note = f"signal.signal({number}, lambda *_: open(module + '/' + rank, 'a').write('x')); ready(); signal.pause()"
+    note = f"signal.signal({number}, lambda *_: open(module + '/' + rank, 'a').write('x')); ready()"
+    wait = "while not Path(module, rank).exists(): sleep(0.01)"
     send(tmp_path, number)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a script's job in the background
+    # SIGINT as for a script's job in the background; SIGHUP as without nohup, under which these tests may run.
+    before = {n: signal.signal(n, to) for n, to in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_DFL))}
     try:
-        assert run_ranks(str(tmp_path), [f"{note}; sleep(0.3); report('late')"] * 2, 2) == 128 + number
+        assert run_ranks(str(tmp_path), [f"{note}\n{wait}\nsleep(0.3); report('late')"] * 2, 2) == 128 + number
     finally:
-        signal.signal(signal.SIGINT, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
     assert capfd.readouterr().err == f"lasp: error: stopped by {number.name}\n"
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["x", "x"]
 
