@@ -44,7 +44,7 @@ def test_one_rank_that_changed_its_model(group_of: GroupOf, change: Callable[[An
     batch = lasp.shard_batch({"input_ids": IDS, "labels": IDS}, group)
     if group.rank == 2:
         change(model)
-    with pytest.raises(ValueError, match=r"since lasp\.parallelize|not that of its class.*\(rank 2 of 4\)"):
+    with pytest.raises(ValueError, match=r"(since lasp\.parallelize|not that of its class).*\(rank 2 of 4\)"):
         model(**batch)
 
 
@@ -67,6 +67,36 @@ def test_one_rank_that_puts_tokens_in(group_of: GroupOf) -> None:
         model.get_input_embeddings().register_forward_hook(lambda _module, _args, x: F.pad(x, (0, 0, 2, 0)))
     with pytest.raises(ValueError, match="is given 11 tokens of this rank's 9"):
         model(**lasp.shard_batch({"input_ids": IDS}, group))
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyboardInterrupt])
+def test_what_ends_a_forward_on_one_rank_is_told(group_of: GroupOf, kind: type[BaseException]) -> None:
+    """The others wait in the next layer; the group works afterwards."""
+    group = group_of(4)
+    assert group is not None
+    model = lasp.parallelize(make_single("llama"), group)
+    batch = lasp.shard_batch({"input_ids": IDS, "labels": IDS}, group)
+
+    def fail(*_: Any) -> None:
+        raise kind("a hook")
+
+    hook = model.model.layers[0].mlp.register_forward_hook(fail) if group.rank == 1 else None
+    with pytest.raises(kind if hook else ValueError) as caught:
+        model(**batch)
+    told = f"the forward of LlamaForCausalLM ended by {kind.__name__}: a hook (rank 1 of 4)"
+    assert str(caught.value) == ("a hook" if hook else told)
+    if hook:
+        hook.remove()
+    assert model(**batch).loss.isfinite()
+
+
+def test_generate_on_one_rank_is_told(group_of: GroupOf) -> None:
+    group = group_of(4)
+    assert group is not None
+    model = lasp.parallelize(make_single("llama"), group)
+    batch = lasp.shard_batch({"input_ids": IDS}, group)
+    with pytest.raises(ValueError, match=r"call lasp\.unparallelize to generate"):
+        model.generate(IDS) if group.rank == 3 else model(**batch)
 
 
 @pytest.mark.parametrize("difference", ["class", "attention", "shape", "refused"])
