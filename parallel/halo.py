@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from lasp.kernels.precision import compute_dtype
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
 from lasp.parallel.layout import Plan, pieces_of
+from lasp.parallel.remembered import remembered
 
 
 class Move(NamedTuple):
@@ -33,7 +33,7 @@ class Move(NamedTuple):
     order: int  # of the piece ahead of which they stand
 
 
-@lru_cache(maxsize=256)
+@remembered
 def halo_moves(lengths: tuple[int, ...], layout: str, bounds: tuple[int, ...] | None, size: int) -> tuple[Move, ...]:
     """What must pass so that every piece knows the `size` tokens ahead of it in its document; in order of position."""
     if len(lengths) == 1:  # nothing passes; torch.compile cannot trace a bisection

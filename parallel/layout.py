@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
+
+from lasp.parallel.remembered import remembered
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -105,7 +106,7 @@ def house_slices(length: int, rank: int, ranks: int, layout: str) -> list[slice]
     return [slice(piece.start, piece.stop) for piece in house_pieces(length, ranks, layout) if piece.rank == rank]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
     """The pieces in order, given every rank's number of tokens. Contiguous takes any cut, zigzag only the house's."""
     pieces = house_pieces(sum(lengths), len(lengths), layout)
@@ -121,7 +122,7 @@ def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
     return pieces
 
 
-@lru_cache(maxsize=256)
+@remembered
 def joined_pieces(lengths: tuple[int, ...], layout: str, neighbours: int = 1) -> tuple[Piece, ...]:
     """The pieces after every `neighbours` ranks have put their tokens together, in order of position.
 
@@ -139,7 +140,7 @@ def joined_pieces(lengths: tuple[int, ...], layout: str, neighbours: int = 1) ->
     return tuple(joined)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def make_plan(
     lengths: tuple[int, ...], rank: int, layout: str = "contiguous", bounds: tuple[int, ...] | None = None
 ) -> Plan:

@@ -22,7 +22,7 @@ from lasp.layers import MIXERS
 
 pytestmark = [
     pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a", "ignore:.*lru_cache"),
+    pytest.mark.filterwarnings("error:.*lru_cache"),  # Dynamo warns of what it may get wrong
 ]
 
 HEADS, K, V = 2, 6, 4
