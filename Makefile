@@ -8,21 +8,25 @@ NEWEST := .venv-newest
 # The tests of what meets transformers: they name it, or what is built on it. What torch.compile makes of it has no part
 # in what a new release breaks, and takes the longest.
 MEETS  := grep -lrE "transformers|peft|lasp\.(models|train)|parallelize" --include "test_*.py" --exclude "*compile.py"
-HF     := $(shell $(MEETS) tests --exclude-dir distributed)
-HF_MPI := $(shell $(MEETS) tests/distributed)
+HF     = $(shell $(MEETS) tests --exclude-dir distributed)
+HF_MPI = $(shell $(MEETS) tests/distributed)
 
-.PHONY: demo test test-single test-distributed test-slow test-newest lint format clean
+# Both halves run, whatever the first one says.
+define both
+@single=passed; distributed=passed; \
+$(1) || single=FAILED; \
+$(2) || distributed=FAILED; \
+echo "tests of one process: $$single; of four ranks: $$distributed"; \
+[ $$single = passed ] && [ $$distributed = passed ]
+endef
+
+.PHONY: demo test test-single test-distributed test-slow test-newest newest-single newest-distributed lint format clean
 
 demo: $(VENV)/.train
 	$(VENV)/bin/lasp train demo --sp 2
 
-# Both halves run, whatever the first one says.
 test: $(VENV)/.test
-	@single=passed; distributed=passed; \
-	$(MAKE) test-single || single=FAILED; \
-	$(MAKE) test-distributed || distributed=FAILED; \
-	echo "tests of one process: $$single; of four ranks: $$distributed"; \
-	[ $$single = passed ] && [ $$distributed = passed ]
+	$(call both,$(MAKE) test-single,$(MAKE) test-distributed)
 
 test-single: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests --ignore tests/distributed -m "not slow" -n 2 --dist worksteal
@@ -39,8 +43,13 @@ test-newest: | $(NEWEST)
 	grep -vE "^(transformers|accelerate|peft|tokenizers|safetensors)==" constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python -m pip install --quiet -c $(NEWEST)/constraints.txt -e ".[test]"
 	$(NEWEST)/bin/python -m pip install --quiet -c $(NEWEST)/constraints.txt --upgrade transformers accelerate peft
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(HF) -n 2 --dist worksteal
-	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi -p no:cacheprovider --color=no
+	$(call both,$(MAKE) newest-single,$(MAKE) newest-distributed)
+
+newest-single:
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(HF) -n 2 --dist worksteal --timeout 300
+
+newest-distributed:
+	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi --timeout 300 -p no:cacheprovider --color=no
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff format --check .
