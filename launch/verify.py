@@ -7,6 +7,7 @@ import copy
 import sys
 import warnings
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,16 @@ def configuration(name: str) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    make = partial(AutoConfig.from_pretrained, name)
     if not Path(name).exists() and "/" not in name:
-        if name in CONFIG_MAPPING:
-            return CONFIG_MAPPING[name]()
-        close = get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "an id of the hub is owner/name"
-        raise ValueError(f"{name!r}: no model type of transformers, and no folder; {hint}")
+        if name not in CONFIG_MAPPING:
+            close = get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "an id of the hub is owner/name"
+            raise ValueError(f"{name!r}: no model type of transformers, and no folder; {hint}")
+        make = CONFIG_MAPPING[name]
     try:
-        return AutoConfig.from_pretrained(name)
-    except Exception as error:  # every kind has its own ways to reject what it reads
+        return make()
+    except Exception as error:  # every kind has its own ways to reject what it reads, or its own defaults
         raise ValueError(f"{name!r}: no valid configuration, here or at the hub: {_first_line(error)}") from error
 
 
