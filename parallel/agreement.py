@@ -11,6 +11,7 @@ it belongs to, so ranks that are not at the same call see it as soon as they exc
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +125,16 @@ class Agreement:
             raise Refused(_tell_errors(errors, len(headers)))
         _compare([{"the call": str(Call(*h["call"]))} | h["of"] | h["fields"] for h in headers])
         return [header["tokens"] for header in headers]
+
+
+def part(process_groups: Iterable[dist.ProcessGroup]) -> None:
+    """Say on each of these groups that this rank makes no more calls, and wait until all of its ranks say so.
+
+    It is a call like any other: where a rank still waits for another one, both raise the same ValueError.
+    """
+    leaving = [Agreement(Channel(group), Call("shutdown", 0), {}) for group in process_groups]
+    for agreement in leaving:
+        agreement.wait()
 
 
 def _pack(header: dict[str, Any]) -> bytes:

@@ -13,17 +13,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lasp.parallel import collectives
-from lasp.parallel.agreement import Agreement, Call, Channel, Refused
+from lasp.parallel.agreement import Agreement, Call, Channel, Refused, part
 from lasp.parallel.layout import LAYOUTS, Layout, house_slices
 
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
 MODEL_AXES = ("tp", "pp")
+
+# The process groups that carry headers, in the order of their making: who leaves tells the ranks of them.
+_controls: WeakKeyDictionary[dist.ProcessGroup, None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,7 @@ class SequenceGroup:
         drawn = secrets.randbelow(10**6)
         fields = _said(layout, heads, checks)
         numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, drawn).wait()
+        _controls[control] = None
         channel.identity = {"layout": layout, "the group (by a random number)": numbers[0]}
         return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads)
 
@@ -216,12 +221,33 @@ def create_world(store: dist.Store, rank: int, size: int) -> None:
 def shutdown() -> None:
     """Leave the process group together, as the last thing a script does; nothing happens where there is none.
 
-    Every rank calls it: destroying the group while a peer still sends aborts that peer.
+    Every rank calls it: destroying the group while a peer still sends aborts that peer. Raises ValueError where another
+    rank waits for a call that this one left out, and there too.
     """
     if dist.is_initialized():
+        part(_header_groups())
         collectives.barrier(None)
         dist.destroy_process_group()
         _wait_for_gloo()
+
+
+def _header_groups() -> list[dist.ProcessGroup]:
+    """The process groups of this rank that carry headers and are not destroyed.
+
+    The world is the last of them: a rank that waits for a call does so in a smaller group, if there is one.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "there is one"
+    groups = [group for group in list(_controls) if group is not world and _is_known(group)]
+    return [*groups, world] if "cpu" in dist.get_backend_config(world) else groups
+
+
+def _is_known(group: dist.ProcessGroup) -> bool:
+    """Whether torch still has this process group."""
+    try:
+        return dist.get_rank(group) >= 0
+    except ValueError:
+        return False
 
 
 def _wait_for_gloo(seconds: float = 5.0) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.kernels.decay.recurrence import DecayRecurrence
+from lasp.parallel.agreement import part
 
 pytestmark = pytest.mark.mpi
 
@@ -165,6 +166,20 @@ def test_a_group_that_one_rank_makes_while_others_call(world, subgroups, group_o
     work = (lambda: group_of(4)) if world.rank == WRONG_RANK else (lambda: linear(x, group))
     assert "rank 2: making a SequenceGroup" in refused(world, work)
     assert linear(x, group).isfinite().all()
+
+
+@pytest.mark.parametrize("call", ["linear, gather", "unshard"])
+def test_a_rank_that_leaves_while_others_call(world, group_of, call: str) -> None:
+    """And one that calls while the others leave; all together they leave without a word."""
+    group = group_of(4)
+    x = lasp.shard(tokens(0), group)
+    run, leave = partial(OPERATIONS[call], x, group), partial(part, [group.control])
+    for one, others in ((leave, run), (run, leave)):
+        told = refused(world, one if world.rank == WRONG_RANK else others)
+        assert told.startswith("ranks disagree on the call: rank 0: ")
+        assert told.count(": shutdown") == (1 if one is leave else 3)
+    leave()
+    assert run().isfinite().all()
 
 
 @pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, RuntimeError])

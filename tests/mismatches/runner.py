@@ -116,6 +116,7 @@ def _report(case: Case, rank: int, store: str) -> Report:
     start = time.monotonic()
     try:
         case.run(group, rank == case.ranks - 1)
+        lasp.shutdown()  # the last line of a script
     except BaseException as error:
         name = "ValueError" if isinstance(error, ValueError) else type(error).__name__
         return Report(name, str(error)[:300], time.monotonic() - start)

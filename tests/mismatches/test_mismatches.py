@@ -9,14 +9,10 @@ from tests.mismatches.runner import Case, try_case
 
 # What cannot be seen: nothing of it reaches the others before they wait for it. And torch's own (DDP).
 UNSEEN = {
-    "group None",
     "a call skipped, then a barrier",
-    "a loop once less",
     "KeyboardInterrupt between two calls",
     "MemoryError in the middle of a call, and another call",
     "a rank that sleeps",
-    "backward on one rank, then nothing",
-    "init_mesh on one rank",
     "one of two sequences is wrong",
     "ddp, the forward skipped, a call follows",
     "ddp, an unused parameter on one rank, a call follows",
