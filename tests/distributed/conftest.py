@@ -6,13 +6,17 @@ MPI only tells each rank who it is and where to meet; the tests themselves talk 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
 
@@ -40,11 +44,38 @@ def world() -> Iterator[MPI.Comm]:
     dist.destroy_process_group()
 
 
+def meet(comm: MPI.Comm) -> None:
+    """Wait until all ranks are here. MPI's own waits poll, and take the cores from ranks that still compute."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(5e-4)
+
+
 @pytest.fixture(autouse=True)
 def together(world: MPI.Comm) -> Iterator[None]:
     """No rank begins a test before the others have left the last one."""
     yield
-    world.barrier()
+    meet(world)
+
+
+@pytest.fixture(scope="session")
+def once(world: MPI.Comm) -> Callable[..., Any]:
+    """`once(run, *args)` is what `run(*args)` gives, by rank 0 for all of them, who all call it."""
+
+    def shared(run: Callable[..., Any], *args: Any) -> Any:
+        result, error = None, None
+        if world.rank == 0:
+            try:
+                result = run(*args)
+            except Exception as raised:
+                error = raised
+        meet(world)
+        result, error = world.bcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    return shared
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +94,23 @@ def group_of(world: MPI.Comm, subgroups: dict[int, dist.ProcessGroup]) -> Callab
         return lasp.SequenceGroup.from_group(subgroups[size], layout=layout, heads=heads, checks=checks)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mesh_of(world: MPI.Comm) -> Callable[..., DeviceMesh]:
+    """The mesh of `lasp.init_mesh` with these sizes, of which all tests share one."""
+    return cache(lambda **sizes: lasp.init_mesh(**sizes, device="cpu"))
+
+
+@pytest.fixture
+def own_groups(world: MPI.Comm) -> Iterator[None]:
+    """The process groups that this test makes end with it: each has a thread that wakes a hundred times a second."""
+    registered = dist.distributed_c10d._world.pg_map
+    before = set(registered)
+    yield
+    meet(world)
+    for group in [group for group in registered if group not in before]:
+        dist.destroy_process_group(group)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -47,6 +48,24 @@ def cut_problem(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int,
     return replace(problem, **tokens, grad_final=problem.grad_final / group.size)
 
 
+def put_together(
+    parts: dict[str, torch.Tensor], summed: Collection[str], group: lasp.SequenceGroup, lengths: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Whole tensors [B, N, ...] of the ranks' parts [B, T, ...], and the sums of those named, in fp64; one exchange."""
+    pieces = [p for p in pieces_of(lengths, group.layout) if p.rank == group.rank]
+    wholes = {}
+    for name, part in parts.items():
+        wholes[name] = part.double()
+        if name not in summed:
+            wholes[name] = wholes[name].new_zeros(part.shape[0], sum(lengths), *part.shape[2:])
+            for piece, tokens in zip(pieces, part.split([p.stop - p.start for p in pieces], 1), strict=True):
+                wholes[name][:, piece.start : piece.stop] = tokens
+    flat = torch.cat([whole.flatten() for whole in wholes.values()])
+    dist.all_reduce(flat, group=group.process_group)
+    filled = flat.split([whole.numel() for whole in wholes.values()])
+    return {name: x.view_as(whole) for (name, whole), x in zip(wholes.items(), filled, strict=True)}
+
+
 def solve_cut(
     problem: Problem,
     group: lasp.SequenceGroup,
@@ -60,13 +79,6 @@ def solve_cut(
     options = {"chunk_size": chunk_size, "scan": scan, "backend": backend}
     run = partial(attention, output_final_state=True, group=group, **options)
     local = solve(cut_problem(problem, group, lengths), run)
-    whole = {}
-    for name, value in local.items():
-        if name == "final_state":
-            whole[name] = value
-        elif name == "dinitial_state" or (name == "dlog_decay" and value.dim() == 1):
-            whole[name] = value.clone()
-            dist.all_reduce(whole[name], group=group.process_group)
-        else:
-            whole[name] = lasp.unshard(value, group)
-    return whole
+    final = local.pop("final_state")
+    summed = {name for name, value in local.items() if name == "dinitial_state" or value.dim() == 1}
+    return {"final_state": final} | put_together(local, summed, group, lengths)

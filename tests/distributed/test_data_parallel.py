@@ -43,9 +43,9 @@ def build(name: str) -> Any:
     return make(name)
 
 
-@pytest.fixture
-def group(world) -> lasp.SequenceGroup:
-    return lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, dp=2, device="cpu"))
+@pytest.fixture(scope="module")
+def group(mesh_of) -> lasp.SequenceGroup:
+    return lasp.SequenceGroup.from_mesh(mesh_of(sp=2))
 
 
 def curve(model: nn.Module, loss_of: Callable[[Tensor], Tensor], backward: Backward) -> list[Any]:
@@ -80,14 +80,14 @@ def distribute(model: Any, group: lasp.SequenceGroup, kind: str) -> tuple[nn.Mod
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_has_the_curve_of_one_process(world, group: lasp.SequenceGroup, name: str, kind: str) -> None:
+def test_has_the_curve_of_one_process(world, once, group: lasp.SequenceGroup, name: str, kind: str) -> None:
     model = build(name)
     own = copy.deepcopy(model)
 
     def whole_loss(ids: Tensor) -> Tensor:  # transformers would compute it in fp32
         return lasp.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
 
-    expected = curve(model, whole_loss, Tensor.backward)
+    expected, trained = once(lambda: (curve(model, whole_loss, Tensor.backward), list(model.parameters())))
     options = {"group": group} if name == "LinearLlama" else {}
     own = own if options else lasp.parallelize(own, group)
     parallel, backward = distribute(own, group, kind)
@@ -102,9 +102,9 @@ def test_has_the_curve_of_one_process(world, group: lasp.SequenceGroup, name: st
     assert torch.equal(losses[0::2], losses[1::2])  # the ranks of a sequence know its loss
     assert losses.mean(0).tolist() == pytest.approx([loss for loss, _ in expected], abs=1e-9)
     assert [norm for _, norm in seen] == pytest.approx([norm for _, norm in expected], abs=1e-9)
-    for parameter, trained in zip(own.parameters(), model.parameters(), strict=True):
+    for parameter, right in zip(own.parameters(), trained, strict=True):
         whole = parameter.full_tensor() if kind == "fsdp2" else parameter
-        torch.testing.assert_close(whole, trained, rtol=0, atol=1e-9)
+        torch.testing.assert_close(whole, right, rtol=0, atol=1e-9)
     if kind == "fsdp2":
         held = sum(parameter.to_local().numel() for parameter in own.parameters())
         assert held < 0.3 * sum(parameter.numel() for parameter in model.parameters())

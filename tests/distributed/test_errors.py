@@ -197,7 +197,7 @@ def test_a_mesh_must_multiply_to_the_world(world) -> None:
         ({"checks": False}, "ranks disagree on checks: rank 0: True"),
     ],
 )
-def test_ranks_agree_on_a_group_of_a_mesh(world, options: dict[str, Any], message: str) -> None:
+def test_ranks_agree_on_a_group_of_a_mesh(world, own_groups, options: dict[str, Any], message: str) -> None:
     """Two sequences of two ranks: the ranks of the other sequence hear of it too."""
     mesh = lasp.init_mesh(sp=2, device="cpu")
     with pytest.raises(ValueError) as caught:

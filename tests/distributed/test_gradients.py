@@ -22,8 +22,8 @@ WRONG_RANK = 2  # of the second sequence of two
 
 
 @pytest.fixture(scope="module")
-def group(world) -> lasp.SequenceGroup:
-    return lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=2, dp=2, device="cpu"))
+def group(mesh_of) -> lasp.SequenceGroup:
+    return lasp.SequenceGroup.from_mesh(mesh_of(sp=2))
 
 
 def layers(*widths: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -388,8 +388,8 @@ X = torch.randn(1, 6, 4, dtype=torch.float64, generator=torch.Generator().manual
 
 
 @pytest.mark.parametrize("kind", ["plain", "fsdp2"])
-def test_tensor_parallelism_beside_sequence_parallelism(world, kind: str) -> None:
-    mesh = lasp.init_mesh(sp=2, tp=2, device="cpu")
+def test_tensor_parallelism_beside_sequence_parallelism(world, mesh_of, kind: str) -> None:
+    mesh = mesh_of(sp=2, tp=2)
     group = lasp.SequenceGroup.from_mesh(mesh)
     model, whole = tensor_parallel(mesh), mixed()
     if kind == "fsdp2":
@@ -410,7 +410,7 @@ def test_tensor_parallelism_beside_sequence_parallelism(world, kind: str) -> Non
         refused_by_all(world, "ddp takes no DTensors (0.weight, 0.bias", lambda: lasp.data_parallel(model, group))
 
 
-def test_a_model_cut_over_the_replicas_is_refused(world) -> None:
+def test_a_model_cut_over_the_replicas_is_refused(world, own_groups) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "tensor"))
     group = lasp.SequenceGroup.from_mesh(mesh)
     model = mixed()
@@ -437,7 +437,7 @@ def test_a_model_cut_over_the_replicas_is_refused(world) -> None:
     ],
 )
 def test_every_axis_but_those_of_the_model_holds_replicas(
-    world, shape: tuple[int, ...], axes: tuple[str, ...], replicas: list[list[int]], kinds: list[Any]
+    world, own_groups, shape: tuple[int, ...], axes: tuple[str, ...], replicas: list[list[int]], kinds: list[Any]
 ) -> None:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=axes)
     if len(replicas) * len(replicas[0]) < 4 and world.rank % 2:  # the other ranks of the model's axis

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from mpi4py import MPI
 from torch import Tensor, nn
 
 import lasp
@@ -37,9 +36,9 @@ Gradients = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def plain_training(world: MPI.Comm) -> Callable[[str], tuple[list[float], Gradients]]:
-    """Training on one device, by rank 0 for all."""
-    return lru_cache(lambda pattern: world.bcast(train(pattern, None) if world.rank == 0 else None))
+def plain_training(once) -> Callable[[str], tuple[list[float], Gradients]]:
+    """Training on one device."""
+    return cache(lambda pattern: once(train, pattern, None))
 
 
 def gradients(model: nn.Module) -> Gradients:
@@ -139,8 +138,8 @@ def restore(pattern: str, kind: str, group: lasp.SequenceGroup | None) -> tuple[
 @layouts
 @pytest.mark.parametrize("kind", ["documents", "padding"])
 @pytest.mark.parametrize("pattern", ["L", "LN"])
-def test_an_encoder_has_loss_and_gradients_of_one_device(group_of, pattern: str, kind: str, layout: str) -> None:
-    expected_loss, expected_gradients = restore(pattern, kind, None)
+def test_an_encoder_has_loss_and_gradients_of_one_device(group_of, once, pattern: str, kind: str, layout: str) -> None:
+    expected_loss, expected_gradients = once(restore, pattern, kind, None)
     loss, found = restore(pattern, kind, group_of(4, layout))
     assert loss == pytest.approx(expected_loss, rel=1e-9)
     assert_same(found, expected_gradients)

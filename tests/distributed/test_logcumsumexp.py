@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import lasp
 from lasp.functional import logcumsumexp
 from lasp.parallel.layout import pieces_of
 from tests.convolution import largest_error
-from tests.distributed.cutting import CUTS, DOCUMENTS, house_lengths
+from tests.distributed.cutting import CUTS, DOCUMENTS, house_lengths, put_together
 from tests.running_sums import SumProblem, make_sums, solve_sums
 
 pytestmark = pytest.mark.mpi
@@ -44,11 +43,9 @@ def test_parity(
     # A replicated output receives the sum over the ranks of their gradients.
     local = problem._replace(x=x, grad_output=grad, grad_final=problem.grad_final / size)
     found = solve_sums(local, partial(logcumsumexp, output_final_state=True, group=group))
-    for name in ("output", "dx"):
-        found[name] = lasp.unshard(found[name], group)
-    if initial:
-        dist.all_reduce(found["dinitial_state"], group=group.process_group)
-    assert largest_error(found, expected) < 1e-10
+    final = found.pop("final_state")
+    whole = put_together(found, {"dinitial_state"}, group, lengths)
+    assert largest_error(whole | {"final_state": final}, expected) < 1e-10
 
 
 @pytest.mark.parametrize(("layout", "links"), [("contiguous", 1), ("zigzag", 2)])

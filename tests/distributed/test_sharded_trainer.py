@@ -80,10 +80,9 @@ def curve(trainer: Any) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def one_process(world, tmp_path_factory) -> Callable[[bool], list[float]]:
+def one_process(once, tmp_path_factory) -> Callable[[bool], list[float]]:
     """The curve of `Trainer` on one process: steps of four equal samples, or of four unequal ones, each by itself."""
 
-    @cache
     def run(equal: bool) -> list[float]:
         model = make("llama")  # the library's own loss is one in fp32
         model.loss_function = lambda logits, labels, num_items_in_batch, **_: lasp.cross_entropy(
@@ -95,7 +94,7 @@ def one_process(world, tmp_path_factory) -> Callable[[bool], list[float]]:
         with environment():
             return curve(train(transformers.Trainer, model, tmp_path_factory.mktemp("one"), rows, None, **own))
 
-    return run
+    return cache(lambda equal: once(run, equal))
 
 
 FLAT = transformers.DataCollatorWithFlattening
@@ -121,9 +120,9 @@ QUICK = ("rows", "stream", "flattened and a worker")
         *(pytest.param(case, 2, marks=pytest.mark.slow) for case in ("rows", "shards and a worker")),
     ],
 )
-def test_trains_as_one_process(world, one_process, tmp_path, case: str, sp: int) -> None:
+def test_trains_as_one_process(world, mesh_of, one_process, tmp_path, case: str, sp: int) -> None:
     rows, collator, own = CASES[case]
-    group = lasp.SequenceGroup.from_mesh(lasp.init_mesh(sp=sp, device="cpu"))
+    group = lasp.SequenceGroup.from_mesh(mesh_of(sp=sp))
     model = lasp.parallelize(make("llama"), group)
     sizes = {f"per_device_{kind}_batch_size": 4 * sp // world.size for kind in ("train", "eval")}
     expected = one_process(collator is None)
@@ -148,12 +147,14 @@ def refused(folder: Path, rank: int, match: str, rows: Any, **own: Any) -> None:
         ("Error in a worker process: samples differ in length", LABELLED, {"dataloader_num_workers": 1}),
     ],
 )
-def test_rows_that_make_no_batch_are_refused_by_all(world, tmp_path, match: str, rows: Any, own: Any) -> None:
+def test_rows_that_make_no_batch_are_refused_by_all(
+    world, own_groups, tmp_path, match: str, rows: Any, own: Any
+) -> None:
     refused(tmp_path, world.rank, match, rows, per_device_train_batch_size=2, **own)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_rows_that_differ_are_refused_by_all(world, tmp_path, workers: int) -> None:
+def test_rows_that_differ_are_refused_by_all(world, own_groups, tmp_path, workers: int) -> None:
     rows = EQUAL if world.rank != 2 else EQUAL[::-1]
     match = "ranks disagree on input_ids of the batch"
     refused(tmp_path, world.rank, match, rows, per_device_train_batch_size=2, dataloader_num_workers=workers)
@@ -168,11 +169,11 @@ def test_rows_that_differ_are_refused_by_all(world, tmp_path, workers: int) -> N
         {"seed": 7},
     ],
 )
-def test_arguments_that_differ_are_refused_by_all(world, tmp_path, own: dict[str, int]) -> None:
+def test_arguments_that_differ_are_refused_by_all(world, own_groups, tmp_path, own: dict[str, int]) -> None:
     (name,) = own
     shared = {"per_device_train_batch_size": 2}
     refused(tmp_path, world.rank, f"ranks disagree on {name}", EQUAL, **shared | (own if world.rank == 1 else {}))
 
 
-def test_fsdp_is_refused(world, tmp_path) -> None:
+def test_fsdp_is_refused(world, own_groups, tmp_path) -> None:
     refused(tmp_path, world.rank, "ShardedTrainer takes no fsdp", EQUAL, fsdp=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from mpi4py import MPI
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +21,7 @@ from lasp.parallel.collectives import Pending
 from lasp.parallel.layout import house_pieces, pieces_of
 from lasp.parallel.softmax import check_method
 from tests.attention import AttentionProblem, largest_error, make_attention, solve_attention
+from tests.distributed.cutting import put_together
 
 pytestmark = pytest.mark.mpi
 
@@ -96,13 +96,8 @@ def cut_attention(problem: AttentionProblem, group: lasp.SequenceGroup, lengths:
 def solve_cut(problem: AttentionProblem, group: lasp.SequenceGroup, lengths: tuple[int, ...], method: str) -> dict:
     """The cut problem's results, put together again."""
     attention = partial(lasp.softmax_attention, group=group, method=method)
-    whole = solve_attention(cut_attention(problem, group, lengths), attention)
-    for name, value in whole.items():
-        if name == "dsinks":
-            dist.all_reduce(value, group=group.process_group)
-        else:
-            whole[name] = lasp.unshard(value, group)
-    return whole
+    local = solve_attention(cut_attention(problem, group, lengths), attention)
+    return put_together(local, {"dsinks"}, group, lengths)
 
 
 @pytest.fixture(scope="module")
