@@ -7,6 +7,7 @@ from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax
 from lasp.kernels.backend import backend_report
 from lasp.parallel.collator import PackingCollator, ShardedCollator
 from lasp.parallel.collectives import traffic
+from lasp.parallel.cut import Cut
 from lasp.parallel.data_parallel import data_parallel
 from lasp.parallel.gradients import clip_grad_norm_, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cut",
     "PackingCollator",
     "SequenceGroup",
     "ShardedCollator",

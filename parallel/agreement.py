@@ -59,11 +59,19 @@ class Channel:
         self._settle()
         if self.open is not None and self.broken is None:
             self.broken = str(self.open.call)
-        if self.broken is not None:
-            said = f"{self.broken} was left in the middle, and other ranks may still wait in it: end this run"
-            self._told.append(Agreement(self, call, {}, said))  # to those that wait for a header
-            raise ValueError(said)
+        try:
+            self.check_whole()
+        except ValueError as left:
+            self._told.append(Agreement(self, call, {}, str(left)))  # to those that wait for a header
+            raise
         return Agreement(self, call, fields, error, tokens)
+
+    def check_whole(self) -> None:
+        """Raises ValueError where an earlier call was left in the middle."""
+        if self.broken is not None:
+            raise ValueError(
+                f"{self.broken} was left in the middle, and other ranks may still wait in it: end this run"
+            )
 
     def next_call(self, operation: str) -> Call:
         """The call of an operation that comes next."""

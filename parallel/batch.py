@@ -13,6 +13,7 @@ from torch import Tensor
 from lasp.kernels.documents import document_bounds
 
 IGNORE_INDEX = -100
+CUT = "cut"  # how the batch lies on the ranks
 AGREEMENT = (
     "agreement"  # of a batch that was made where the other ranks cannot be reached: what they have yet to compare
 )
@@ -63,6 +64,14 @@ def fingerprint(whole: Mapping[str, Tensor]) -> dict[str, str]:
         )
         for key, x in whole.items()
     }
+
+
+def id_range(whole: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The least and the largest of the input_ids, read to the host; None where there are none."""
+    if "input_ids" not in whole:
+        return None
+    least, largest = torch.stack(whole["input_ids"].aminmax()).tolist()
+    return least, largest
 
 
 def write_agreement(fields: Mapping[str, str], error: str | None = None) -> Tensor:

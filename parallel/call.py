@@ -8,42 +8,51 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
+from lasp.kernels.arguments import told
 from lasp.parallel.agreement import Call
-from lasp.parallel.group import SequenceGroup
-from lasp.parallel.layout import house_pieces
+from lasp.parallel.cut import Cut, house_lengths
+
+if TYPE_CHECKING:
+    from lasp.parallel.group import SequenceGroup
 
 T = TypeVar("T")
 
 
 class Arguments(NamedTuple):
-    """What a check found: `fields` that all ranks must share, this rank's number of `tokens`, and the whole sequence's
-    length where the arguments tell it (`cu_seqlens`)."""
+    """What a check found: `fields` that all ranks must share, this rank's number of `tokens`, the bounds of packed
+    documents, and the whole sequence's length where the arguments tell it."""
 
     fields: dict[str, Any]
     tokens: int
+    bounds: tuple[int, ...] | None = None
     total: int | None = None
 
 
 class Turn:
     """One call of an operation over a group, which every rank makes in its turn.
 
-    group: None where nothing travels. call: with the running number that all ranks count alike. Calling a turn waits
-    for the agreement and returns every rank's number of tokens.
+    group: None where nothing travels. call: with the running number that all ranks count alike. settle: waits for the
+    agreement and returns the cut of the call, as calling the turn does. agreed: the cut was agreed before the call,
+    and no header is exchanged, on the way back neither.
     """
 
-    def __init__(self, group: SequenceGroup | None, call: Call, lengths: Callable[[], tuple[int, ...]]) -> None:
-        self.group, self.call = group, call
-        self._settle: Callable[[], tuple[int, ...]] | None = lengths
-        self._lengths: tuple[int, ...] = ()
+    def __init__(
+        self, group: SequenceGroup | None, call: Call, settle: Callable[[], Cut], agreed: bool = False
+    ) -> None:
+        self.group, self.call, self._agreed = group, call, agreed
+        self._settle: Callable[[], Cut] | None = settle
+        self._cut: Cut | None = None
 
-    def __call__(self) -> tuple[int, ...]:
+    def __call__(self) -> Cut:
         if self._settle is not None:
-            self._lengths, self._settle = self._settle(), None  # which held every rank's header
-        return self._lengths
+            self._cut, self._settle = self._settle(), None  # which held every rank's header
+        assert self._cut is not None, "a turn that did not settle has raised"
+        return self._cut
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -76,36 +85,59 @@ class Turn:
         return nullcontext() if self.group is None else self._whole(self.call)
 
     def backward(self) -> AbstractContextManager[None]:
-        """The same on the way back, which begins with an exchange of headers, unless the group has no checks.
+        """The same on the way back, which begins with an exchange of headers where the call did.
 
         ValueError on every rank where one of them takes its backward passes in another order, or is in none.
         """
         if self.group is None:
             return nullcontext()
         call = self.call._replace(operation=f"backward of {self.call.operation}")
-        if self.group.checks:
+        if self.group.checks and not self._agreed:
             self.group.channel.agree(call, {}).wait()
         return self._whole(call)
 
 
-ALONE = Turn(None, Call("alone", 0), tuple)  # of a part of a call in which nothing travels
+# Of a part of a call in which nothing travels.
+ALONE = Turn(None, Call("alone", 0), lambda: Cut(None, (0,)), agreed=True)
 
 
-def begin_call(group: SequenceGroup | None, operation: str, check: Callable[[], Arguments]) -> Turn:
-    """Run `check`, start the agreement, and return what waits for it: every rank's number of tokens.
+def begin_call(
+    group: SequenceGroup | None, operation: str, check: Callable[[], Arguments], cut: Cut | None = None
+) -> Turn:
+    """Run `check`, start the agreement, and return what waits for it: the call's cut.
 
     Whatever `check` raises is raised as ValueError on every rank of the group. A group without checks compares nothing:
     an error stays on its own rank, and only the numbers of tokens are exchanged, unless the arguments tell the whole
-    sequence's length and so the house's cut.
+    sequence's length and so the house's cut. Given a cut, nothing is exchanged: the arguments must fit it, and an error
+    stays on its own rank.
     """
+    if cut is not None:
+        return _follow(cut, group, operation, check)
     if group is None or group.size == 1:
-        tokens = _found(check).tokens
-        return Turn(None, Call(operation, 0), lambda: (tokens,))
+        arguments = _found(check)
+        alone = Cut(group, (arguments.tokens,), arguments.bounds)
+        return Turn(None, Call(operation, 0), lambda: alone)
     if not group.checks:
-        return Turn(group, Call(operation, 0), _trusted_lengths(group, operation, _found(check)))
+        return Turn(group, Call(operation, 0), _trusted(group, operation, _found(check)))
     arguments = together(group, operation, check)
-    agreement = group.agree(operation, _short(arguments.fields), tokens=arguments.tokens)
-    return Turn(group, agreement.call, lambda: _enough(tuple(agreement.wait())))
+    agreement = group.agree(operation, _short(arguments), tokens=arguments.tokens)
+    return Turn(group, agreement.call, lambda: _agreed_cut(group, tuple(agreement.wait()), arguments.bounds))
+
+
+def _follow(cut: Cut, group: SequenceGroup | None, operation: str, check: Callable[[], Arguments]) -> Turn:
+    """The turn of a call that is given a cut."""
+    if not isinstance(cut, Cut):
+        raise ValueError(f"cut must be a lasp.Cut, got {told(cut)}")
+    if group is not None:
+        raise ValueError(f"{operation} takes a cut or a group, not both: a cut has its group")
+    if cut.group is not None:
+        cut.group.channel.check_whole()
+    tokens = _found(check).tokens
+    if tokens != cut.tokens:
+        raise ValueError(
+            f"{operation}: the cut gives rank {cut.rank} of {cut.size} {cut.tokens} of {cut.total} tokens, got {tokens}"
+        )
+    return Turn(cut.group if cut.size > 1 else None, Call(operation, 0), lambda: cut, agreed=True)
 
 
 def together(group: SequenceGroup | None, operation: str, work: Callable[[], T]) -> T:
@@ -129,29 +161,37 @@ def _found(work: Callable[[], T]) -> T:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _short(fields: dict[str, Any]) -> dict[str, Any]:
+def _short(arguments: Arguments) -> dict[str, Any]:
     """Fields for a header: the bounds of documents, which may be thousands, as a short hash."""
-    bounds = fields.get("cu_seqlens")
+    bounds = arguments.bounds
     if bounds is None:
-        return fields
-    return fields | {"cu_seqlens": hashlib.sha256(",".join(map(str, bounds)).encode()).hexdigest()[:16]}
+        return arguments.fields | {"cu_seqlens": None}
+    return arguments.fields | {"cu_seqlens": hashlib.sha256(",".join(map(str, bounds)).encode()).hexdigest()[:16]}
 
 
-def _enough(lengths: tuple[int, ...]) -> tuple[int, ...]:
+def _agreed_cut(group: SequenceGroup, lengths: tuple[int, ...], bounds: tuple[int, ...] | None) -> Cut:
     if sum(lengths) < len(lengths):
         raise ValueError(f"fewer tokens than ranks: the ranks hold {list(lengths)} tokens")
-    return lengths
+    return Cut(group, lengths, bounds)
 
 
-def _trusted_lengths(group: SequenceGroup, operation: str, arguments: Arguments) -> Callable[[], tuple[int, ...]]:
-    if arguments.total is None:
+def _trusted(group: SequenceGroup, operation: str, arguments: Arguments) -> Callable[[], Cut]:
+    total = arguments.total if arguments.bounds is None else arguments.bounds[-1]
+    if total is None:
         lengths = group.agree(operation, {}, tokens=arguments.tokens)
-        return lambda: tuple(lengths.wait())
-    pieces = house_pieces(arguments.total, group.size, group.layout)
-    house = tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(group.size))
-    if house[group.rank] != arguments.tokens:
+        return lambda: Cut(group, tuple(lengths.wait()))
+    house = Cut(group, house_lengths(total, group.size, group.layout), arguments.bounds)
+    if house.tokens != arguments.tokens:
         raise ValueError(
-            f"without checks, rank {group.rank} of {group.size} should hold {house[group.rank]} of {arguments.total} "
+            f"without checks, rank {group.rank} of {group.size} should hold {house.tokens} of {total} "
             f"tokens in the {group.layout} layout, but holds {arguments.tokens}"
         )
     return lambda: house
+
+
+def modes() -> dict[str, Any]:
+    """What of torch's modes must be the same on all ranks of a batch."""
+    autocast = {
+        kind: str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+    }
+    return {"autocast": autocast, "gradients": torch.is_grad_enabled()}

@@ -43,9 +43,9 @@ class ShardedCollator:
     out samples over dp alone. Raises ValueError on every rank where they did not (a group without checks does not
     look), where the collator failed, and for a batch that `shard_batch` refuses.
 
-    A worker process of a DataLoader cannot reach the other ranks. There the batch is made and cut, and what has to be
-    compared, or an error, travels with it as "agreement", an uint8 tensor: the parallelised model compares it at the
-    start of its forward. It is pickled without the group, as a worker that is spawned needs it.
+    A worker process of a DataLoader cannot reach the other ranks. There the batch is made and cut, and in the place of
+    "cut" what has to be compared, or an error, travels with it as "agreement", an uint8 tensor: the parallelised model
+    compares it at the start of its forward. It is pickled without the group, as a worker that is spawned needs it.
     """
 
     def __init__(self, group: SequenceGroup | None, collator: Collator | None = None, shift: bool = True) -> None:
@@ -54,7 +54,7 @@ class ShardedCollator:
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         group = self.group
-        if isinstance(group, SequenceGroup) and get_worker_info() is None:
+        if not isinstance(group, Place) and get_worker_info() is None:
             return agree_and_cut(lambda: self._collate(samples), group, self.shift)
         if group is None or group.size == 1 or not group.checks:
             return cut_batch(complete(self._collate(samples), self.shift), group)

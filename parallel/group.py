@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,10 +18,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lasp.kernels.arguments import check_integer
+from lasp.kernels.documents import document_bounds
 from lasp.parallel import collectives
 from lasp.parallel.agreement import Agreement, Call, Channel, Refused, part
+from lasp.parallel.call import Arguments, begin_call, modes
+from lasp.parallel.cut import Cut, house_lengths
 from lasp.parallel.layout import LAYOUTS, Layout, house_slices
 
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
@@ -115,6 +121,49 @@ class SequenceGroup:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
         return house_slices(length, self.rank, self.size, self.layout)
 
+    def cut(
+        self,
+        length: int | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+    ) -> Cut:
+        """How the sequences of a batch lie on the ranks: every rank calls this, and one exchange of headers agrees.
+
+        length: of the whole sequence, cut as the house cuts (`slices`); or lengths: every rank's number of tokens, any
+        in the contiguous layout. cu_seqlens: bounds of packed documents [documents + 1]. Raises ValueError, on every
+        rank, for what is no cut, and where the ranks differ, also in autocast and in whether gradients are recorded.
+        """
+
+        def check() -> Arguments:
+            made = self._cut(length, lengths, cu_seqlens)
+            fields = {"lengths": _in_short(made.lengths), **modes()}
+            return Arguments(fields, made.tokens, made.bounds)
+
+        return begin_call(self, "cut", check)() if self.checks else self._cut(length, lengths, cu_seqlens)
+
+    def _cut(self, length: Any, lengths: Any, cu_seqlens: Any) -> Cut:
+        """The cut that this rank is told."""
+        if (length is None) == (lengths is None):
+            raise ValueError(f"a cut needs a length or lengths, got {length} and {lengths}")
+        own = self._house(length) if lengths is None else tuple(lengths)
+        if len(own) != self.size:
+            raise ValueError(f"lengths must be one per rank, {self.size} of them, got {len(own)}")
+        for tokens in own:
+            check_integer("the number of tokens of a rank", tokens, 0)
+        return Cut(self, own, None if cu_seqlens is None else document_bounds(cu_seqlens))
+
+    def cuts_as(self, other: SequenceGroup | None) -> bool:
+        """Whether another group, maybe made anew, cuts sequences over the same ranks in the same way."""
+        if other is None:
+            return self.size == 1
+        one, two = ((g.process_group, g.layout, g.heads) for g in (self, other))
+        return one == two or self.size == other.size == 1
+
+    def _house(self, length: Any) -> tuple[int, ...]:
+        check_integer("the length of a cut", length, 1)
+        return house_lengths(length, self.size, self.layout)
+
     @cached_property
     def replicas(self) -> SequenceGroup:
         """All ranks that hold the same parameters, in a row: this sequence's and those of its data-parallel replicas.
@@ -163,6 +212,12 @@ class SequenceGroup:
             "a SequenceGroup lives in its process and cannot be saved: save model.state_dict(), or the whole model "
             "after lasp.unparallelize(model)"
         )
+
+
+def _in_short(lengths: tuple[int, ...]) -> str:
+    """Lengths for a header of fixed size."""
+    told = str(list(lengths))
+    return told if len(told) <= 80 else f"{told[:40]}... ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
 
 
 def _said(layout: str, heads: int, checks: bool) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
-from lasp.parallel.layout import Plan, pieces_of
-from lasp.parallel.remembered import remembered
+from lasp.parallel.cut import Cut
+from lasp.parallel.layout import Piece, Plan
 
 
 class Move(NamedTuple):
@@ -33,13 +33,12 @@ class Move(NamedTuple):
     order: int  # of the piece ahead of which they stand
 
 
-@remembered
-def halo_moves(lengths: tuple[int, ...], layout: str, bounds: tuple[int, ...] | None, size: int) -> tuple[Move, ...]:
-    """What must pass so that every piece knows the `size` tokens ahead of it in its document; in order of position."""
-    if len(lengths) == 1:  # nothing passes; torch.compile cannot trace a bisection
-        return ()
-    pieces = pieces_of(lengths, layout) if sum(lengths) else ()
-    bounds = (0, sum(lengths)) if bounds is None else bounds
+def halo_moves(pieces: tuple[Piece, ...], bounds: tuple[int, ...] | None, size: int) -> tuple[Move, ...]:
+    """What must pass so that every piece knows the `size` tokens ahead of it in its document; in order of position.
+
+    bounds: those of packed documents, None for one.
+    """
+    bounds = (0, pieces[-1].stop if pieces else 0) if bounds is None else bounds
     stops = [piece.stop for piece in pieces]
     moves = []
     for piece in pieces:
@@ -64,17 +63,12 @@ class Halo:
     moves: tuple[Move, ...]  # to or from this rank
 
     @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        turn: Turn,
-        lengths: tuple[int, ...],
-        bounds: tuple[int, ...] | None,
-        size: int,
-    ) -> Halo:
-        """The halo of a call. lengths: every rank's number of tokens; bounds: cu_seqlens, None for one document."""
-        moves = halo_moves(lengths, "contiguous" if turn.group is None else turn.group.layout, bounds, size)
-        return cls(plan, turn, size, tuple(m for m in moves if plan.rank in (m.source, m.target)))
+    def of(cls, turn: Turn, size: int) -> Halo:
+        """The halo of a call."""
+        cut = turn()
+        if turn.group is None:  # nothing passes; torch.compile cannot trace a bisection
+            return cls(cut.plan(), turn, size, ())
+        return cls(cut.plan(), turn, size, cut.keep(("halo", size), lambda: _own_moves(cut, size)))
 
     @property
     def sent(self) -> list[Move]:
@@ -102,6 +96,10 @@ class Halo:
         arrived = collectives.all_to_all(parts, [sum(s) for s in sizes], peers, self.turn.process_group, phase).wait()
         found = {p: iter(flat.split(size)) for p, flat, size in zip(peers, arrived, sizes, strict=True)}
         return [tuple(next(found[peer]).view(x.shape[0], n, *x.shape[2:]) for x in like) for peer, n in incoming]
+
+
+def _own_moves(cut: Cut, size: int) -> tuple[Move, ...]:
+    return tuple(m for m in halo_moves(cut.pieces, cut.bounds, size) if cut.rank in (m.source, m.target))
 
 
 class Block(NamedTuple):

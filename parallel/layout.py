@@ -9,6 +9,7 @@ Zigzag balances causal softmax attention; a linear layer runs on either.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -122,15 +123,14 @@ def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
     return pieces
 
 
-@remembered
-def joined_pieces(lengths: tuple[int, ...], layout: str, neighbours: int = 1) -> tuple[Piece, ...]:
+def joined_pieces(pieces: tuple[Piece, ...], neighbours: int) -> tuple[Piece, ...]:
     """The pieces after every `neighbours` ranks have put their tokens together, in order of position.
 
-    The ranks then are those of a smaller ring, len(lengths) // neighbours of them; pieces that touch become one.
+    The ranks then are those of a smaller ring; pieces that touch become one.
     """
     joined: list[Piece] = []
-    filled = [0] * (len(lengths) // neighbours)
-    for piece in pieces_of(lengths, layout):
+    filled: dict[int, int] = defaultdict(int)
+    for piece in pieces:
         rank, length = piece.rank // neighbours, piece.stop - piece.start
         if joined and joined[-1].rank == rank:
             joined[-1] = joined[-1]._replace(stop=piece.stop)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.arguments import check_integer, check_number, check_tensors
-from lasp.kernels.values import may_look_at
+from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel import collectives
 from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.untraced import untraced
 
@@ -22,18 +23,29 @@ def cross_entropy(
     labels: Tensor,
     *,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
     ignore_index: int = -100,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the whole sequence's valid tokens. It never shifts.
 
-    logits [..., vocabulary], labels [...], both local. num_items: the denominator, where it is not the number of valid
+    logits [..., vocabulary], labels [...], both local. cut: of the batch, in the place of group; labels are [..., T]
+    then. num_items: the denominator, where it is not the number of valid
     tokens of this batch (gradient accumulation). The value is the same on every rank; the gradient is that of this
     rank's tokens, and the ranks' gradients sum to the whole. Computed in fp32 (fp64 for fp64 logits). Without a single
     valid token in the whole sequence the result is nan, as torch's. Raises ValueError on every rank for bad shapes or
     labels.
     """
-    turn = begin_call(group, "cross_entropy", lambda: _check(logits, labels, ignore_index, num_items))
+
+    def check() -> Arguments:
+        fields = _check(logits, labels, ignore_index)
+        if cut is None:  # a header reads the number
+            check_number("num_items", num_items)
+            fields["num_items"] = None if num_items is None else float(num_items)
+            return Arguments(fields, labels.numel())
+        return Arguments(fields, labels.shape[-1] if labels.dim() else 1)
+
+    turn = begin_call(group, "cross_entropy", check, cut)
     turn()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     local = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
@@ -49,10 +61,10 @@ def cross_entropy(
     return (sums[0] / denominator).to(own.dtype) + (own - own.detach())
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Arguments:
+def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str, Any]:
+    """Returns what all ranks must share."""
     check_tensors(logits=logits, labels=labels)
     check_integer("ignore_index", ignore_index)
-    check_number("num_items", num_items)
     if logits.dim() < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating [..., vocabulary], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[:-1] != labels.shape:
@@ -61,19 +73,18 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor 
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
-    if may_look_at(labels) and labels.numel():
-        counted = labels[labels != ignore_index]
-        if counted.numel() and not 0 <= counted.min() <= counted.max() < logits.shape[-1]:
-            raise ValueError(
-                f"labels must lie in 0..{logits.shape[-1] - 1} or be {ignore_index}, "
-                f"got {counted.min().item()}..{counted.max().item()}"
-            )
-    fields: dict[str, Any] = {
+    if may_look_at(labels):
+        fits = (labels >= 0) & (labels < logits.shape[-1]) | (labels == ignore_index)
+        check_values(fits, lambda: _range(labels[labels != ignore_index], logits.shape[-1], ignore_index))
+    return {
         "device": logits.device.type,
         "vocabulary": logits.shape[-1],
         "logits dtype": str(logits.dtype),
         "ignore_index": ignore_index,
-        "num_items": None if num_items is None else float(num_items),
         "backward": logits.requires_grad and torch.is_grad_enabled(),
     }
-    return Arguments(fields, labels.numel())
+
+
+def _range(counted: Tensor, vocabulary: int, ignore_index: int) -> str:
+    found = f"{counted.min().item()}..{counted.max().item()}"
+    return f"labels must lie in 0..{vocabulary - 1} or be {ignore_index}, got {found}"

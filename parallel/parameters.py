@@ -41,6 +41,12 @@ class Reduced:
         return None
 
 
+def outline(model: nn.Module) -> str:
+    """A model's class, and a hash of its parameters' names, shapes and dtypes."""
+    said = [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+    return f"{type(model).__name__} ({hashlib.sha256(' '.join(said).encode()).hexdigest()[:16]})"
+
+
 def replicas_of(group: SequenceGroup) -> SequenceGroup:
     """The ranks that hold the same parameters as this one."""
     if not isinstance(group, SequenceGroup):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels.arguments import check_integer, check_tensors
+from lasp.kernels.documents import document_bounds
+from lasp.kernels.values import may_look_at
 from lasp.parallel import collectives
-from lasp.parallel.batch import complete, fingerprint, read_agreement, token_dim
-from lasp.parallel.call import Arguments, Turn, begin_call
+from lasp.parallel.batch import CUT, complete, fingerprint, id_range, read_agreement, token_dim
+from lasp.parallel.call import Arguments, Turn, begin_call, modes
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
-from lasp.parallel.layout import Piece, pieces_of
+from lasp.parallel.layout import Piece
 from lasp.parallel.untraced import untraced
 
 
@@ -25,13 +29,18 @@ class Slices(Protocol):
 
 
 @untraced
-def shard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
-    """This rank's part of a whole tensor along `dim`, of any length of at least one token per rank.
+def shard(x: Tensor, group: SequenceGroup | None = None, dim: int = 1, *, cut: Cut | None = None) -> Tensor:
+    """This rank's part of a whole tensor along `dim`, of any length of at least one token per rank; of a cut's whole
+    sequence, where one is given in the place of a group.
 
     Sends nothing. Backward: the gradient is zero outside this rank's part; the parts sum to the whole over the ranks.
     """
     _check_dim(x, dim)
-    return _cut(x, group, dim)
+    if cut is None:
+        return _cut(x, group, dim)
+    if group is not None or x.shape[dim] != cut.total:
+        raise ValueError(f"shard takes the {cut.total} tokens of its cut and no group, got {x.shape[dim]} and {group}")
+    return torch.cat([x.narrow(dim, start, stop - start) for start, stop in cut.parts], dim)
 
 
 def _cut(x: Tensor, group: Slices | None, dim: int) -> Tensor:
@@ -41,11 +50,12 @@ def _cut(x: Tensor, group: Slices | None, dim: int) -> Tensor:
 
 
 @untraced
-def unshard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
+def unshard(x: Tensor, group: SequenceGroup | None = None, dim: int = 1, *, cut: Cut | None = None) -> Tensor:
     """The whole tensor along `dim` from every rank's part, on every rank: one all-gather.
 
     Backward is a reduce-scatter: a part receives the sum over the ranks of the gradients of its tokens. The parts may
-    have any lengths in the contiguous layout. Raises ValueError on every rank where shapes or dtypes differ.
+    have any lengths in the contiguous layout. cut: of the batch, in the place of group. Raises ValueError on every rank
+    where shapes or dtypes differ.
     """
 
     def check() -> Arguments:
@@ -59,11 +69,11 @@ def unshard(x: Tensor, group: SequenceGroup | None, dim: int = 1) -> Tensor:
         }
         return Arguments(fields, x.shape[dim])
 
-    turn = begin_call(group, "unshard", check)
-    lengths = turn()
+    turn = begin_call(group, "unshard", check, cut)
+    lies = turn()
     if turn.group is None:
         return x
-    whole: Tensor = _Unshard.apply(x.movedim(dim, 0), turn, pieces_of(lengths, turn.group.layout), lengths)
+    whole: Tensor = _Unshard.apply(x.movedim(dim, 0), turn, lies.pieces, lies.lengths)
     return whole.movedim(0, dim)
 
 
@@ -112,6 +122,8 @@ def shard_batch(batch: Mapping[str, Any], group: SequenceGroup | None, shift: bo
     Labels are shifted before they are cut, so that no target is lost at a border, and come back as both "labels" and
     "shift_labels"; with `shift=False` (masked-token losses) they are cut as they are. The target of a document's last
     token is -100. position_ids are made where absent: global, and per document with cu_seqlens. cu_seqlens stay whole.
+    How the batch lies on the ranks is returned as "cut" (`lasp.Cut`): a model or an operation that is given it sends no
+    more headers.
 
     Documents that collators of transformers pack are taken too: "cu_seq_lens_q" and "cu_seq_lens_k", "seq_idx",
     position_ids that go back to 0. What of these is there must agree; "max_length_q" and "max_length_k" are dropped.
@@ -125,16 +137,22 @@ def shard_batch(batch: Mapping[str, Any], group: SequenceGroup | None, shift: bo
 def agree_and_cut(make: Callable[[], Mapping[str, Any]], group: SequenceGroup | None, shift: bool) -> dict[str, Any]:
     """`shard_batch` of the batch that `make` returns; an error of `make` on one rank is one on every rank."""
     local: dict[str, Any] = {}
+    ids: tuple[int, int] | None = None
 
     def check() -> Arguments:
+        nonlocal ids
         whole = complete(make(), shift)
         local.update(cut_batch(whole, group))
-        alone = group is None or group.size == 1 or not group.checks
-        length = whole["position_ids"].shape[-1]
-        return Arguments({} if alone else fingerprint(whole), local["position_ids"].shape[-1], length)
+        positions, documents = whole["position_ids"], whole.get("cu_seqlens")
+        compared = group is not None and group.size > 1 and group.checks
+        fields = fingerprint(whole) | modes() if compared else {}
+        if compared or may_look_at(positions):
+            ids = id_range(whole)
+        bounds = None if documents is None else document_bounds(documents)
+        return Arguments(fields, local["position_ids"].shape[-1], bounds, positions.shape[-1])
 
-    begin_call(group, "shard_batch", check)()
-    return local
+    lies = begin_call(group, "shard_batch", check)()
+    return local | {CUT: replace(lies, ids=ids)}
 
 
 def cut_batch(whole: Mapping[str, Tensor], group: Slices | None) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ Ulysses is an exchange before and after a ring, often of one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd
 from typing import Any, Literal, get_args
 
@@ -26,10 +25,11 @@ from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
 from lasp.kernels.softmax.mask import Mask, Span
 from lasp.parallel.call import ALONE, Turn
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.heads import HeadExchange, heads_to_tokens, tokens_to_heads
 from lasp.parallel.keys import Gather, KeyExchange, Ring, span
-from lasp.parallel.layout import Piece, joined_pieces, pieces_of
+from lasp.parallel.layout import Piece, joined_pieces
 from lasp.parallel.rotation import Rotation, make_rotation
 from lasp.parallel.untraced import outside
 
@@ -66,10 +66,10 @@ def _exchanging(method: str, group: SequenceGroup | None) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about one call that is not a tensor. lengths: every rank's number of tokens."""
+    """Everything about one call that is not a tensor. cut: how the tokens lie on the ranks."""
 
     attention: BlockAttention
-    lengths: tuple[int, ...]
+    cut: Cut
     turn: Turn
     method: str
 
@@ -107,12 +107,12 @@ def shared_attention(
 def _head_exchange(call: Call, group: SequenceGroup, members: int) -> HeadExchange:
     """The exchange among this rank and its neighbours."""
     first = group.rank - group.rank % members
-    pieces = [p for p in pieces_of(call.lengths, group.layout) if first <= p.rank < first + members]
+    pieces = [p for p in call.cut.pieces if first <= p.rank < first + members]
     return HeadExchange(
         call.turn,
         tuple(range(first, first + members)),
         group.rank - first,
-        call.lengths[first : first + members],
+        call.cut.lengths[first : first + members],
         tuple(piece._replace(rank=piece.rank - first) for piece in pieces),
     )
 
@@ -120,16 +120,16 @@ def _head_exchange(call: Call, group: SequenceGroup, members: int) -> HeadExchan
 def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """Attention by ring or gather, with queries and keys of all members of this rank's head exchange."""
     group, members = call.group, _exchanging(call.method, call.group)
-    rank, layout = (0, "contiguous") if group is None else (group.rank // members, group.layout)
-    pieces = joined_pieces(call.lengths, layout, members) if sum(call.lengths) else ()
-    ranks = len(call.lengths) // members
+    cut, ranks, rank = call.cut, call.cut.size // members, call.cut.rank // members
+    pieces = cut.keep(("joined", members), lambda: joined_pieces(cut.pieces, members))
     exchange: KeyExchange
     if group is not None and ranks > 1 and call.method == "gather":
-        exchange = Gather(pieces, call.lengths, rank, group.process_group)
+        exchange = Gather(pieces, cut.lengths, rank, group.process_group)
     else:
+        mask = call.attention.mask
+        rotation = cut.keep(("rotation", members, mask.causal, mask.window), lambda: plan_rotation(pieces, ranks, mask))
         # On the ring with this rank are those at its place among the members of their exchange.
-        peers = range(0 if group is None else group.rank % members, len(call.lengths), members)
-        rotation = plan_rotation(pieces, ranks, call.attention.mask)
+        peers = range(cut.rank % members, cut.size, members)
         exchange = Ring(rotation, peers, rank, None if group is None else group.process_group)
     queries = tuple(piece for piece in pieces if piece.rank == rank)
     turn = call.turn if ranks > 1 else ALONE
@@ -138,7 +138,6 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
     return output
 
 
-@lru_cache(maxsize=256)
 def plan_rotation(pieces: tuple[Piece, ...], ranks: int, mask: Mask) -> Rotation:
     """How far each piece's keys must travel under a mask."""
     return make_rotation(pieces, ranks, lambda own, other: mask.shows(span(own), span(other)))

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 
 P = ParamSpec("P")
@@ -38,11 +39,13 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        stops = _over_ranks(args, kwargs) or kwargs.get("cu_seqlens") is not None
+        stops = any(map(_stops, (*args, *kwargs.values()))) or kwargs.get("cu_seqlens") is not None
         return apart(*args, **kwargs) if stops else function(*args, **kwargs)
 
     return call
 
 
-def _over_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(x, SequenceGroup) and x.size > 1 for x in (*args, *kwargs.values()))
+def _stops(argument: Any) -> bool:
+    if isinstance(argument, Cut):
+        return argument.size > 1 or argument.packed
+    return isinstance(argument, SequenceGroup) and argument.size > 1

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 HEADS, DIM, VOCABULARY = 2, 4, 97
@@ -87,7 +88,7 @@ class ShortConvolution(nn.Conv1d):
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, self.activation, cu_seqlens=cu_seqlens)
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     """What the four layers share: projections, a short convolution, gates."""
 
     lower_bound: float | None = None
@@ -203,6 +204,7 @@ class Model(PreTrainedModel, GenerationMixin):
     """A layer behind an embedding, and the loss where flash-linear-attention's models compute it."""
 
     config_class = PretrainedConfig
+    supports_gradient_checkpointing = True
     layer: type[Layer]
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -214,7 +216,7 @@ class Model(PreTrainedModel, GenerationMixin):
         self, input_ids=None, attention_mask=None, labels=None, use_cache=None, num_items_in_batch=None, **kwargs
     ):
         x = self.embeddings(input_ids)
-        x = x + self.attn(hidden_states=x, attention_mask=attention_mask, use_cache=use_cache, **kwargs)[0]
+        x = x + self.attn(x, attention_mask=attention_mask, use_cache=use_cache, **kwargs)[0]
         loss, logits = self._compute_logits_and_loss(
             hidden_states=x,
             labels=labels,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lasp.kernels.arguments import check_tensors
 from lasp.kernels.documents import document_bounds
+from lasp.parallel.cut import Cut
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -28,14 +29,22 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k, v must share a device, got {q.device}, {k.device}, {v.device}")
 
 
-def check_documents(q: Tensor, cu_seqlens: Tensor | Sequence[int] | None) -> tuple[int, ...] | None:
+def check_documents(
+    q: Tensor, cu_seqlens: Tensor | Sequence[int] | None, cut: Cut | None = None
+) -> tuple[int, ...] | None:
     """The bounds of packed documents; whether they end where the sequence does is known when the ranks have agreed."""
-    if cu_seqlens is None:
-        return None
-    bounds = document_bounds(cu_seqlens)
-    if q.shape[0] != 1:
+    if cut is not None and cu_seqlens is not None:
+        raise ValueError("give cut or cu_seqlens, not both: a cut has its documents")
+    given = None if cu_seqlens is None else document_bounds(cu_seqlens)
+    bounds = given if cut is None else cut.bounds
+    if bounds is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one sequence and needs B = 1, got B = {q.shape[0]}")
     return bounds
+
+
+def is_packed(cu_seqlens: Tensor | Sequence[int] | None, cut: Cut | None) -> bool:
+    """Whether a call has packed documents, and one initial state for each of them."""
+    return cu_seqlens is not None if cut is None else cut.packed
 
 
 def check_heads(heads: dict[str, int]) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lasp.functional.checks import check_documents
+from lasp.functional.checks import check_documents, is_packed
 from lasp.kernels.arguments import check_choice, check_flags, check_tensors
 from lasp.kernels.conv import causal_convolution
-from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import exact
 from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.halo import Halo, bring_halo, share_ends
-from lasp.parallel.layout import make_plan
 from lasp.parallel.untraced import untraced
 
 Activation = Literal["silu"]
@@ -35,6 +34,7 @@ def causal_conv1d(
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution, `y_t = sum_i weight[:, i]·x_{t-W+1+i} + bias` (Mamba, arXiv:2312.00752).
 
@@ -45,7 +45,7 @@ def causal_conv1d(
     activation: None or "silu". initial_state: the W - 1 tokens before the first, oldest first, [B, D, W - 1], with
     cu_seqlens [documents, D, W - 1]; 0 if None. (The conv_state of transformers and of Mamba has one column more, the
     oldest, which no later token reads: `conv_state[..., 1:]`.) cu_seqlens: bounds of packed documents
-    [documents + 1], for B = 1.
+    [documents + 1], for B = 1. cut: in the place of group and cu_seqlens, as in `linear_attention`.
 
     Returns the output [B, T, D] in x's dtype; with output_final_state also the last W - 1 tokens of each sequence or
     document, shaped like initial_state, in x's dtype and the same on every rank. Differentiable in x, weight, bias and
@@ -54,21 +54,20 @@ def causal_conv1d(
 
     def check() -> Arguments:
         options = {"activation": activation, "final_state": output_final_state}
-        return _check_conv((x, weight, bias, initial_state), cu_seqlens, options)
+        return _check_conv((x, weight, bias, initial_state), check_bounds, options)
 
-    turn = begin_call(group, "causal_conv1d", check)
-    lengths = turn()
-    bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(lengths))
-    rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
-    plan = make_plan(lengths, rank, layout, bounds)
-    halo = Halo.of(plan, turn, lengths, bounds, weight.shape[1] - 1)
+    def check_bounds() -> tuple[int, ...] | None:
+        return check_documents(x, cu_seqlens, cut)
+
+    turn, packed = begin_call(group, "causal_conv1d", check, cut), is_packed(cu_seqlens, cut)
+    halo = Halo.of(turn, weight.shape[1] - 1)
     # Convolutions would follow autocast: the output has x's dtype on every device.
     with exact(x):
         state = None
         if initial_state is not None:  # [documents, B, W - 1, D]
-            state = initial_state.to(x.dtype).mT.unsqueeze(0 if cu_seqlens is None else 1)
+            state = initial_state.to(x.dtype).mT.unsqueeze(1 if packed else 0)
         (x,), (before,) = bring_halo(halo, (x,), (state,))
-        runs = [run.length for run in plan.runs]
+        runs = [run.length for run in halo.plan.runs]
         output, ends = causal_convolution(
             x, before, runs, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         )
@@ -76,7 +75,7 @@ def causal_conv1d(
         if not output_final_state:
             return output
         output, final = share_ends(halo, output, ends)
-    return output, (final[0] if cu_seqlens is None else final[:, 0]).mT.contiguous()
+    return output, (final[:, 0] if packed else final[0]).mT.contiguous()
 
 
 # Checks -------------------------------------------------------------------------------------------------------------
@@ -84,7 +83,7 @@ def causal_conv1d(
 
 def _check_conv(
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    cu_seqlens: Tensor | Sequence[int] | None,
+    check_bounds: Callable[[], tuple[int, ...] | None],
     options: dict[str, Any],
 ) -> Arguments:
     x, weight, bias, state = tensors
@@ -98,7 +97,7 @@ def _check_conv(
         raise ValueError(f"weight must be [D, W] with D = {channels} channels of x, got {list(weight.shape)}")
     if bias is not None and list(bias.shape) != [channels]:
         raise ValueError(f"bias must be [D] = [{channels}], got {list(bias.shape)}")
-    bounds = check_documents(x, cu_seqlens)
+    bounds = check_bounds()
     if state is not None:
         rows, what = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
         if list(state.shape) != [rows, channels, weight.shape[1] - 1]:
@@ -119,7 +118,6 @@ def _check_conv(
         "dtype": str(x.dtype),
         "bias": bias is not None,
         "initial_state": state is not None,
-        "cu_seqlens": bounds,
         "backward": [wanted[0], any(wanted)],  # the halo's gradients travel for x alone
     }
-    return Arguments(fields, x.shape[1], None if bounds is None else bounds[-1])
+    return Arguments(fields, x.shape[1], bounds)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import check_tokens
+from lasp.functional.checks import check_documents, check_tokens, is_packed
 from lasp.functional.documents import short_documents
 from lasp.functional.recurrence import (
     by_document,
@@ -26,6 +26,7 @@ from lasp.kernels.decay.recurrence import CHUNK_SIZE
 from lasp.kernels.delta.recurrence import DeltaRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call, together
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, causal_recurrence
 from lasp.parallel.scan import ScanName, check_scan
@@ -45,6 +46,7 @@ def delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
     scan: ScanName = "auto",
     backend: Backend = "auto",
     chunk_size: int | None = None,
@@ -71,6 +73,7 @@ def delta_rule(
         "initial_state": initial_state,
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
+        "cut": cut,
     }
     return _delta("delta_rule", q, k, v, beta, log_decay, 1, group, **states, **options)
 
@@ -88,6 +91,7 @@ def delta_product(
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
     scan: ScanName = "auto",
     backend: Backend = "auto",
     chunk_size: int | None = None,
@@ -104,6 +108,7 @@ def delta_product(
         "initial_state": initial_state,
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
+        "cut": cut,
     }
     result = _delta("delta_product", q, k, v, beta, log_decay, steps, group, **states, **options)
     if isinstance(result, tuple):
@@ -144,6 +149,7 @@ def _delta(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | Sequence[int] | None,
+    cut: Cut | None,
     scan: ScanName,
     backend: Backend,
     chunk_size: int | None,
@@ -158,20 +164,18 @@ def _delta(
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
         delta_family(backend, q, chunk_size)
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
-        return check_recurrence((q, k, v), log_decay, beta, initial_state, cu_seqlens, options, steps)
+        bounds = check_documents(q, cu_seqlens, cut)
+        return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, options, steps)
 
-    turn, tokens = begin_call(group, operation, check), q.shape[1] // steps
+    turn, packed = begin_call(group, operation, check, cut), is_packed(cu_seqlens, cut)
     family = delta_family(backend, q, chunk_size)
-    short = (
-        short_documents(cu_seqlens, tokens, steps, group, chunk_size or CHUNK_SIZE)
-        if family is DeltaRecurrence
-        else None
-    )
+    longest = chunk_size or CHUNK_SIZE
+    short = short_documents(turn, packed, steps, longest) if family is DeltaRecurrence else None
     if short is not None:
         again = partial(delta_rule, output_final_state=True, scale=scale, backend=backend, chunk_size=chunk_size)
         output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
         return (output, final) if output_final_state else output
-    plan, runs = plan_call(turn, tokens, cu_seqlens, steps)
+    plan, runs = plan_call(turn, q.shape[1] // steps, packed, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
     recurrence = family(
@@ -179,8 +183,8 @@ def _delta(
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=True,
-        chunk_size=chunk_size or CHUNK_SIZE,
+        chunk_size=longest,
     )
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
-    state = by_document(initial_state, heads, cu_seqlens is not None, compute_dtype(q))
-    return whole_results(*causal_recurrence(call, state, (q, k, v, log_decay, beta)), packed=cu_seqlens is not None)
+    state = by_document(initial_state, heads, packed, compute_dtype(q))
+    return whole_results(*causal_recurrence(call, state, (q, k, v, log_decay, beta)), packed)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.documents import document_bounds
-from lasp.parallel.group import SequenceGroup
+from lasp.parallel.call import Turn
 
 
 class ShortDocuments(NamedTuple):
@@ -59,13 +58,13 @@ class ShortDocuments(NamedTuple):
         return self.bounds[document], self.bounds[document + 1]
 
 
-def short_documents(
-    cu_seqlens: Tensor | Sequence[int] | None, tokens: int, steps: int, group: SequenceGroup | None, longest: int
-) -> ShortDocuments | None:
-    """Those of a call of one device over `tokens` tokens of `steps` rows each; longest: in rows."""
-    if cu_seqlens is None or (group is not None and group.size > 1):
+def short_documents(turn: Turn, packed: bool, steps: int, longest: int) -> ShortDocuments | None:
+    """Those of a call of one device whose tokens are `steps` rows each; longest: in rows."""
+    if not packed or turn.group is not None:
         return None
-    return ShortDocuments.of(tuple(steps * bound for bound in document_bounds(cu_seqlens, tokens)), longest)
+    bounds = turn().bounds
+    assert bounds is not None, "packed"
+    return ShortDocuments.of(tuple(steps * bound for bound in bounds), longest)
 
 
 def _order(values: list[int], beside: Sequence[Tensor | None]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lasp.functional.checks import check_tokens
+from lasp.functional.checks import check_documents, check_tokens, is_packed
 from lasp.functional.documents import short_documents
 from lasp.functional.recurrence import (
     by_document,
@@ -24,6 +24,7 @@ from lasp.kernels.backend import Backend, decay_family
 from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE, DecayRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, bidirectional_recurrence, causal_recurrence
 from lasp.parallel.scan import ScanName, check_scan
@@ -43,6 +44,7 @@ def linear_attention(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     causal: bool = True,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
     scan: ScanName = "auto",
     backend: Backend = "auto",
     chunk_size: int | None = None,
@@ -58,10 +60,11 @@ def linear_attention(
     speaks of the whole sequence.
 
     scale: of the queries, K**-0.5 by default. initial_state: [B, H, K, V], with cu_seqlens [documents, H, K, V].
-    cu_seqlens: bounds of packed documents [documents + 1], for B = 1. causal=False: every token reads its whole
-    document; no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "torch", "triton", "fla" (both on a
-    GPU, fp32 and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32
-    or 64, of flash-linear-attention's 64.
+    cu_seqlens: bounds of packed documents [documents + 1], for B = 1. cut: that of the batch (`lasp.shard_batch`), in
+    the place of group and cu_seqlens; only data is exchanged then. causal=False: every token reads its whole document;
+    no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "torch", "triton", "fla" (both on a GPU, fp32
+    and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of
+    flash-linear-attention's 64.
 
     Returns the output [B, T, Ho, V] in v's dtype; with output_final_state also the final states, shaped like
     initial_state, in fp32 (fp64 for fp64 inputs) and the same on every rank. Differentiable in q, k, v, log_decay and
@@ -75,18 +78,19 @@ def linear_attention(
             raise ValueError("causal=False takes no log_decay: a token has no last token to decay from")
         decay_family(backend, q, chunk_size, causal)
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
-        return check_recurrence((q, k, v), log_decay, None, initial_state, cu_seqlens, options)
+        bounds = check_documents(q, cu_seqlens, cut)
+        return check_recurrence((q, k, v), log_decay, None, initial_state, bounds, options)
 
-    turn = begin_call(group, "linear_attention", check)
+    turn, packed = begin_call(group, "linear_attention", check, cut), is_packed(cu_seqlens, cut)
     family = decay_family(backend, q, chunk_size, causal)
     longest = chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE)
-    short = short_documents(cu_seqlens, q.shape[1], 1, group, longest) if family is DecayRecurrence else None
+    short = short_documents(turn, packed, 1, longest) if family is DecayRecurrence else None
     if short is not None:
         options: dict[str, Any] = {"scale": scale, "causal": causal, "backend": backend, "chunk_size": chunk_size}
         again = partial(linear_attention, output_final_state=True, **options)
         output, final = short.run(again, (q, k, v, log_decay), initial_state)
         return (output, final) if output_final_state else output
-    plan, runs = plan_call(turn, q.shape[1], cu_seqlens)
+    plan, runs = plan_call(turn, q.shape[1], packed)
     heads = state_heads(k.shape[2], v.shape[2], gate_heads(log_decay), initial_state=initial_state)
     recurrence = family(
         runs,
@@ -96,6 +100,6 @@ def linear_attention(
         chunk_size=longest,
     )
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
-    state = by_document(initial_state, heads, cu_seqlens is not None, compute_dtype(q))
+    state = by_document(initial_state, heads, packed, compute_dtype(q))
     run = causal_recurrence if causal else bidirectional_recurrence
-    return whole_results(*run(call, state, (q, k, v, log_decay)), packed=cu_seqlens is not None)
+    return whole_results(*run(call, state, (q, k, v, log_decay)), packed)

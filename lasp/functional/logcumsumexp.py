@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import check_beside, check_documents
+from lasp.functional.checks import check_beside, check_documents, is_packed
 from lasp.kernels.arguments import check_flags, check_tensors
-from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.halo import Halo, share_ends
-from lasp.parallel.layout import make_plan
 from lasp.parallel.logcumsumexp import LogCumSumExp
 from lasp.parallel.untraced import untraced
 
@@ -29,6 +28,7 @@ def logcumsumexp(
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Running log-sum-exp over the tokens of a document, `z_t = logaddexp(z_{t-1}, x_t)`, behind z_0 = initial_state.
 
@@ -38,7 +38,7 @@ def logcumsumexp(
     x [B, T, ...]; -inf adds nothing. Without a group T is the whole sequence; with one, x is this rank's tokens, and
     everything else speaks of the whole sequence. exclusive: z_{t-1} in the place of z_t. initial_state: [B, ...], with
     cu_seqlens [documents, ...]; nothing (-inf) if None. cu_seqlens: bounds of packed documents [documents + 1], for
-    B = 1.
+    B = 1. cut: in the place of group and cu_seqlens, as in `linear_attention`.
 
     Returns z [B, T, ...] in fp32 (fp64 for fp64 inputs), and with output_final_state also the last z of each sequence
     or document, shaped like initial_state and the same on every rank. Differentiable in x and initial_state, once.
@@ -46,34 +46,35 @@ def logcumsumexp(
     """
 
     def check() -> Arguments:
-        return _check(x, initial_state, cu_seqlens, {"exclusive": exclusive, "final_state": output_final_state})
+        options = {"exclusive": exclusive, "final_state": output_final_state}
+        return _check(x, initial_state, lambda: check_documents(x, cu_seqlens, cut), options)
 
-    turn = begin_call(group, "logcumsumexp", check)
-    lengths = turn()
-    bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(lengths))
-    rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
-    plan = make_plan(lengths, rank, layout, bounds)
+    turn, packed = begin_call(group, "logcumsumexp", check, cut), is_packed(cu_seqlens, cut)
+    plan = turn().plan()
     dtype = compute_dtype(x)
     if initial_state is None:
         initial = x.new_full((plan.documents, x.shape[0], *x.shape[2:]), -torch.inf, dtype=dtype)
     else:
-        initial = initial_state.to(dtype).unsqueeze(0 if cu_seqlens is None else 1)
+        initial = initial_state.to(dtype).unsqueeze(1 if packed else 0)
     rows = LogCumSumExp.apply(plan, turn, x.to(dtype), initial).split([run.length + 1 for run in plan.runs], 1)
     z = torch.cat([row[:, :-1] if exclusive else row[:, 1:] for row in rows], 1)
     if not output_final_state:
         return z
     z, final = share_ends(Halo(plan, turn, 1, ()), z, [row[:, -1] for row in rows])
-    return z, final[0] if cu_seqlens is None else final[:, 0]
+    return z, final[:, 0] if packed else final[0]
 
 
 def _check(
-    x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | Sequence[int] | None, options: dict[str, Any]
+    x: Tensor,
+    initial_state: Tensor | None,
+    check_bounds: Callable[[], tuple[int, ...] | None],
+    options: dict[str, Any],
 ) -> Arguments:
     check_tensors(("initial_state",), x=x, initial_state=initial_state)
     check_flags(exclusive=options["exclusive"], output_final_state=options["final_state"])
     if x.dim() < 2 or not x.is_floating_point() or x.shape[0] < 1:
         raise ValueError(f"x must be floating [batch, tokens, ...], got {x.dtype} {list(x.shape)}")
-    bounds = check_documents(x, cu_seqlens)
+    bounds = check_bounds()
     if initial_state is not None:
         check_beside("initial_state", initial_state, x, "x")
         rows, what = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
@@ -87,7 +88,6 @@ def _check(
         "shape": [x.shape[0], *x.shape[2:]],
         "dtype": str(x.dtype),
         "initial_state": initial_state is not None,
-        "cu_seqlens": bounds,
         "backward": torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     }
-    return Arguments(fields, x.shape[1], None if bounds is None else bounds[-1])
+    return Arguments(fields, x.shape[1], bounds)

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import (
-    check_beside,
-    check_documents,
-    check_heads,
-    check_tokens,
-)
+from lasp.functional.checks import check_beside, check_heads
 from lasp.kernels.arguments import check_integer, check_number, check_tensors
-from lasp.kernels.documents import document_bounds
 from lasp.kernels.precision import compute_dtype
-from lasp.kernels.values import may_look_at
+from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.call import Arguments, Turn
-from lasp.parallel.layout import Plan, make_plan
+from lasp.parallel.layout import Plan
 from lasp.parallel.scan import check_scan
 
 Runs = tuple[tuple[int, int], ...]
 
 
-def plan_call(
-    turn: Turn,
-    tokens: int,
-    cu_seqlens: Tensor | Sequence[int] | None,
-    steps: int = 1,
-) -> tuple[Callable[[], Plan], Runs]:
+def plan_call(turn: Turn, tokens: int, packed: bool, steps: int = 1) -> tuple[Callable[[], Plan], Runs]:
     """What waits for the ranks' agreement and makes the plan, and the (offset, length) of this rank's runs.
 
     tokens: this rank's number of them; steps: how many steps of the recurrence each takes.
     """
 
-    made: list[Plan] = []  # torch.compile cannot trace functools.cache around a closure
-
     def plan() -> Plan:
-        if not made:
-            agreed, group = turn(), turn.group
-            bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, sum(agreed))
-            rank, layout = (0, "contiguous") if group is None else (group.rank, group.layout)
-            made.append(make_plan(agreed, rank, layout, bounds).times(steps))
-        return made[0]
+        return turn().plan(steps)
 
     # Contiguous and in one document, the runs are known before the ranks have agreed.
-    one_run = cu_seqlens is None and (turn.group is None or turn.group.layout == "contiguous")
+    one_run = not packed and (turn.group is None or turn.group.layout == "contiguous")
     return plan, ((0, tokens * steps),) if one_run else plan().local_runs
 
 
@@ -93,18 +75,16 @@ def check_recurrence(
     log_decay: Tensor | None,
     beta: Tensor | None,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | Sequence[int] | None,
+    bounds: tuple[int, ...] | None,
     options: dict[str, Any],
     steps: int = 1,
 ) -> Arguments:
     """Check q, k, v, the gates and the initial state of a recurrence, and tell what all ranks must share of them.
 
-    steps: rows of the tensors to each token of the sequence.
+    bounds: of packed documents. steps: rows of the tensors to each token of the sequence.
     """
     q, k, v = tokens
-    check_tokens(q, k, v)
     _check_decay(q, log_decay)
-    bounds = check_documents(q, cu_seqlens)
     heads = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]}
     if log_decay is not None:
         heads["log_decay"] = gate_heads(log_decay)
@@ -126,10 +106,9 @@ def check_recurrence(
         "dims": [q.shape[3], v.shape[3]],
         "dtype": str(q.dtype),
         "log_decay": None if log_decay is None else log_decay.dim(),
-        "cu_seqlens": bounds,
         "backward": torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
     }
-    return Arguments(fields | {"steps": steps}, q.shape[1] // steps, None if bounds is None else bounds[-1])
+    return Arguments(fields | {"steps": steps}, q.shape[1] // steps, bounds)
 
 
 def _check_decay(q: Tensor, log_decay: Tensor | None) -> None:
@@ -144,8 +123,8 @@ def _check_decay(q: Tensor, log_decay: Tensor | None) -> None:
     if log_decay.dim() == 4 and log_decay.shape[3] != q.shape[3]:
         raise ValueError(f"log_decay {shape} must share its last dim with q {list(q.shape)}")
     check_beside("log_decay", log_decay, q)
-    if may_look_at(log_decay) and not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
+    if may_look_at(log_decay):
+        check_values(log_decay <= 0, lambda: f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
 
 
 def _check_state(state: Tensor, q: Tensor, v: Tensor, documents: int | None) -> None:
@@ -171,11 +150,13 @@ def _check_erasure(beta: Tensor, k: Tensor) -> None:
     """Beyond `beta·|k|^2 = 2` a token makes what its key held larger, and chunks overflow (2411.12537)."""
     if not may_look_at(beta) or not beta.numel():
         return
-    if not bool(((beta >= 0) & (beta <= 2)).all()):
-        raise ValueError(f"beta must lie in [0, 2], got values from {beta.min().item()} to {beta.max().item()}")
+    told = "beta must lie in [0, 2], got values from {} to {}"
+    check_values((beta >= 0) & (beta <= 2), lambda: told.format(beta.min().item(), beta.max().item()))
     heads = max(beta.shape[2], k.shape[2])
     norms = k.detach().to(compute_dtype(k)).square().sum(-1).repeat_interleave(heads // k.shape[2], 2)
-    largest = (norms * beta.detach().repeat_interleave(heads // beta.shape[2], 2)).max().item()
+    erased = norms * beta.detach().repeat_interleave(heads // beta.shape[2], 2)
     # A key that was normalised in its own dtype is longer than 1 by a few roundings of it.
-    if not largest <= 2 * (1 + 4 * torch.finfo(k.dtype).eps):
-        raise ValueError(f"beta·|k|^2 must not exceed 2 (normalise the keys), got {largest}")
+    check_values(
+        erased <= 2 * (1 + 4 * torch.finfo(k.dtype).eps),
+        lambda: f"beta·|k|^2 must not exceed 2 (normalise the keys), got {erased.max().item()}",
+    )

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lasp.functional.checks import check_documents, check_heads, check_tokens
 from lasp.kernels.arguments import check_flags, check_integer, check_number, check_tensors
-from lasp.kernels.documents import document_bounds
 from lasp.kernels.softmax.blocks import BlockAttention
 from lasp.kernels.softmax.mask import Mask
 from lasp.parallel import softmax
 from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.untraced import untraced
 
@@ -33,6 +33,7 @@ def softmax_attention(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
+    cut: Cut | None = None,
     method: softmax.Method = "auto",
 ) -> Tensor:
     """Softmax attention, `o_t = sum_i softmax(scale·q_t·k_i)_i v_i` over the keys that token t sees.
@@ -45,6 +46,7 @@ def softmax_attention(
     itself and the window - 1 tokens before it, causal only. softcap c: scores become `c·tanh(scores / c)` (Gemma 2).
     sinks [H], H the largest number of heads: one more score per head, of value 0 (gpt-oss). key_mask [B, T]: False
     hides a key. cu_seqlens: bounds of packed documents [documents + 1], for B = 1; no token sees another document's.
+    cut: in the place of group and cu_seqlens, as in `linear_attention`.
 
     method: "ring" (Ring Attention, arXiv:2310.01889) needs no more memory on more ranks and skips what the mask
     empties; "gather" (LASP-2H, arXiv:2502.07563) is one message, and keeps all keys; "ulysses" (arXiv:2309.14509) deals
@@ -57,22 +59,26 @@ def softmax_attention(
     once. Raises ValueError, on every rank of the group, for arguments that do not fit.
     """
     options = {"causal": causal, "window": window, "method": method}
+    ranks = getattr(cut, "group", None) or group
 
     def check() -> Arguments:
         check_flags(causal=causal)
         numbers = {"scale": check_number("scale", scale), "softcap": check_number("softcap", softcap)}
-        return _check_softmax((q, k, v), sinks, key_mask, cu_seqlens, group, options | numbers)
+        check_tokens(q, k, v)
+        check_tensors(("sinks", "key_mask"), sinks=sinks, key_mask=key_mask)
+        bounds = check_documents(q, cu_seqlens, cut)
+        fields = _check_softmax((q, k, v), sinks, key_mask, ranks, options | numbers)
+        return Arguments(fields, q.shape[1], bounds)
 
-    turn = begin_call(group, "softmax_attention", check)
-    lengths = turn()
-    total = sum(lengths)
-    bounds = (0, total) if cu_seqlens is None else document_bounds(cu_seqlens, total)
+    turn = begin_call(group, "softmax_attention", check, cut)
+    lies = turn()
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    attention = BlockAttention(Mask(bounds, causal, window), scale, None if softcap is None else float(softcap))
+    mask = Mask(lies.bounds or (0, lies.total), causal, window)
+    attention = BlockAttention(mask, scale, None if softcap is None else float(softcap))
     heads, key_heads = _attention_heads(q, k, v)
-    chosen = softmax.check_method(method, group, heads, key_heads, window)
+    chosen = softmax.check_method(method, ranks, heads, key_heads, window)
     q, k, v = (_with_heads(x, count) for x, count in ((q, heads), (k, key_heads), (v, key_heads)))
-    return softmax.shared_attention(softmax.Call(attention, lengths, turn, chosen), q, k, v, sinks, key_mask)
+    return softmax.shared_attention(softmax.Call(attention, lies, turn, chosen), q, k, v, sinks, key_mask)
 
 
 def _with_heads(x: Tensor, heads: int) -> Tensor:
@@ -92,14 +98,11 @@ def _check_softmax(
     tokens: tuple[Tensor, Tensor, Tensor],
     sinks: Tensor | None,
     key_mask: Tensor | None,
-    cu_seqlens: Tensor | Sequence[int] | None,
     group: SequenceGroup | None,
     options: dict[str, Any],
-) -> Arguments:
+) -> dict[str, Any]:
+    """Returns what all ranks must share."""
     q, k, v = tokens
-    check_tokens(q, k, v)
-    check_tensors(("sinks", "key_mask"), sinks=sinks, key_mask=key_mask)
-    bounds = check_documents(q, cu_seqlens)
     heads = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]}
     check_heads(heads)
     _check_window(options["window"], options["causal"])
@@ -115,7 +118,7 @@ def _check_softmax(
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
     method = softmax.check_method(options["method"], group, query_heads, key_heads, options["window"])
     tensors = [x for x in (q, k, v, sinks) if x is not None]
-    fields = options | {
+    return options | {
         "scale": q.shape[3] ** -0.5 if options["scale"] is None else options["scale"],
         "method": method,
         "device": q.device.type,
@@ -125,10 +128,8 @@ def _check_softmax(
         "dtype": str(q.dtype),
         "sinks": sinks is not None,
         "key_mask": key_mask is not None,
-        "cu_seqlens": bounds,
         "backward": torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
     }
-    return Arguments(fields, q.shape[1], None if bounds is None else bounds[-1])
 
 
 def _check_window(window: int | None, causal: bool) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lasp.functional import delta_product
+from lasp.layers.context import Context
 from lasp.layers.gated_deltanet import GatedDeltaNet
-from lasp.layers.mixer import Context
 
 
 class DeltaProduct(GatedDeltaNet):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.functional import delta_rule
-from lasp.layers.mixer import Context
+from lasp.layers.context import Context
 from lasp.layers.recurrent import RecurrentMixer
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.layers.mixer import Context
+from lasp.layers.context import Context
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.state import State
 

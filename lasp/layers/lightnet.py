@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.functional import logcumsumexp
-from lasp.layers.mixer import Context
+from lasp.layers.context import Context
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.state import ScaledMemory
 
@@ -38,8 +38,7 @@ class LightNet(RecurrentMixer):
             exclusive=True,
             initial_state=None if state is None else state.log_sum,
             output_final_state=context.output_final_state,
-            cu_seqlens=context.cu_seqlens,
-            group=context.group,
+            **context.sequence,
         )
         before, log_sum = found if isinstance(found, tuple) else (found, None)
         # exp(k - z) and z_{t-1} - z, both from z_{t-1}: the difference of two z loses small keys and small decays.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.layers.mixer import Context
+from lasp.layers.context import Context
 from lasp.layers.recurrent import RecurrentMixer
 
 

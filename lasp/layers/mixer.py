@@ -14,35 +14,21 @@ and a subclass says only what is its own.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.context import Context, sequence_of
 from lasp.layers.rotary import Rotary
 from lasp.layers.short_conv import ShortConv
 from lasp.layers.state import ConvolvedMemory, State
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
-
-
-@dataclass(frozen=True)
-class Context:
-    """What surrounds the tokens of one call; the fields are arguments of `Mixer.forward`."""
-
-    attention_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    state: State | None
-    output_final_state: bool
-    group: SequenceGroup | None
-
-    @property
-    def group_size(self) -> int:
-        """How many ranks hold a part of the sequence."""
-        return 1 if self.group is None else self.group.size
 
 
 class Mixer(nn.Module):
@@ -133,6 +119,7 @@ class Mixer(nn.Module):
         state: State | None = None,
         output_final_state: bool = False,
         group: SequenceGroup | None = None,
+        cut: Cut | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mix the tokens of x.
 
@@ -146,6 +133,7 @@ class Mixer(nn.Module):
             state: what `output_final_state` returned for the tokens before these.
             output_final_state: whether to return the state after the last token.
             group: ranks that hold the rest of the sequence.
+            cut: of the batch (`lasp.shard_batch`), in the place of group and cu_seqlens.
 
         Returns:
             y [B, T, hidden] and the final state of the mixer's kind, None unless asked for.
@@ -157,7 +145,8 @@ class Mixer(nn.Module):
         """
         if attention_mask is not None:
             _check_mask(attention_mask, x)
-        context = Context(attention_mask, cu_seqlens, state, output_final_state, group)
+        sequence = sequence_of(cut=cut, group=group, cu_seqlens=cu_seqlens)
+        context = Context(attention_mask, state, output_final_state, sequence)
         projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         tail = None
         if self.short_conv is not None:
@@ -183,7 +172,7 @@ class Mixer(nn.Module):
         if state is not None and not isinstance(state, ConvolvedMemory):
             raise ValueError(f"{type(self).__name__} continues from a ConvolvedMemory, got {type(state).__name__}")
         # All channels at once: one exchange of halos.
-        x, tail = self.short_conv(torch.cat(projected, -1), **(vars(context) | {"state": state}))
+        x, tail = self.short_conv(torch.cat(projected, -1), replace(context, state=state))
         parts = list(x.split([part.shape[-1] for part in projected], -1))
         return parts, tail, replace(context, state=None if state is None else state.memory)
 
@@ -201,16 +190,14 @@ class Mixer(nn.Module):
         """Positions [1, T] counted from 0 in each document, for tokens with nothing before them."""
         if context.state is not None:
             raise ValueError(f"{type(self).__name__} needs position_ids to continue from a state")
-        if context.group is not None and context.group.size > 1:
+        positions = context.positions(x)
+        if positions is None:
+            group = context.sequence["group"]
             raise ValueError(
-                f"{type(self).__name__} needs position_ids: rank {context.group.rank} of {context.group.size}"
-                " sees only a part of the sequence (lasp.shard_batch returns them)"
+                f"{type(self).__name__} needs position_ids: rank {group.rank} of {group.size} sees only a part of the "
+                "sequence (lasp.shard_batch returns them)"
             )
-        positions = torch.arange(x.shape[1], device=x.device)
-        if context.cu_seqlens is not None:
-            ends = context.cu_seqlens.to(positions)
-            positions = positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
-        return positions.unsqueeze(0)
+        return positions
 
 
 def _keywords(mixer: type[Mixer]) -> set[str]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lasp.functional import delta_rule
+from lasp.layers.context import Context
 from lasp.layers.gated_deltanet import GatedDeltaNet
 from lasp.layers.mamba2 import inverse_softplus
-from lasp.layers.mixer import Context
 
 
 class MixtureOfMemories(GatedDeltaNet):

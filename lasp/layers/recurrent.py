@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.functional import linear_attention
-from lasp.layers.mixer import Context, Mixer
+from lasp.layers.context import Context
+from lasp.layers.mixer import Mixer
 from lasp.layers.state import State
 
 
@@ -54,8 +55,7 @@ class RecurrentMixer(Mixer):
             scale=self.scale,
             initial_state=context.state,
             output_final_state=context.output_final_state,
-            cu_seqlens=context.cu_seqlens,
-            group=context.group,
+            **context.sequence,
             **arguments,
         )
         output, final = result if isinstance(result, tuple) else (result, None)

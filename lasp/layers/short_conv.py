@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lasp.functional import causal_conv1d
+from lasp.layers.context import Context
 from lasp.layers.state import ConvolvedMemory
-from lasp.parallel.group import SequenceGroup
 
 
 class ShortConv(nn.Module):
@@ -21,39 +21,31 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, size))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: ConvolvedMemory | None,
-        output_final_state: bool,
-        group: SequenceGroup | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Convolve x [B, T, channels]; the keywords are those of `Mixer.forward`.
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """Convolve x [B, T, channels]; the state of the context is a `ConvolvedMemory` or None.
 
         Returns the output and, if asked for, the tail [B or documents, channels, size - 1] after the last token.
 
         Raises:
             ValueError: padding together with a group or packed documents, and what `causal_conv1d` raises.
         """
+        state = context.state
+        assert state is None or isinstance(state, ConvolvedMemory), "checked by the mixer"
         tail = None if state is None else state.tail.to(x.dtype)
-        if attention_mask is not None:
-            if cu_seqlens is not None or (group is not None and group.size > 1):
+        if context.attention_mask is not None:
+            if context.packed or context.ranks > 1:
                 raise ValueError(
                     "a short convolution takes an attention_mask only for one text on one device: pack documents with "
                     "cu_seqlens, and let labels of -100 hide padding at the end"
                 )
-            return self._skip_padding(x, attention_mask, tail, output_final_state)
+            return self._skip_padding(x, context.attention_mask, tail, context.output_final_state)
         result = causal_conv1d(
             x,
             self.weight,
             activation="silu",
             initial_state=tail,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-            group=group,
+            output_final_state=context.output_final_state,
+            **context.sequence,
         )
         return result if isinstance(result, tuple) else (result, None)
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.functional import softmax_attention
-from lasp.layers.mixer import Context, Mixer
+from lasp.layers.context import Context
+from lasp.layers.mixer import Mixer
 from lasp.layers.rotary import Rotary
 from lasp.layers.state import KeyValues
 
@@ -49,8 +50,7 @@ class SoftmaxAttention(Mixer):
                 causal=self.causal,
                 window=self.window,
                 key_mask=context.attention_mask,
-                cu_seqlens=context.cu_seqlens,
-                group=context.group,
+                **context.sequence,
             )
         if known is None or not context.output_final_state:
             return o, None
@@ -60,10 +60,10 @@ class SoftmaxAttention(Mixer):
         """Keys and values from the first token on; None where no state is given or asked for."""
         if context.state is None and not context.output_final_state:
             return None
-        if not self.causal or context.cu_seqlens is not None or context.group_size > 1:
+        if not self.causal or context.packed or context.ranks > 1:
             raise ValueError(
                 "softmax attention keeps a state only of what came before, in one text on one device; got"
-                f" causal={self.causal}, cu_seqlens={context.cu_seqlens}, a group of {context.group_size}"
+                f" causal={self.causal}, packed={context.packed}, ranks={context.ranks}"
             )
         mask = context.attention_mask
         new = KeyValues(k, v, k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask)

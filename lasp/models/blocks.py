@@ -1,15 +1,20 @@
 """What the models of this package share: blocks of a mixer and a feed-forward, and the ways into them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lasp.kernels.documents import document_bounds
 from lasp.layers import Mixer, State, mixer_class
 from lasp.models.config import MixerConfig
+from lasp.parallel.batch import AGREEMENT, read_agreement
+from lasp.parallel.call import Arguments, begin_call, modes
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.parameters import outline
 
 
 class SwiGLU(nn.Module):
@@ -71,23 +76,53 @@ def build_mixer(config: MixerConfig, layer_idx: int) -> Mixer:
     )
 
 
-def embed(table: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Embeddings [B, T, hidden] of input_ids [B, T], unless they are given.
+def tokens_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of both that is given, [B, T] or [B, T, hidden].
 
     Raises:
-        ValueError: not exactly one of both.
+        ValueError: not exactly one of them.
     """
-    if (input_ids is None) == (inputs_embeds is None):
+    if input_ids is None and inputs_embeds is not None:
+        return inputs_embeds
+    if input_ids is None or inputs_embeds is not None:
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    return table(input_ids) if inputs_embeds is None else inputs_embeds
+    return input_ids
 
 
-def is_parallel(group: SequenceGroup | None) -> bool:
-    """Whether other ranks hold a part of the sequence."""
-    return group is not None and group.size > 1
+def take_cut(
+    model: nn.Module,
+    tokens: Tensor,
+    group: SequenceGroup | None,
+    cut: Cut | None,
+    cu_seqlens: Tensor | None,
+    told: Mapping[str, Any],
+) -> Cut:
+    """The cut that a model runs with: the one it is given, or its own over a group, on which the ranks agree.
+
+    tokens: [B, T] or [B, T, hidden]. told: arguments of which all ranks must give the same ones; an "agreement" among
+    them, of a batch from a worker process, is compared too. A batch of `lasp.shard_batch` has cut and cu_seqlens, and
+    may come with the group; they must be those of the cut.
+
+    Raises:
+        ValueError: on every rank, where they differ or the documents are none; for a cut that does not fit.
+    """
+
+    def check() -> Arguments:
+        if cut is not None and cu_seqlens is not None:
+            cut.check_documents(cu_seqlens)
+        if cut is not None and group is not None and not group.cuts_as(cut.group):
+            raise ValueError("the batch was cut over another group than the model is given")
+        given = {name: value for name, value in told.items() if value is not None}
+        fields = read_agreement(given.get(AGREEMENT)) | {"arguments": sorted(given), "batch": tokens.shape[0]}
+        if cut is None and group is not None and group.size > 1:
+            fields |= {"model": outline(model), **modes()}
+        bounds = None if cut is not None or cu_seqlens is None else document_bounds(cu_seqlens)
+        return Arguments(fields, tokens.shape[1], bounds)
+
+    return begin_call(group if cut is None else None, type(model).__name__, check, cut)()
 
 
-def token_mask(attention_mask: Tensor | None, x: Tensor, past: int, group: SequenceGroup | None) -> Tensor | None:
+def token_mask(attention_mask: Tensor | None, x: Tensor, past: int, cut: Cut) -> Tensor | None:
     """Which tokens of x [B, T, hidden] are not padding, bool [B, T]; None when all are."""
     if attention_mask is None:
         return None
@@ -99,4 +134,4 @@ def token_mask(attention_mask: Tensor | None, x: Tensor, past: int, group: Seque
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
     # Padding turns a decay per head into one per token. All ranks must do so alike, so a rank may not look at its own.
-    return None if not is_parallel(group) and mask.all() else mask
+    return None if cut.size == 1 and mask.all() else mask

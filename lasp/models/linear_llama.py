@@ -1,7 +1,7 @@
 """Linear-Llama3: Llama's blocks around linear mixers, as a Hugging Face model (LASP-2, arXiv 2502.07563, section 4).
 
 Hybrids have softmax attention in some layers (`pattern="LLLN"`: in every fourth). Parallelism enters through one
-argument, `group`, on its way down to the mixers; nothing else here knows of ranks. Generation carries a
+argument, `cut`, on its way down to the mixers; nothing else here knows of ranks. Generation carries a
 `RecurrentCache`: one state per layer.
 """
 
@@ -12,12 +12,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from lasp.layers import State
-from lasp.models.blocks import build_blocks, embed, is_parallel, token_mask
+from lasp.models.blocks import build_blocks, take_cut, token_mask, tokens_of
 from lasp.models.cache import NAME, NAMES, RecurrentCache, one_cache
 from lasp.models.config import LinearLlamaConfig
+from lasp.parallel.batch import AGREEMENT
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
-from lasp.parallel.sharding import settle
 
 IGNORE_INDEX = -100
 
@@ -55,16 +56,19 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         group: SequenceGroup | None = None,
+        cut: Cut | None = None,
         cache: RecurrentCache | None = None,
     ) -> BaseModelOutputWithPast:
         """Arguments and errors as for `LinearLlamaForCausalLM.forward`; last_hidden_state is [B, T, hidden]."""
-        x = embed(self.embed_tokens, input_ids, inputs_embeds)
         before = one_cache(past_key_values, cache)
-        after = self._cache(before, use_cache, cu_seqlens, group)
+        told = {"attention_mask": attention_mask, "past_key_values": before}
+        cut = take_cut(self, tokens_of(input_ids, inputs_embeds), group, cut, cu_seqlens, told)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        after = self._cache(before, use_cache, cut)
         past = 0 if before is None else before.seen_tokens
         if position_ids is None and past:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
-        mask = token_mask(attention_mask, x, past, group)
+        mask = token_mask(attention_mask, x, past, cut)
 
         states: list[State | None] = []
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -76,10 +80,9 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
                 x,
                 position_ids=position_ids,
                 attention_mask=mask,
-                cu_seqlens=cu_seqlens,
                 state=None if before is None else before.states[index],
                 output_final_state=after is not None,
-                group=group,
+                cut=cut,
             )
             states.append(state)
         if after is not None:
@@ -91,15 +94,9 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
             **{NAME: after},
         )
 
-    def _cache(
-        self,
-        past: RecurrentCache | None,
-        use_cache: bool | None,
-        cu_seqlens: Tensor | None,
-        group: SequenceGroup | None,
-    ) -> RecurrentCache | None:
+    def _cache(self, past: RecurrentCache | None, use_cache: bool | None, cut: Cut) -> RecurrentCache | None:
         """The cache that takes this call's states, or None."""
-        plain = cu_seqlens is None and not is_parallel(group)
+        plain = not cut.packed and cut.size == 1
         if (past is not None or use_cache) and not plain:
             raise ValueError("a cache continues one text on one device: it takes neither cu_seqlens nor a group")
         if past is not None and len(past.states) != len(self.layers):
@@ -144,6 +141,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         group: SequenceGroup | None = None,
+        cut: Cut | None = None,
         agreement: Tensor | None = None,
         cache: RecurrentCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
@@ -155,8 +153,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
             input_ids: [B, T]; or inputs_embeds: [B, T, hidden].
             attention_mask: [B, T], or [B, past + T] after `past` cached tokens; zeros are padding, which changes no
                 state wherever it stands. With a group, either every rank gives one or none does.
-            position_ids: [B or 1, T], positions in the document (default: counted from the cached tokens on; with a
-                group they must be given where a mixer needs them).
+            position_ids: [B or 1, T], positions in the document (default: counted from the cached tokens on).
             labels: [B, T], the tokens themselves, shifted here; only without a group. A document's last token has no
                 target.
             shift_labels: [B, T], the target of each token, used as it is. -100 marks tokens without one.
@@ -170,6 +167,7 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
             output_attentions: must not be True: no attention weights are kept.
             return_dict: False for a tuple.
             group: ranks that hold the rest of the sequence.
+            cut: of the batch (`lasp.shard_batch`), in the place of group and cu_seqlens: nothing has to be agreed then.
             agreement: what a batch from a worker process carries (`lasp.ShardedCollator`), compared here.
             cache: what transformers 5.24 calls past_key_values; only one of the two.
 
@@ -185,27 +183,28 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         """
         if output_attentions:
             raise ValueError("output_attentions: linear mixers have no attention weights, and softmax ones keep none")
-        targets = next_tokens(labels, cu_seqlens, group) if shift_labels is None else shift_labels
+        told = {"attention_mask": attention_mask, "past_key_values": one_cache(past_key_values, cache)}
+        told |= {"labels": labels, "shift_labels": shift_labels, AGREEMENT: agreement}
+        cut = take_cut(self, tokens_of(input_ids, inputs_embeds), group, cut, cu_seqlens, told)
+        targets = next_tokens(labels, cut) if shift_labels is None else shift_labels
         if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"a loss needs the logits of every token, got logits_to_keep={logits_to_keep}")
-        settle(agreement, group)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            group=group,
+            cut=cut,
             cache=cache,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if targets is not None:
-            loss = cross_entropy(logits, targets, group=group, ignore_index=IGNORE_INDEX, num_items=num_items_in_batch)
+            loss = cross_entropy(logits, targets, cut=cut, ignore_index=IGNORE_INDEX, num_items=num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -216,13 +215,13 @@ class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, GenerationMixin):
         return result if as_dict else result.to_tuple()
 
 
-def next_tokens(labels: Tensor | None, cu_seqlens: Tensor | None, group: SequenceGroup | None) -> Tensor | None:
+def next_tokens(labels: Tensor | None, cut: Cut) -> Tensor | None:
     """Targets [B, T] of the tokens `labels` [B, T]: each one's successor in its document, -100 where there is none."""
     if labels is None:
         return None
-    if is_parallel(group):
+    if cut.size > 1:
         raise ValueError("labels cannot be shifted across ranks: give shift_labels, as lasp.shard_batch does")
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if cu_seqlens is not None:
-        targets[:, cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+    if cut.bounds is not None:
+        targets[:, [stop - 1 for stop in cut.bounds[1:] if stop > 0]] = IGNORE_INDEX
     return targets

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from lasp.models.blocks import build_blocks, embed, token_mask
+from lasp.models.blocks import build_blocks, take_cut, token_mask, tokens_of
 from lasp.models.config import MixerConfig
+from lasp.parallel.batch import AGREEMENT
+from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
-from lasp.parallel.sharding import settle
 
 
 class LinearRobertaConfig(MixerConfig):
@@ -74,12 +75,15 @@ class LinearRobertaModel(LinearRobertaPreTrainedModel):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         group: SequenceGroup | None = None,
+        cut: Cut | None = None,
     ) -> BaseModelOutput:
         """Arguments and errors as for `LinearRobertaForMaskedLM.forward`; last_hidden_state is [B, T, hidden]."""
-        x = embed(self.embed_tokens, input_ids, inputs_embeds)
-        mask = token_mask(attention_mask, x, 0, group)
+        told = {"attention_mask": attention_mask}
+        cut = take_cut(self, tokens_of(input_ids, inputs_embeds), group, cut, cu_seqlens, told)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = token_mask(attention_mask, x, 0, cut)
         for block in self.layers:
-            x, _ = block(x, position_ids=position_ids, attention_mask=mask, cu_seqlens=cu_seqlens, group=group)
+            x, _ = block(x, position_ids=position_ids, attention_mask=mask, cut=cut)
         return BaseModelOutput(last_hidden_state=self.norm(x))
 
 
@@ -120,6 +124,7 @@ class LinearRobertaForMaskedLM(LinearRobertaPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         group: SequenceGroup | None = None,
+        cut: Cut | None = None,
         agreement: Tensor | None = None,
     ) -> MaskedLMOutput | tuple:
         """Logits of the tokens themselves, and the loss when labels are given.
@@ -130,13 +135,14 @@ class LinearRobertaForMaskedLM(LinearRobertaPreTrainedModel):
             input_ids: [B, T], some of them masked; or inputs_embeds: [B, T, hidden].
             attention_mask: [B, T]; zeros are padding, which no token sees. With a group, either every rank gives one or
                 none does.
-            position_ids: [B or 1, T], positions in the document (default: counted from 0; needed with a group).
+            position_ids: [B or 1, T], positions in the document (default: counted from 0).
             labels: [B, T], what each token was, -100 where it is not to be restored.
             shift_labels: another name of labels: `lasp.shard_batch` returns both, here of the same, unshifted values.
             cu_seqlens: [N + 1], ends of packed documents in the whole sequence (B = 1).
             num_items_in_batch: what to divide the loss by (default: valid labels of the whole sequence).
             return_dict: False for a tuple.
             group: ranks that hold the rest of the sequence.
+            cut: of the batch (`lasp.shard_batch`), in the place of group and cu_seqlens: nothing has to be agreed then.
             agreement: what a batch from a worker process carries (`lasp.ShardedCollator`), compared here.
 
         Returns:
@@ -147,20 +153,20 @@ class LinearRobertaForMaskedLM(LinearRobertaPreTrainedModel):
             ValueError: not exactly one of input_ids and inputs_embeds, a mask of another shape; and what the mixers and
                 `lasp.cross_entropy` raise.
         """
-        settle(agreement, group)
+        targets = shift_labels if labels is None else labels
+        told = {"attention_mask": attention_mask, "labels": targets, AGREEMENT: agreement}
+        cut = take_cut(self, tokens_of(input_ids, inputs_embeds), group, cut, cu_seqlens, told)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            group=group,
+            cut=cut,
         )
         logits = self.lm_head(self.head(outputs.last_hidden_state))
-        targets = shift_labels if labels is None else labels
         loss = None
         if targets is not None:
-            loss = cross_entropy(logits, targets, group=group, num_items=num_items_in_batch)
+            loss = cross_entropy(logits, targets, cut=cut, num_items=num_items_in_batch)
         result = MaskedLMOutput(loss=loss, logits=logits)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()

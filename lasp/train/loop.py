@@ -114,7 +114,8 @@ class Trainer:
         device = self.ranks.device
         batch = {name: tensor.to(device) for name, tensor in self.batches.read(self.steps_done).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            loss = self.parallel(**batch, group=self.ranks.sequence).loss
+            cut = self.ranks.sequence.cut(self.config.data.seq_len)
+            loss = self.parallel(**batch, cut=cut).loss
         loss.backward()
         return self.ranks.mean(loss.detach())
 

@@ -78,6 +78,8 @@ class Ranks:
 
     def mean(self, value: Tensor) -> float:
         """The mean of a scalar over the data-parallel axis, the same on every rank when it is the same along sp."""
+        if self.dp_size == 1:
+            return value.item()
         total = value.detach().clone().view(1)
         return collectives.all_reduce(total, self.mesh.get_group("dp"), "control").wait().item() / self.dp_size
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasp.parallel.cut import Cut
 from lasp.parallel.untraced import outside
 from lasp.wrap.swap import Function, calls, is_swapped, rebind_telling, swap, undecorated
-from lasp.wrap.wiring import WIRING, Batch, Wiring
+from lasp.wrap.wiring import OUTSIDE, WIRING, Wiring
 
 BLOCK = 64  # positions that are drawn at once
 
@@ -34,28 +35,31 @@ def dropout(wiring: Wiring, x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def _dropped(wiring: Wiring, seed: int, x: Tensor, p: float) -> Tensor:
-    batch = wiring.batch_of(seed)
-    if batch is not None and x.dim() > 2 and x.shape[1] == batch.tokens:
-        return _by_position(batch, seed, x, p)
-    if batch is not None and x.dim() == 2 and x.shape[0] == batch.sequences * batch.tokens:
-        return _by_position(batch, seed, x.unflatten(0, (batch.sequences, -1)), p).flatten(0, 1)
+    forward = wiring.running
+    if forward is None:  # the mask of the tokens, and again the same one where a layer is repeated
+        raise ValueError(OUTSIDE)
+    tokens = forward.cut.tokens
+    if x.dim() > 2 and x.shape[1] == tokens:
+        return _by_position(forward.cut, seed, x, p)
+    if x.dim() == 2 and x.shape[0] == forward.sequences * tokens:
+        return _by_position(forward.cut, seed, x.unflatten(0, (forward.sequences, -1)), p).flatten(0, 1)
     rank = 0 if wiring.group is None else wiring.group.rank
     return _draw(seed + rank, x.shape, x.device) < p
 
 
-def _by_position(batch: Batch, seed: int, x: Tensor, p: float) -> Tensor:
+def _by_position(cut: Cut, seed: int, x: Tensor, p: float) -> Tensor:
     """Which numbers of x [B, T, ...] are 0."""
     shape = (x.shape[0], BLOCK, *x.shape[2:])
     drawn = [
         _draw(seed + block, shape, x.device)[:, start - block * BLOCK : stop - block * BLOCK] < p
-        for block, start, stop in _blocks(batch)
+        for block, start, stop in _blocks(cut)
     ]
     return torch.cat(drawn, 1)
 
 
-def _blocks(batch: Batch) -> Iterator[tuple[int, int, int]]:
+def _blocks(cut: Cut) -> Iterator[tuple[int, int, int]]:
     """This rank's tokens by blocks of positions: block, start, stop."""
-    for start, stop in batch.parts:
+    for start, stop in cut.parts:
         borders = range((start // BLOCK + 1) * BLOCK, stop, BLOCK)
         for a, b in pairwise((start, *borders, stop)):
             if a < b:

@@ -166,8 +166,8 @@ def rotation(
     call: LayerCall, module: Any, q: Tensor, k: Tensor, seqlen_offset: int = 0, max_seqlen: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`RotaryEmbedding.forward`, which counts from the first token that it is given. q, k [B, T, H, D]."""
-    positions = call.wiring.positions
-    if module.scale is not None or module.interleaved or seqlen_offset or positions is None:
+    positions = call.known_cut.positions(q.device)
+    if module.scale is not None or module.interleaved or seqlen_offset:
         raise ValueError("RotaryEmbedding: neither scale_base (xPos) nor interleaved pairs nor an offset are known")
     # Not from module.inv_freq, which a model in bf16 has rounded.
     steps = torch.arange(0, module.dim, 2, dtype=compute_dtype(q), device=q.device)

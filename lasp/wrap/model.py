@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.kernels.arguments import told
+from lasp.kernels.documents import document_bounds
+from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel import collectives
-from lasp.parallel.batch import AGREEMENT, read_agreement
+from lasp.parallel.batch import AGREEMENT, CUT, read_agreement
 from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.cut import Cut
+from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
 from lasp.parallel.untraced import outside
-from lasp.wrap.wiring import WIRING, Batch, Wiring, parts_of, refuse
+from lasp.wrap.wiring import WIRING, Forward, Wiring
 
 
 @outside
@@ -30,8 +35,10 @@ def loss(
 ) -> Tensor:
     """The model's loss function: the targets come shifted."""
     assert shift_labels is not None, "checked before the forward"
-    wiring.has_loss = True
-    return cross_entropy(logits, shift_labels, group=wiring.group, num_items=num_items_in_batch)
+    if wiring.running is None:
+        return cross_entropy(logits, shift_labels, group=wiring.group, num_items=num_items_in_batch)
+    wiring.running.has_loss = True
+    return cross_entropy(logits, shift_labels, cut=wiring.running.cut, num_items=num_items_in_batch)
 
 
 def balance(
@@ -65,57 +72,77 @@ def balance(
 
 def prepare(
     model: Any, check: Callable[[], None], wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The keywords for a model's forward: what would be silently wrong is an error on every rank; positions are global.
+) -> tuple[Forward, dict[str, Any]]:
+    """A model's forward and its keywords: what would be silently wrong is an error; positions are global.
 
-    check: whether the model is still ours. Raises ValueError for what `lasp.shard_batch` would not have made.
+    check: whether the model is still ours. Without the cut of its batch the ranks agree on one, and the ValueError for
+    what `lasp.shard_batch` would not have made is raised on all of them.
     """
-    group, agreement = wiring.group, kwargs.pop(AGREEMENT, None)
+    given, agreement = kwargs.pop(CUT, None), kwargs.pop(AGREEMENT, None)
+    documents = kwargs.pop("cu_seqlens", None)
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
 
     def checked() -> Arguments:
         check()
-        return _check_inputs(model, args, kwargs, tokens, agreement)
+        said = sorted(name for name, x in kwargs.items() if x is not None and x is not False)
+        fields = {"arguments": said} | read_agreement(agreement)
+        _check_inputs(model, args, kwargs, tokens)
+        assert tokens is not None, "checked"
+        bounds = _check_cut(given, documents, wiring.group, kwargs)
+        _check_vocabulary(model, tokens, given)
+        return Arguments(fields | {"batch": tokens.shape[0]}, tokens.shape[1], bounds)
 
-    lengths = begin_call(group, "forward of the model", checked)()
+    group = None if given is not None else wiring.group
+    cut = begin_call(group, "forward of the model", checked, given)()
     assert tokens is not None, "checked"
-    if 0 in lengths:
-        raise ValueError(f"every rank needs a token, the ranks hold {list(lengths)}: use lasp.shard_batch")
-    parts, packed = parts_of(lengths, group), kwargs.get("cu_seqlens") is not None
-    if not packed:
-        own = torch.cat([torch.arange(*part) for part in parts]).to(tokens.device)
-        begin_call(group, "positions of the model", lambda: _check_positions(kwargs.get("position_ids"), own))()
+    if 0 in cut.lengths:
+        raise ValueError(f"every rank needs a token, the ranks hold {list(cut.lengths)}: use lasp.shard_batch")
+    own = cut.positions(tokens.device)
+    if not cut.packed:
+        positions, wait = kwargs.get("position_ids"), given is None
+        begin_call(group, "positions of the model", lambda: _check_positions(positions, own, wait))()
+    if not cut.packed or kwargs.get("position_ids") is None:
         kwargs["position_ids"] = own.unsqueeze(0)
-    wiring.batch, wiring.positions = (
-        Batch(len(tokens), lengths, parts, packed),
-        kwargs["position_ids"].flatten(0, -2)[0],
-    )
-    wiring.has_loss = False
     if kwargs.get("labels") is not None:
         kwargs["labels"] = kwargs["shift_labels"]  # models of flash-linear-attention hand on no others
     parameters = inspect.signature(type(model).forward).parameters
-    if "group" in parameters:
-        kwargs["group"] = group
+    if CUT in parameters:
+        kwargs[CUT] = cut
     if "position_ids" not in parameters:
         kwargs.pop("position_ids", None)
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         kwargs["use_cache"] = False
-    return kwargs
+    return Forward(cut, len(tokens)), kwargs
 
 
-def check_loss(model: Any, wiring: Wiring, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError where a forward had labels and did not come to our loss; a rank that did waits there for us."""
-    if kwargs.get("labels") is not None and not wiring.has_loss:
-        refuse(
-            wiring.group, f"{type(model).__name__} took labels and did not call its loss_function, which lasp replaces"
+def check_loss(model: Any, forward: Forward, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where a forward had labels and did not come to our loss."""
+    if kwargs.get("labels") is not None and not forward.has_loss:
+        raise ValueError(f"{type(model).__name__} took labels and did not call its loss_function, which lasp replaces")
+
+
+def _check_cut(
+    cut: Cut | None, documents: Tensor | None, group: SequenceGroup | None, kwargs: dict[str, Any]
+) -> tuple[int, ...] | None:
+    """The bounds of documents, from a batch's cut or its cu_seqlens."""
+    if kwargs.get("inputs_embeds") is not None and kwargs.get("position_ids") is None:
+        raise ValueError(
+            "inputs_embeds need the position_ids of lasp.shard_batch: prompts that peft puts before a sequence drop "
+            "them, and would stand before every rank's part"
         )
+    if cut is None:
+        return None if documents is None else document_bounds(documents)
+    if not isinstance(cut, Cut):
+        raise ValueError(f"cut must be a lasp.Cut, got {told(cut)}")
+    if not (cut.size == 1 if group is None else group.cuts_as(cut.group)):
+        raise ValueError("the batch was cut over another group than the model is parallelised over")
+    if documents is not None:
+        cut.check_documents(documents)
+    return cut.bounds
 
 
-def _check_inputs(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None, agreement: Tensor | None
-) -> Arguments:
-    agreed = read_agreement(agreement)
+def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> None:
     if tokens is None or len(args) > 1:
         raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
     if kwargs.get("group") not in (None, getattr(model, WIRING).group):
@@ -132,22 +159,12 @@ def _check_inputs(
         raise ValueError("logits_to_keep counts from the end of every rank's part: take them from all logits")
     if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: a parallelised model keeps no attention weights")
-    if kwargs.get("inputs_embeds") is not None and kwargs.get("position_ids") is None:
-        raise ValueError(
-            "inputs_embeds need the position_ids of lasp.shard_batch: prompts that peft puts before a sequence drop "
-            "them, and would stand before every rank's part"
-        )
-    if kwargs.get("cu_seqlens") is not None and kwargs.get("position_ids") is None:
-        raise ValueError("cu_seqlens need position_ids of each document: use lasp.shard_batch")
     mask = kwargs.get("attention_mask")
     if type(model).__name__.startswith("OPT") and mask is not None and not mask.all():
         raise ValueError("OPT counts positions by its attention_mask: leave that out, with padding at the end only")
-    _check_vocabulary(model, tokens)
-    said = sorted(name for name, x in kwargs.items() if x is not None and x is not False)
-    return Arguments({"batch": tokens.shape[0], "arguments": said} | agreed, tokens.shape[1])
 
 
-def _check_vocabulary(model: Any, tokens: Tensor) -> None:
+def _check_vocabulary(model: Any, tokens: Tensor, cut: Cut | None) -> None:
     """An embedding would fail on the rank that holds the id alone, on a GPU without saying which."""
     try:
         ids = getattr(model.get_input_embeddings(), "num_embeddings", None)
@@ -155,12 +172,23 @@ def _check_vocabulary(model: Any, tokens: Tensor) -> None:
         return
     if ids is None or tokens.is_floating_point() or not tokens.numel():
         return
-    least, most = torch.stack(tokens.aminmax()).tolist()
+    if cut is None:
+        least, most = torch.stack(tokens.aminmax()).tolist()
+    elif cut.ids is not None:
+        least, most = cut.ids
+    else:
+        return
     if least < 0 or most >= ids:
         raise ValueError(f"input_ids must be from 0 to {ids - 1}, got {least if least < 0 else most}")
 
 
-def _check_positions(given: Tensor | None, own: Tensor) -> Arguments:
-    if given is not None and (given.shape[-1] != len(own) or not (given == own).all()):
-        raise ValueError("position_ids must count the whole sequence; packed documents need their cu_seqlens")
+def _check_positions(given: Tensor | None, own: Tensor, wait: bool) -> Arguments:
+    """Positions must count the whole sequence. wait: for an accelerator, to look at them."""
+    wrong = "position_ids must count the whole sequence; packed documents need their cu_seqlens"
+    if given is not None and given.shape[-1] != len(own):
+        raise ValueError(wrong)
+    if given is not None and may_look_at(given):
+        check_values(given == own, lambda: wrong)
+    elif given is not None and wait and not bool((given == own).all()):
+        raise ValueError(wrong)
     return Arguments({}, len(own))

@@ -131,15 +131,15 @@ def mlstm(
     are gathered, and every rank runs over them. The normaliser is one more value.
     """
     check_keywords(type(module).__name__, states)
-    if call.cu_seqlens is not None:
+    if call.packed:
         raise ValueError("mLSTM takes no packed documents")
-    group, dtype = call.wiring.group, compute_dtype(query)
-    gates = unshard(torch.stack([igate, logsigmoid(fgate)]).movedim(-1, 1).double(), group)  # [2, N, B, H]
+    dtype = compute_dtype(query)
+    gates = unshard(torch.stack([igate, logsigmoid(fgate)]).movedim(-1, 1).double(), **call.ranks)  # [2, N, B, H]
     total = gates[1].cumsum(0)
     highest = total + (gates[0] - total).cummax(0).values.clamp(min=0)  # the state before the first token counts as 0
     kept = (gates[1] + nn.functional.pad(highest, (0, 0, 0, 0, 1, -1)) - highest).clamp(max=0)
     log_decay, log_input, highest = (
-        shard(x, group, 0).movedim(0, 1).to(dtype) for x in (kept, gates[0] - highest, highest)
+        shard(x, dim=0, **call.ranks).movedim(0, 1).to(dtype) for x in (kept, gates[0] - highest, highest)
     )
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     v = nn.functional.pad(v, (0, 1), value=1.0) * log_input.exp().unsqueeze(-1)

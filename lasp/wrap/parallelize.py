@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,9 +15,11 @@ from lasp.kernels.arguments import check_choice
 from lasp.parallel import softmax
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.parameters import outline
 from lasp.parallel.scan import ScanName, check_scan
 from lasp.wrap import fla
 from lasp.wrap.attention import NAME, attention, describe_mask
+from lasp.wrap.checkpointing import bind_checkpoints, release_checkpoints
 from lasp.wrap.dropout import drops, functional, swap_joined, swap_randomness
 from lasp.wrap.guard import check_unchanged
 from lasp.wrap.model import balance, check_loss, loss, prepare
@@ -54,7 +55,7 @@ def parallelize(
             raise ValueError(f"{type(target).__name__} takes no attention={attention!r} and scan={scan!r}")
         check_model(target)
         check_adapters(model)
-        return Arguments({"model": _outline(target), "attention": attention, "scan": scan}, 1)
+        return Arguments({"model": outline(target), "attention": attention, "scan": scan}, 1)
 
     begin_call(group, "parallelize", check)()
     if takes_group(target):
@@ -62,12 +63,6 @@ def parallelize(
     else:
         wire(target, group, attention, scan)
     return model
-
-
-def _outline(model: nn.Module) -> str:
-    """A model's class, and a hash of its parameters' names, shapes and dtypes."""
-    said = [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
-    return f"{type(model).__name__} ({hashlib.sha256(' '.join(said).encode()).hexdigest()[:16]})"
 
 
 def unparallelize(model: Model) -> Model:
@@ -83,6 +78,7 @@ def unparallelize(model: Model) -> Model:
         del target._loss_function
     for module in target.modules():
         restore(module)
+        release_checkpoints(module)
         module.__dict__.pop(WIRING, None)
     return model
 
@@ -171,17 +167,16 @@ def _swap_functions(module: nn.Module) -> None:
     """Methods that call a known recurrence call ours."""
     theirs = type(module).__module__.startswith("fla.")
     functions = fla.FUNCTIONS if theirs else FUNCTIONS
-    # A layer of flash-linear-attention hands documents on to its convolutions; one of transformers would refuse them.
-    take: Function = dict.get if theirs else dict.pop
     for method, original, names in calls(module, functions):
-        swap(module, method, _with_functions(original, {name: functions[name] for name in names}, take))
+        swap(module, method, _with_functions(original, {name: functions[name] for name in names}))
 
 
-def _with_functions(original: Any, functions: dict[str, Function], take: Function) -> Function:
+def _with_functions(original: Any, functions: dict[str, Function]) -> Function:
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
         hidden = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3)  # [B, T, D]
         tokens = next((x.shape[1] for x in hidden), None)
-        return LayerCall.of(module, take(kwargs, "cu_seqlens", None), tokens)
+        # Of a layer called by itself; what it calls would not know the word.
+        return LayerCall.of(module, kwargs.pop("cu_seqlens", None), tokens)
 
     return torch.compiler.disable(rebind_telling(original, functions, tell))
 
@@ -220,10 +215,10 @@ def _swap_rotation(module: Any) -> None:
 
     @torch.compiler.disable
     def run(self: nn.Module, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        batch = getattr(self, WIRING).batch
-        if batch.packed:
+        cut = LayerCall.of(self, None).known_cut
+        if cut.packed:
             raise ValueError(f"rope_type {kinds!r} depends on one length, and packed documents have several")
-        last = position_ids.new_full((*position_ids.shape[:-1], 1), sum(batch.lengths) - 1)
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), cut.total - 1)
         rotations = original(self, x, torch.cat([position_ids, last], -1), *args, **kwargs)
         return tuple(rotation[:, :-1] for rotation in rotations)
 
@@ -240,19 +235,16 @@ def _swap_forward(model: Any) -> None:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         wiring: Wiring = getattr(self, WIRING)
-        if wiring.inside:
+        if wiring.running is not None:
             return forward(self, *args, **kwargs)
-        kwargs = begin(self, partial(check_unchanged, wiring.model, wiring), wiring, args, kwargs)
+        under_way, kwargs = begin(self, partial(check_unchanged, wiring.model, wiring), wiring, args, kwargs)
         swap_joined(wiring.model, wiring)
-        wiring.inside = True
-        try:
-            # A layer, a hook or a user's interrupt may end it on one rank, while the others wait in the next layer.
-            with _telling(wiring.group, f"the forward of {type(self).__name__}"):
-                output = forward(self, *args, **kwargs)
-        finally:
-            wiring.inside = False
-        if not takes_group(self):
-            end(self, wiring, kwargs)
+        bind_checkpoints(wiring.model, wiring)
+        # A layer, a hook or a user's interrupt may end it on one rank, while the others go on to their next header.
+        with wiring.within(under_way), _telling(wiring.group, f"the forward of {type(self).__name__}"):
+            output = forward(self, *args, **kwargs)
+            if not takes_group(self):
+                end(self, under_way, kwargs)
         return output
 
     swap(model, "forward", torch.compiler.disable(run, recursive=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -40,19 +41,19 @@ def rebind_telling(
     A replaced global may lie within a module ("nn.functional.dropout"). The compiler leaves the replacements alone, and
     compiles the method.
     """
-    calls: list[Any] = []  # under way, the innermost last
+    under_way = _Calls()
 
     def told(replacement: Function) -> Function:
-        return torch.compiler.disable(lambda *args, **kwargs: replacement(calls[-1], *args, **kwargs))
+        return torch.compiler.disable(lambda *args, **kwargs: replacement(under_way.calls[-1], *args, **kwargs))
 
     def wrap(method: Function) -> Function:
         @functools.wraps(method)
         def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            calls.append(tell(self, args, kwargs))
+            under_way.calls.append(tell(self, args, kwargs))
             try:
                 return method(self, *args, **kwargs)
             finally:
-                calls.pop()
+                under_way.calls.pop()
 
         return torch.compiler.disable(run, recursive=False)
 
@@ -61,6 +62,13 @@ def rebind_telling(
         root, *path = name.split(".")
         grafted[root] = _graft(known.get(root), path, told(other))
     return rebind(function, grafted, wrap)
+
+
+class _Calls(threading.local):
+    """What is known of a method's calls that are under way in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
 
 
 def _graft(module: Any, path: list[str], value: Any) -> Any:

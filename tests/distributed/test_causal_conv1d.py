@@ -14,8 +14,9 @@ import torch.distributed as dist
 import lasp
 from lasp.parallel.agreement import Call
 from lasp.parallel.call import Turn
+from lasp.parallel.cut import Cut
 from lasp.parallel.halo import Halo, bring_halo
-from lasp.parallel.layout import house_pieces, make_plan, pieces_of
+from lasp.parallel.layout import house_pieces, pieces_of
 from tests.convolution import ConvProblem, largest_error, make_convolution, solve_convolution
 
 pytestmark = pytest.mark.mpi
@@ -133,8 +134,7 @@ def test_two_tensors_share_an_exchange(world, group_of) -> None:
     start, tokens = sum(lengths[: world.rank]), lengths[world.rank]
     x = torch.arange(start, start + tokens, dtype=torch.float64).view(1, -1).requires_grad_()
     y = x.detach().view(1, -1, 1, 1).expand(-1, -1, 2, 3).clone().requires_grad_()
-    turn = Turn(group, Call("test", 1), lambda: lengths)
-    halo = Halo.of(make_plan(lengths, world.rank), turn, lengths, None, 2)
+    halo = Halo.of(Turn(group, Call("test", 1), lambda: Cut(group, lengths)), 2)
     with lasp.traffic() as ledger:
         own, ((before_x,), (before_y,)) = bring_halo(halo, (x, y), (torch.full((1, 1, 2), -1.0), None))
         sum(tensor.sum() for tensor in (*own, before_x, before_y)).backward()

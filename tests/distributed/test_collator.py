@@ -34,6 +34,7 @@ def test_batches_of_a_loader_are_cut(group_of, layout: str, checks: bool) -> Non
     batches = list(loader(lasp.ShardedCollator(group)))
     for whole, local in zip(order.split(2), batches, strict=True):
         expected = lasp.shard_batch({"input_ids": whole, "labels": whole}, group)
+        assert local.pop("cut") == expected.pop("cut")
         assert local.keys() == expected.keys()
         assert all(torch.equal(local[name], expected[name]) for name in expected)
 
@@ -95,19 +96,22 @@ def test_workers_cut_and_the_model_compares(group_of, model, options: dict[str, 
         for whole, local in zip(expected, batches, strict=True):
             assert model(**local).loss == model(**whole).loss
             assert local.pop("agreement").dtype == torch.uint8
+            assert whole.pop("cut").total == TEXTS.shape[1]
             assert local.keys() == whole.keys()
             assert all(torch.equal(local[key], whole[key]) for key in whole)
 
 
-def test_what_workers_carry_costs_no_exchange(group_of, model) -> None:
+def test_what_workers_carry_is_compared_with_the_model_s_own_header(group_of, model) -> None:
     collator = lasp.ShardedCollator(group_of(4))
-    records = []
+    control, data = [], []
     for options in ({}, WORKERS[0]):
         batch = next(iter(loader(collator, **options)))
         with lasp.traffic() as ledger:
             model(**batch)
-        records.append(ledger.records)
-    assert records[0] == records[1]
+        control.append(len(ledger.of("control")))
+        data.append(ledger.of("forward"))
+    assert control == [0, 2]  # a cut needs none; without one the lengths come first, and then the positions
+    assert data[0] == data[1]
 
 
 def test_workers_of_a_group_that_compares_nothing_carry_nothing(group_of) -> None:
@@ -135,7 +139,9 @@ def test_a_pickled_collator_has_no_group_and_cuts_alike(group_of) -> None:
         collator = lasp.ShardedCollator(group_of(4, layout), lasp.PackingCollator(99))
         copied = pickle.loads(pickle.dumps(collator))
         expected, local = collator(SAMPLES), copied(SAMPLES)
+        assert expected.pop("cut").total == sum(len(sample["input_ids"]) for sample in SAMPLES)
         assert "agreement" in local
+        assert "cut" not in local
         assert all(torch.equal(local[key], expected[key]) for key in expected)
 
 

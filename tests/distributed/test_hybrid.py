@@ -100,10 +100,13 @@ def test_a_hybrid_has_the_curve_of_one_device(group_of, plain_training, pattern:
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_positions_that_no_rank_can_know_are_refused(group_of) -> None:
-    model = LinearLlamaForCausalLM(LinearLlamaConfig(**SIZES, num_hidden_layers=2, pattern="LN"))
-    with pytest.raises(ValueError, match=r"SoftmaxAttention needs position_ids: rank \d of 4"):
-        model(torch.zeros(1, 12, dtype=torch.long), group=group_of(4, "zigzag"))
+@layouts
+def test_positions_follow_from_where_the_tokens_lie(group_of, layout: str) -> None:
+    model = LinearLlamaForCausalLM(LinearLlamaConfig(**SIZES, num_hidden_layers=2, pattern="LN")).double()
+    ids, group = torch.arange(48).view(1, -1) % VOCABULARY, group_of(4, layout)
+    with torch.no_grad():
+        logits = lasp.unshard(model(lasp.shard(ids, group), group=group).logits, group)
+        torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-10)
 
 
 # Encoders

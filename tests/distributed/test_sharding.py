@@ -49,7 +49,9 @@ def test_batches_are_shifted_before_they_are_cut(group_of, layout: str) -> None:
     group = group_of(4, layout=layout)
     ids = torch.arange(100, 126).view(2, 13)
     local = lasp.shard_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}, group)
-    whole = {name: lasp.unshard(x, group) for name, x in local.items()}
+    cut = local.pop("cut")
+    assert cut.total == 13
+    whole = {name: lasp.unshard(x, cut=cut) for name, x in local.items()}
     assert torch.equal(whole["input_ids"], ids)
     assert torch.equal(whole["shift_labels"][:, :-1], ids[:, 1:])
     assert (whole["shift_labels"][:, -1] == -100).all()

@@ -98,9 +98,9 @@ def test_equals_one_device(group_of: GroupOf, name: str, cuts: list[tuple[int, s
             assert_equal(on_ranks(own, {"input_ids": ids}, ids, group), theirs)
 
 
-# Families that have a recurrence or a convolution of each kind; those of `DOCUMENTS` hand cu_seqlens on to them.
+# Families that have a recurrence or a convolution of each kind.
 KINDS = ["qwen3_5", "kimi_linear", "bamba", "mamba", "minimax", "recurrent_gemma", "rwkv", "lfm3", "zaya"]
-DOCUMENTS = ["mistral", "qwen3_5", "kimi_linear", "bamba", "nemotron_h", "minimax", "lfm3"]
+DOCUMENTS = ["mistral", "nemotron_h", *KINDS]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow)])
@@ -155,5 +155,5 @@ def test_ids_beyond_the_vocabulary_are_refused_by_all(world, group_of: GroupOf, 
     assert group is not None
     model = lasp.parallelize(make("llama"), group)
     ids[0, 4 * rank + 1] = wrong
-    with pytest.raises(ValueError, match=rf"must be from 0 to {VOCABULARY - 1}, got {wrong} \(rank {rank} of 4\)"):
+    with pytest.raises(ValueError, match=rf"must be from 0 to {VOCABULARY - 1}, got {wrong}$"):
         model(**lasp.shard_batch({"input_ids": ids}, group))

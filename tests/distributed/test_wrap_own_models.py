@@ -69,11 +69,14 @@ def test_what_is_refused(group_of: GroupOf) -> None:
     batch = lasp.shard_batch({"input_ids": IDS, "labels": IDS}, group)
     with pytest.raises(ValueError, match="over another group"):
         own(**batch, group=group_of(4, "zigzag"))
+    with pytest.raises(ValueError, match="cut over another group"):
+        own(**lasp.shard_batch({"input_ids": IDS, "labels": IDS}, group_of(4, "zigzag")))
     own(**batch, group=group)
     with pytest.raises(ValueError, match="unparallelize to generate"):
         own.generate(IDS)
     with pytest.raises(ValueError, match="labels without shift_labels"):
         own(lasp.shard(IDS, group), labels=lasp.shard(IDS, group))
+    del batch["cut"]  # with one, a rank that changed its model is on its own
     if group.rank == 1:
         own.model.layers[1] = copy.deepcopy(own.model.layers[1])
     with pytest.raises(ValueError, match=r"joined since lasp\.parallelize.*rank 1 of 4"):

@@ -306,9 +306,9 @@ def key_values(batch: int = 2) -> KeyValues:
         (
             "softmax",
             {"group": RANK_1_OF_2, "position_ids": POSITIONS, "output_final_state": True},
-            "a group of 2",
+            "ranks=2",
         ),
-        ("softmax", {"cu_seqlens": torch.tensor([0, LENGTH]), "output_final_state": True}, "cu_seqlens=tensor"),
+        ("softmax", {"cu_seqlens": torch.tensor([0, LENGTH]), "output_final_state": True}, "packed=True"),
     ],
 )
 def test_mistakes_in_calling_are_value_errors(name: str, keywords: dict, words: str) -> None:

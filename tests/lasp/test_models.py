@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lasp
 from lasp.layers import MIXERS, KeyValues
 
 transformers = pytest.importorskip("transformers")
@@ -152,14 +153,18 @@ def test_outputs_on_request() -> None:
     close(logits, whole.logits)  # without the final states
 
 
+ONE_OF_TWO = SimpleNamespace(rank=0, layout="contiguous", channel=SimpleNamespace(check_whole=lambda: None))
+HALF = lasp.Cut(ONE_OF_TWO, (PROMPT, 3))
+
+
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"labels": text(), "group": SimpleNamespace(rank=0, size=2)}, "shift_labels"),
+        ({"labels": text(), "cut": HALF}, "shift_labels"),
         ({"labels": text(), "logits_to_keep": 1}, "logits_to_keep=1"),
         ({"inputs_embeds": torch.zeros(2, PROMPT, 32)}, "exactly one"),
         ({"attention_mask": torch.ones(2, 3)}, "\\(2, 3\\)"),
-        ({"use_cache": True, "group": SimpleNamespace(rank=0, size=2)}, "neither cu_seqlens nor a group"),
+        ({"use_cache": True, "cut": HALF}, "neither cu_seqlens nor a group"),
         ({"past_key_values": models.RecurrentCache(9)}, "9 layers, the model 4"),
         ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache"),
         ({"cache": models.RecurrentCache(9)}, "9 layers, the model 4"),

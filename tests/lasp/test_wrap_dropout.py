@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import lasp
 from lasp.wrap.dropout import BLOCK, dropout, functional
-from lasp.wrap.wiring import Batch, Wiring
+from lasp.wrap.wiring import Forward, Wiring
 
 pytest.importorskip("transformers")
 
@@ -22,10 +23,15 @@ LENGTH = 5 * BLOCK + 7
 
 
 def dropped(parts: tuple[tuple[int, int], ...], *shape: int, p: float = 0.25) -> torch.Tensor:
-    wiring = Wiring(None, "auto", "auto", None)
-    wiring.batch, wiring.inside = Batch(shape[0], (sum(b - a for a, b in parts),), parts, False), True
+    return within(parts, shape[0], torch.ones(shape), p)
+
+
+def within(parts: tuple[tuple[int, int], ...], sequences: int, x: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout in the forward of a model whose rank holds these parts of the sequence."""
+    wiring, cut = Wiring(None, "auto", "auto", None), SimpleNamespace(parts=parts, tokens=sum(b - a for a, b in parts))
     torch.manual_seed(0)
-    return dropout(wiring, torch.ones(shape), p, True)
+    with wiring.within(Forward(cut, sequences)):
+        return dropout(wiring, x, p, True)
 
 
 @pytest.mark.parametrize("parts", [((0, 1),), ((3, BLOCK),), ((BLOCK, 2 * BLOCK + 1),), ((5, 70), (200, LENGTH))])
@@ -34,10 +40,7 @@ def test_a_part_has_the_masks_of_its_positions(parts: tuple[tuple[int, int], ...
     tokens = torch.cat([torch.arange(*part) for part in parts])
     torch.testing.assert_close(dropped(parts, 2, len(tokens), 8), whole[:, tokens], rtol=0, atol=0)
     flat = dropped(parts, 2, len(tokens), 8).flatten(0, 1)
-    wiring = Wiring(None, "auto", "auto", None)
-    wiring.batch, wiring.inside = Batch(2, (len(tokens),), parts, False), True
-    torch.manual_seed(0)
-    torch.testing.assert_close(dropout(wiring, torch.ones(2 * len(tokens), 8), 0.25, True), flat, rtol=0, atol=0)
+    torch.testing.assert_close(within(parts, 2, torch.ones(2 * len(tokens), 8), 0.25), flat, rtol=0, atol=0)
 
 
 def test_masks_differ_from_token_to_token_and_keep_the_mean() -> None:
@@ -47,11 +50,14 @@ def test_masks_differ_from_token_to_token_and_keep_the_mean() -> None:
     assert len({tuple(row) for row in (y == 0).flatten(0, 1).tolist()}) == 2 * LENGTH
 
 
-@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False), (1.0, True)])
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False)])
 def test_nothing_and_everything(p: float, training: bool) -> None:
     x = torch.ones(2, 3, 4)
     y = functional(Wiring(None, "auto", "auto", None), x, p, training)
-    torch.testing.assert_close(y, torch.zeros_like(x) if p == 1 else x)
+    torch.testing.assert_close(y, x)
+    assert not dropped(((0, 3),), 2, 3, 4, p=1.0).any()
+    with pytest.raises(ValueError, match="outside of the model's forward"):  # which tokens are these?
+        functional(Wiring(None, "auto", "auto", None), x, 0.5, True)
 
 
 def test_shapes_without_tokens_get_masks_too() -> None:

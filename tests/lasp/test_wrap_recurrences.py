@@ -15,7 +15,7 @@ from lasp.wrap.modules import mlstm
 from lasp.wrap.recurrences import chunk_scan, gated_delta_rule, selective_scan
 from lasp.wrap.wiring import LayerCall, Wiring
 
-CALL = LayerCall(Wiring(None, "auto", "auto", "eager"), None)
+CALL = LayerCall(Wiring(None, "auto", "auto", "eager"), None, None)
 ROUNDED = 4e-15  # as large as the running maximum of an mLSTM makes a log decay that should be 0
 
 

@@ -87,7 +87,9 @@ SAID = {
 @pytest.mark.parametrize("said", SAID.values(), ids=SAID)
 def test_documents_are_taken_from_whatever_names_them(said: dict[str, Any]) -> None:
     batch = lasp.shard_batch({"input_ids": ROW, "labels": ROW} | said, None)
-    assert batch.keys() - {"attention_mask"} == {"input_ids", "labels", "shift_labels", "position_ids", "cu_seqlens"}
+    names = {"input_ids", "labels", "shift_labels", "position_ids", "cu_seqlens", "cut"}
+    assert batch.keys() - {"attention_mask"} == names
+    assert batch["cut"] == lasp.Cut(None, (8,), tuple(said.get("cu_seqlens", BOUNDS)), ids=(1, 8))
     assert batch["cu_seqlens"].tolist() == list(said.get("cu_seqlens", BOUNDS))
     assert batch["position_ids"].tolist() == POSITIONS
     assert batch["labels"].tolist() == [[2, 3, -100, 5, -100, 7, 8, -100]]
@@ -152,6 +154,7 @@ def test_packed_batches_of_transformers_are_documents(options: dict[str, Any], k
     ours = lasp.shard_batch(lasp.PackingCollator(8)(samples), None)
     theirs = lasp.shard_batch(packed, None)
     assert theirs.keys() == ours.keys()
+    assert theirs.pop("cut") == ours.pop("cut")
     assert all(theirs[key].tolist() == ours[key].tolist() for key in ours)
 
 
