@@ -29,8 +29,8 @@ class Cut:
     """How the sequences of one batch lie on the ranks; made by `SequenceGroup.cut`, `lasp.shard_batch` and collators.
 
     group: the ranks, None for one device alone. lengths: every rank's number of tokens of each sequence. bounds: of
-    packed documents in the whole sequence, as in cu_seqlens; None for one document. ids: the least and the largest of
-    the batch's input_ids, where whoever made the cut has looked at them.
+    packed documents in the whole sequence, as in cu_seqlens; None for one document. keys: of the batch, and ids: the
+    least and the largest of its input_ids, where whoever made the cut has looked at them.
 
     Raises ValueError for lengths that the group's layout does not allow, and bounds that do not end where the sequence
     does.
@@ -39,6 +39,7 @@ class Cut:
     group: SequenceGroup | None
     lengths: tuple[int, ...]
     bounds: tuple[int, ...] | None = None
+    keys: frozenset[str] | None = None
     ids: tuple[int, int] | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

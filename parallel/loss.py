@@ -50,12 +50,16 @@ def cross_entropy(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     local = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()
+    given = None if num_items is None else torch.as_tensor(num_items, device=logits.device).double()
     # One message for both sums: fp64 holds any count exactly.
-    sums = torch.stack([local.detach().double(), valid.double()])
+    sums = torch.stack([local.detach().double(), valid.double() if given is None else given])
     if turn.group is not None:
         with turn.forward():
             sums = collectives.all_reduce(sums, turn.group.process_group, "forward").wait()
-    denominator = sums[1] if num_items is None else torch.as_tensor(num_items, device=logits.device)
+        if given is not None and may_look_at(sums):  # which is all that a rank with a cut can learn of the others
+            alike = (sums[1] / given - turn.group.size).abs() < 1e-6
+            check_values(alike, lambda: f"ranks give other num_items: {float(given)} is not their mean")
+    denominator = sums[1] if given is None else given
     own = local / denominator.to(local.dtype)
     # Exactly the same value on every rank, with the gradient of this rank's part.
     return (sums[0] / denominator).to(own.dtype) + (own - own.detach())

@@ -42,8 +42,11 @@ class Reduced:
 
 
 def outline(model: nn.Module) -> str:
-    """A model's class, and a hash of its parameters' names, shapes and dtypes."""
+    """A model's class, and a hash of its parameters' names, shapes and dtypes and of its configuration."""
     said = [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):  # but for where it came from
+        said += [f"{name} {value}" for name, value in config.to_dict().items() if not name.startswith("_")]
     return f"{type(model).__name__} ({hashlib.sha256(' '.join(said).encode()).hexdigest()[:16]})"
 
 

@@ -152,7 +152,7 @@ def agree_and_cut(make: Callable[[], Mapping[str, Any]], group: SequenceGroup | 
         return Arguments(fields, local["position_ids"].shape[-1], bounds, positions.shape[-1])
 
     lies = begin_call(group, "shard_batch", check)()
-    return local | {CUT: replace(lies, ids=ids)}
+    return local | {CUT: replace(lies, keys=frozenset(local), ids=ids)}
 
 
 def cut_batch(whole: Mapping[str, Tensor], group: Slices | None) -> dict[str, Tensor]:

@@ -100,8 +100,8 @@ def take_cut(
     """The cut that a model runs with: the one it is given, or its own over a group, on which the ranks agree.
 
     tokens: [B, T] or [B, T, hidden]. told: arguments of which all ranks must give the same ones; an "agreement" among
-    them, of a batch from a worker process, is compared too. A batch of `lasp.shard_batch` has cut and cu_seqlens, and
-    may come with the group; they must be those of the cut.
+    them, of a batch from a worker process, is compared too. A batch of `lasp.shard_batch` has cut and cu_seqlens, which
+    must be those of the cut; with the group beside it the ranks agree on the model as well.
 
     Raises:
         ValueError: on every rank, where they differ or the documents are none; for a cut that does not fit.
@@ -114,12 +114,16 @@ def take_cut(
             raise ValueError("the batch was cut over another group than the model is given")
         given = {name: value for name, value in told.items() if value is not None}
         fields = read_agreement(given.get(AGREEMENT)) | {"arguments": sorted(given), "batch": tokens.shape[0]}
-        if cut is None and group is not None and group.size > 1:
+        if group is not None and group.size > 1:
             fields |= {"model": outline(model), **modes()}
-        bounds = None if cut is not None or cu_seqlens is None else document_bounds(cu_seqlens)
-        return Arguments(fields, tokens.shape[1], bounds)
+        bounds = None if cu_seqlens is None else document_bounds(cu_seqlens)
+        return Arguments(fields, tokens.shape[1], bounds if cut is None else cut.bounds)
 
-    return begin_call(group if cut is None else None, type(model).__name__, check, cut)()
+    own = None if group is not None else cut
+    found = begin_call(group, type(model).__name__, check, own)()
+    if cut is not None and found.lengths != cut.lengths:
+        raise ValueError(f"the batch was cut as {list(cut.lengths)}, the ranks hold {list(found.lengths)} tokens")
+    return found if cut is None else cut
 
 
 def token_mask(attention_mask: Tensor | None, x: Tensor, past: int, cut: Cut) -> Tensor | None:

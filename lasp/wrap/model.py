@@ -15,7 +15,7 @@ from lasp.kernels.documents import document_bounds
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel import collectives
 from lasp.parallel.batch import AGREEMENT, CUT, read_agreement
-from lasp.parallel.call import Arguments, begin_call
+from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.loss import cross_entropy
@@ -86,7 +86,8 @@ def prepare(
     def checked() -> Arguments:
         check()
         said = sorted(name for name, x in kwargs.items() if x is not None and x is not False)
-        fields = {"arguments": said} | read_agreement(agreement)
+        fields = {"arguments": said} | read_agreement(agreement) | modes()
+        fields["dtype"] = next((str(p.dtype) for p in model.parameters()), None)
         _check_inputs(model, args, kwargs, tokens)
         assert tokens is not None, "checked"
         bounds = _check_cut(given, documents, wiring.group, kwargs)
@@ -139,6 +140,9 @@ def _check_cut(
         raise ValueError("the batch was cut over another group than the model is parallelised over")
     if documents is not None:
         cut.check_documents(documents)
+    unknown = cut.keys is not None and "attention_mask" not in cut.keys
+    if unknown and kwargs.get("attention_mask") is not None:
+        raise ValueError("the attention_mask is not of the batch that was cut: give it to lasp.shard_batch")
     return cut.bounds
 
 

@@ -849,8 +849,15 @@ def llama(**options: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**config | {"num_attention_heads": 2} | options))
 
 
+def without_cut(group: Group) -> dict[str, Any]:
+    """A batch on which the ranks agree in the model; behind a cut each rank finds its own mistakes alone."""
+    own = lasp.shard_batch(batch(False), group)
+    del own["cut"]
+    return own
+
+
 def forward(model: Any, group: Group, **options: Any) -> Tensor:
-    loss: Tensor = model(**lasp.shard_batch(batch(False), group) | options).loss
+    loss: Tensor = model(**without_cut(group) | options).loss
     loss.backward()
     return loss
 
@@ -877,7 +884,7 @@ def input_case(name: str, change: Callable[[dict[str, Any]], dict[str, Any]], ex
     @alike(WRAP, name, expects)
     def _(group: Group, wrong: bool) -> None:
         model = lasp.parallelize(llama(), group)
-        own = lasp.shard_batch(batch(False), group)
+        own = without_cut(group)
         model(**own | (change(own) if wrong else {})).loss.backward()
 
 
@@ -917,7 +924,7 @@ def _(group: Group, wrong: bool) -> None:
     model = llama()
     if not wrong:
         lasp.parallelize(model, group)
-    own = lasp.shard_batch(batch(False), group)
+    own = without_cut(group)
     model(input_ids=own["input_ids"], **({} if wrong else {k: v for k, v in own.items() if k != "input_ids"}))
     lasp.cross_entropy(**good_loss(), group=group)
 
@@ -925,7 +932,7 @@ def _(group: Group, wrong: bool) -> None:
 @alike(WRAP, "the forward skipped, another batch follows")
 def _(group: Group, wrong: bool) -> None:
     model = lasp.parallelize(llama(), group)
-    own = lasp.shard_batch(batch(False), group)
+    own = without_cut(group)
     if not wrong:
         model(**own)
     lasp.shard_batch(batch(False), group)
@@ -954,7 +961,7 @@ def _(group: Group, wrong: bool) -> None:
 @alike(WRAP, "no_grad on one rank")
 def _(group: Group, wrong: bool) -> None:
     model = lasp.parallelize(llama(), group)
-    own = lasp.shard_batch(batch(False), group)
+    own = without_cut(group)
     with torch.no_grad() if wrong else contextlib.nullcontext():
         model(**own)
 
