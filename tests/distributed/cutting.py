@@ -51,7 +51,7 @@ def cut_problem(problem: Problem, group: lasp.SequenceGroup, lengths: tuple[int,
 def put_together(
     parts: dict[str, torch.Tensor], summed: Collection[str], group: lasp.SequenceGroup, lengths: tuple[int, ...]
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors [B, N, ...] of the ranks' parts [B, T, ...], and the sums of those named, in fp64; one exchange."""
+    """Whole tensors [B, N, ...] of the ranks' parts [B, T, ...], and the sums of those named: one exchange, in fp64."""
     pieces = [p for p in pieces_of(lengths, group.layout) if p.rank == group.rank]
     wholes = {}
     for name, part in parts.items():
@@ -63,7 +63,7 @@ def put_together(
     flat = torch.cat([whole.flatten() for whole in wholes.values()])
     dist.all_reduce(flat, group=group.process_group)
     filled = flat.split([whole.numel() for whole in wholes.values()])
-    return {name: x.view_as(whole) for (name, whole), x in zip(wholes.items(), filled, strict=True)}
+    return {name: x.view_as(wholes[name]).to(parts[name].dtype) for name, x in zip(parts, filled, strict=True)}
 
 
 def solve_cut(

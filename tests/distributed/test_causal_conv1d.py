@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import lasp
 from lasp.parallel.agreement import Call
@@ -18,6 +17,7 @@ from lasp.parallel.cut import Cut
 from lasp.parallel.halo import Halo, bring_halo
 from lasp.parallel.layout import house_pieces, pieces_of
 from tests.convolution import ConvProblem, largest_error, make_convolution, solve_convolution
+from tests.distributed.cutting import put_together
 
 pytestmark = pytest.mark.mpi
 
@@ -57,13 +57,8 @@ def solve_cut(problem: ConvProblem, group: lasp.SequenceGroup, lengths: Sequence
         grad_final=problem.grad_final / group.size,
     )
     found = solve_convolution(local, partial(lasp.causal_conv1d, output_final_state=True, group=group))
-    for name, value in found.items():
-        if name in ("output", "dx"):
-            found[name] = lasp.unshard(value, group)
-        elif name != "final_state":
-            found[name] = value.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(found[name], group=group.process_group)
-    return found
+    final = found.pop("final_state")
+    return {"final_state": final} | put_together(found, found.keys() - {"output", "dx"}, group, tuple(lengths))
 
 
 @pytest.mark.parametrize(("size", "layout", "lengths"), CASES)

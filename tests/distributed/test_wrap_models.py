@@ -88,9 +88,9 @@ def tokens(batch: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_equals_one_device(group_of: GroupOf, name: str, cuts: list[tuple[int, str]]) -> None:
+def test_equals_one_device(group_of: GroupOf, once, name: str, cuts: list[tuple[int, str]]) -> None:
     model, ids = make(name), tokens(2, 37)
-    theirs = on_one_device(copy.deepcopy(model), {"input_ids": ids}, ids)
+    theirs = once(on_one_device, copy.deepcopy(model), {"input_ids": ids}, ids)
     for size, layout in cuts:
         group = group_of(size, layout)
         if group is not None:
@@ -105,30 +105,30 @@ DOCUMENTS = ["mistral", "nemotron_h", *KINDS]
 
 @pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
-def test_shards_shorter_than_the_kernel(group_of: GroupOf, name: str, layout: str) -> None:
+def test_shards_shorter_than_the_kernel(group_of: GroupOf, once, name: str, layout: str) -> None:
     group, model, ids = group_of(4, layout), make(name), tokens(2, 9)
     assert group is not None
-    theirs = on_one_device(copy.deepcopy(model), {"input_ids": ids}, ids)
+    theirs = once(on_one_device, copy.deepcopy(model), {"input_ids": ids}, ids)
     assert_equal(on_ranks(lasp.parallelize(model, group), {"input_ids": ids}, ids, group), theirs)
 
 
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "qwen3_5", "kimi_linear", "bamba", "mamba", "minimax", "zaya", "qwen3_moe"])
-def test_padding(group_of: GroupOf, name: str, side: str) -> None:
+def test_padding(group_of: GroupOf, once, name: str, side: str) -> None:
     group, model, ids = group_of(4, "zigzag"), make(name), tokens(2, 37)
     assert group is not None
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[0, slice(11) if side == "left" else slice(26, None)] = 0
     labels[0, slice(12) if side == "left" else slice(26, None)] = -100  # nothing is predicted from padding
     batch = {"input_ids": ids, "attention_mask": mask}
-    theirs = on_one_device(copy.deepcopy(model), batch, labels)
+    theirs = once(on_one_device, copy.deepcopy(model), batch, labels)
     assert_equal(on_ranks(lasp.parallelize(model, group), batch, labels, group), theirs, mask)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_documents_are_isolated(group_of: GroupOf, name: str) -> None:
+def test_documents_are_isolated(group_of: GroupOf, once, name: str) -> None:
     bounds, ids, model = [0, 1, 10, 10, 31, 37], tokens(1, 37), make(name)
-    theirs = on_one_device(copy.deepcopy(model), {"input_ids": ids}, ids, bounds)
+    theirs = once(on_one_device, copy.deepcopy(model), {"input_ids": ids}, ids, bounds)
     for size, layout in ((2, "contiguous"), (4, "zigzag")):
         group = group_of(size, layout)
         if group is not None:
@@ -140,10 +140,10 @@ def test_documents_are_isolated(group_of: GroupOf, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["qwen3_5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bamba", "recurrent_gemma"))]
 )
-def test_checkpointing(group_of: GroupOf, name: str, reentrant: bool) -> None:
+def test_checkpointing(group_of: GroupOf, once, name: str, reentrant: bool) -> None:
     group, model, ids = group_of(4, "contiguous"), make(name), tokens(2, 37)
     assert group is not None
-    theirs = on_one_device(copy.deepcopy(model), {"input_ids": ids}, ids)
+    theirs = once(on_one_device, copy.deepcopy(model), {"input_ids": ids}, ids)
     own = lasp.parallelize(model, group)
     own.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_equal(on_ranks(own, {"input_ids": ids}, ids, group), theirs)
