@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import lasp
+import lasp.__main__ as entry
 from lasp.launch import cli
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +39,13 @@ def sources() -> list[Path]:
 
 def test_import_is_quick_and_takes_no_extras(tmp_path: Path) -> None:
     """Of what torch has not imported already: no extras, not torch's compiler (seconds), and little besides."""
-    code = "import sys, torch; before = {*sys.modules}; import lasp; print(*{*sys.modules} - before)"
-    modules = [name for name in run(code, tmp_path).split() if name.partition(".")[0] != "lasp"]
+    code = (
+        "import sys, torch; before = {*sys.modules}; import lasp; print(*{*sys.modules} - before)\n"
+        "import lasp.layers; print('transformers' in sys.modules)"
+    )
+    printed, layers = run(code, tmp_path).splitlines()
+    assert layers == "False"
+    modules = [name for name in printed.split() if name.partition(".")[0] != "lasp"]
     slow = {"transformers", "deepspeed", "mpi4py", "matplotlib", "jsonargparse", "tokenizers", "triton", "fla", "sympy"}
     assert not slow & {name.partition(".")[0] for name in modules}
     assert not [name for name in modules if name.startswith(("torch._dynamo", "torch._inductor"))]
@@ -47,22 +53,24 @@ def test_import_is_quick_and_takes_no_extras(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "lasp"], ["-m", "lasp.launch.cli"], ["-c", "import lasp.__main__ as m; m.main(['--version'])"]]
+    ("module", "argument", "code", "said"),
+    [
+        ("lasp", "no-such", 2, "lasp: error: unknown command 'no-such'; choose from train, verify, tune, bench"),
+        ("lasp.launch.cli", "--version", 0, f"lasp {lasp.__version__}"),
+    ],
 )
-def test_the_version_is_said_where_one_asks(command: list[str], tmp_path: Path) -> None:
-    version = run("import lasp; print(lasp.__version__)", tmp_path)
-    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    arguments = [] if "-c" in command else ["--version"]
+def test_python_m_lasp_is_the_command(module: str, argument: str, code: int, said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, argument]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.stdout.decode().strip() == f"lasp {version}"
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert (done.stderr if code else done.stdout).strip() == said
 
 
-def test_python_m_lasp_is_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lasp", "no-such"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert done.returncode == 2
-    assert b"unknown command 'no-such'" in done.stderr
+def test_the_version_is_said_where_one_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lasp.__version__)
+    assert entry.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"lasp {lasp.__version__}"
 
 
 def test_lazy_names_are_public(tmp_path: Path) -> None:
@@ -87,21 +95,26 @@ def test_a_lazy_name_without_its_extra_says_what_to_install(tmp_path: Path) -> N
 
 
 EXTRAS = ("numpy", "rich", "triton", "transformers", "tokenizers", "safetensors", "jsonargparse", "matplotlib")
-BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
+BLOCKED = f"""
+import sys
+sys.modules.update(dict.fromkeys({EXTRAS}))
+import torch, lasp
+def call(function):
+    x = torch.ones(1, 9, 2, 4, requires_grad=True)
+    function(x).sum().backward()
+    print(bool(x.grad.isfinite().all()))
+"""
+CALLS = [
+    "lasp.linear_attention(x, x, x, torch.full((1, 9, 2), -0.1))",
+    "lasp.delta_rule(x, x / 3, x, x[..., 0].sigmoid())",
+    "lasp.softmax_attention(x, x, x, window=3)",
+    "lasp.causal_conv1d(x.flatten(2), torch.ones(8, 3), group=lasp.SequenceGroup.from_mesh(lasp.init_mesh()))",
+]
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "lasp.linear_attention(x, x, x, torch.full((1, 9, 2), -0.1))",
-        "lasp.delta_rule(x, x / 3, x, x[..., 0].sigmoid())",
-        "lasp.softmax_attention(x, x, x, window=3)",
-        "lasp.causal_conv1d(x.flatten(2), torch.ones(8, 3), group=lasp.SequenceGroup.from_mesh(lasp.init_mesh()))",
-    ],
-)
-def test_the_core_needs_torch_alone(call: str, tmp_path: Path) -> None:
-    code = f"{BLOCKED}import torch, lasp; x = torch.ones(1, 9, 2, 4, requires_grad=True); {call}.sum().backward()\n"
-    assert run(code + "print(bool(x.grad.isfinite().all())); lasp.shutdown()", tmp_path) == "True"
+def test_the_core_needs_torch_alone(tmp_path: Path) -> None:
+    code = "\n".join([BLOCKED, *(f"call(lambda x: {call})" for call in CALLS), "lasp.shutdown()"])
+    assert run(code, tmp_path).splitlines() == ["True"] * len(CALLS)
 
 
 @pytest.mark.parametrize("command", ["train", "verify", "bench"])

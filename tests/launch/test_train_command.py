@@ -175,18 +175,19 @@ def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp
 
 
 @pytest.mark.timeout(120)
-def test_the_command_starts_ranks_whose_losses_are_those_of_one_process(recipe, tmp_path, capsys):
+def test_the_command_starts_ranks_whose_losses_are_those_of_one_process(recipe, tmp_path, capfd):
     assert main([recipe, "--output", f"{tmp_path}/alone"]) == 0
-    done = run("-m", "lasp.launch.cli", "train", recipe, "--sp", "2")
-    assert done.returncode == 0, done.stderr
+    capfd.readouterr()
+    assert main([recipe, "--sp", "2"]) == 0
+    told = capfd.readouterr()
     alone, together = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("alone", "run"))
     assert [m.loss for m in together] == pytest.approx([m.loss for m in alone], rel=1e-9)
     assert [m.grad_norm for m in together] == pytest.approx([m.grad_norm for m in alone], rel=1e-9)
     for result in ("metrics.jsonl", "loss.png", "checkpoints/step-000004"):
-        assert f"{tmp_path}/run/{result}" in done.stdout
+        assert f"{tmp_path}/run/{result}" in told.out
         assert (tmp_path / "run" / result).exists()
-    assert done.stdout.count("The model continues 'To be'") == 1
-    assert not error_lines(done.stderr)
+    assert told.out.count("The model continues 'To be'") == 1
+    assert not error_lines(told.err)
 
 
 FAULT = """

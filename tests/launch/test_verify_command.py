@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +20,6 @@ def folder(tmp_path: Path) -> str:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 500, **sizes}))
     return str(tmp_path)
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lasp.launch.cli", "verify", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +75,12 @@ def test_what_is_not_parallel_has_exit_code_1(capsys, monkeypatch):
 
 
 @pytest.mark.timeout(120)
-def test_what_is_exact_has_exit_code_0_and_is_told_once(folder):
-    done = run(folder, "--sp", "2", "--seq-len", "16")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("parallel and exact: ")
-    assert done.stdout.count("\n") == 1
-    assert not done.stderr
+def test_what_is_exact_has_exit_code_0_and_is_told_once(folder, capfd):
+    assert verify.main([folder, "--sp", "2", "--seq-len", "16"]) == 0
+    told = capfd.readouterr()
+    assert told.out.startswith("parallel and exact: ")
+    assert told.out.count("\n") == 1
+    assert not told.err
 
 
 @pytest.mark.slow
