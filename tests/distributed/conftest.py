@@ -46,9 +46,10 @@ def world() -> Iterator[MPI.Comm]:
 
 def meet(comm: MPI.Comm) -> None:
     """Wait until all ranks are here. MPI's own waits poll, and take the cores from ranks that still compute."""
-    request = comm.Ibarrier()
+    request, pause = comm.Ibarrier(), 1e-4
     while not request.Test():
-        time.sleep(5e-4)
+        time.sleep(pause)
+        pause = min(2 * pause, 1e-2)
 
 
 @pytest.fixture(autouse=True)
