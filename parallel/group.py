@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,14 +56,20 @@ class SequenceGroup:
 
     @classmethod
     def from_mesh(
-        cls, mesh: DeviceMesh, axis: str = "sp", layout: Layout = "contiguous", heads: int = 1, checks: bool = True
+        cls,
+        mesh: DeviceMesh,
+        axis: str = "sp",
+        layout: Layout = "contiguous",
+        heads: int = 1,
+        checks: bool | Literal["calls", "off"] = True,
     ) -> SequenceGroup:
         """The ranks along one axis of a mesh (`lasp.init_mesh`). Every rank of the mesh calls this.
 
-        layout: "contiguous" or "zigzag". checks: begin every call with a header that all ranks compare; an unchecked
-        group trusts that the ranks hold the house's cut of the sequence. heads: how many neighbouring ranks exchange
-        heads in `softmax_attention(method="ulysses_ring")`, while the rest of the group is a ring; it divides the size.
-        Raises ValueError, on every rank of the mesh, for an unknown axis or layout, or where the ranks differ.
+        layout: "contiguous" or "zigzag". checks: True or "calls" to begin every call that is given the group with a
+        header that all ranks compare; False or "off" trusts that the ranks hold the house's cut of the sequence. heads:
+        how many neighbouring ranks exchange heads in `softmax_attention(method="ulysses_ring")`, while the rest of the
+        group is a ring; it divides the size. Raises ValueError, on every rank of the mesh, for an unknown axis or
+        layout, or where the ranks differ.
         """
         error = None
         if axis not in (mesh.mesh_dim_names or ()):
@@ -77,7 +83,7 @@ class SequenceGroup:
         cls,
         process_group: dist.ProcessGroup | None = None,
         layout: Layout = "contiguous",
-        checks: bool = True,
+        checks: bool | Literal["calls", "off"] = True,
         heads: int = 1,
     ) -> SequenceGroup:
         """The ranks of an existing process group, by default the world. Every rank of it calls this.
@@ -92,7 +98,7 @@ class SequenceGroup:
         process_group: dist.ProcessGroup | None,
         layout: Layout,
         heads: int,
-        checks: bool,
+        checks: bool | Literal["calls", "off"],
         mesh: DeviceMesh | None = None,
         axis: str | None = None,
     ) -> SequenceGroup:
@@ -109,6 +115,9 @@ class SequenceGroup:
             error = f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}"
         elif not isinstance(heads, int) or heads < 1 or size % heads:
             error = f"heads must divide the number of ranks in the group, {size}, got {heads!r}"
+        elif checks not in (True, False, "calls", "off"):
+            error = f"checks must be True, False, 'calls' or 'off', got {checks!r}"
+        checks = checks in (True, "calls")
         # Groups of the same ranks are told apart by what the first of these draws.
         drawn = secrets.randbelow(10**6)
         fields = _said(layout, heads, checks)
@@ -220,9 +229,9 @@ def _in_short(lengths: tuple[int, ...]) -> str:
     return told if len(told) <= 80 else f"{told[:40]}... ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
 
 
-def _said(layout: str, heads: int, checks: bool) -> dict[str, Any]:
+def _said(layout: str, heads: int, checks: bool | str) -> dict[str, Any]:
     """What ranks that make a group must share."""
-    return {"layout": layout, "heads": heads, "checks": checks}
+    return {"layout": layout, "heads": heads, "checks": {"calls": True, "off": False}.get(str(checks), checks)}
 
 
 def _agree_on_mesh(operation: str, ranks: list[int], fields: dict[str, Any], error: str | None) -> None:

@@ -151,6 +151,15 @@ def test_tokens_that_do_not_fit_the_cut(group_of: GroupOf, name: str) -> None:
     assert "not both" in raised(lambda: run(cut=group.cut(32), cu_seqlens=[0, 32]))
 
 
+def test_checks_have_names(subgroups, world) -> None:
+    for named, checked in (("calls", True), ("off", False), (True, True), (False, False)):
+        assert lasp.SequenceGroup.from_group(subgroups[4], checks=named).checks is checked
+    assert "checks must be True" in raised(lambda: lasp.SequenceGroup.from_group(subgroups[4], checks="some"))
+    assert "disagree on checks" in raised(
+        lambda: lasp.SequenceGroup.from_group(subgroups[4], checks="calls" if world.rank else "off")
+    )
+
+
 def test_unchecked_groups_agree_on_nothing(group_of: GroupOf) -> None:
     if (group := group_of(2, checks=False)) is None:
         return
