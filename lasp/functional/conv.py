@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,11 +53,14 @@ def causal_conv1d(
     """
 
     def check() -> Arguments:
+        check_tensors(("bias", "initial_state"), x=x, weight=weight, bias=bias, initial_state=initial_state)
+        check_flags(output_final_state=output_final_state)
+        check_choice("activation", activation, ACTIVATIONS)
+        _check_tokens(x)
+        bounds = check_documents(x, cu_seqlens, cut)
         options = {"activation": activation, "final_state": output_final_state}
-        return _check_conv((x, weight, bias, initial_state), check_bounds, options)
-
-    def check_bounds() -> tuple[int, ...] | None:
-        return check_documents(x, cu_seqlens, cut)
+        fields = _check_conv((x, weight, bias, initial_state), None if bounds is None else len(bounds) - 1, options)
+        return Arguments(fields, x.shape[1], bounds)
 
     turn, packed = begin_call(group, "causal_conv1d", check, cut), is_packed(cu_seqlens, cut)
     halo = Halo.of(turn, weight.shape[1] - 1)
@@ -81,25 +84,23 @@ def causal_conv1d(
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
-def _check_conv(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    check_bounds: Callable[[], tuple[int, ...] | None],
-    options: dict[str, Any],
-) -> Arguments:
-    x, weight, bias, state = tensors
-    check_tensors(("bias", "initial_state"), x=x, weight=weight, bias=bias, initial_state=state)
-    check_choice("activation", options["activation"], ACTIVATIONS)
-    check_flags(output_final_state=options["final_state"])
+def _check_tokens(x: Tensor) -> None:
     if x.dim() != 3 or min(x.shape[0], x.shape[2]) < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating [batch, tokens, channels], got {x.dtype} {list(x.shape)}")
+
+
+def _check_conv(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None], documents: int | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Check x, weight, bias and the initial state of so many documents, and tell what all ranks must share."""
+    x, weight, bias, state = tensors
     channels = x.shape[2]
     if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
         raise ValueError(f"weight must be [D, W] with D = {channels} channels of x, got {list(weight.shape)}")
     if bias is not None and list(bias.shape) != [channels]:
         raise ValueError(f"bias must be [D] = [{channels}], got {list(bias.shape)}")
-    bounds = check_bounds()
     if state is not None:
-        rows, what = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
+        rows, what = (x.shape[0], "B") if documents is None else (documents, "documents")
         if list(state.shape) != [rows, channels, weight.shape[1] - 1]:
             raise ValueError(
                 f"initial_state must be [{what}, D, W - 1] = [{rows}, {channels}, {weight.shape[1] - 1}], "
@@ -111,7 +112,7 @@ def _check_conv(
                 f"{name} must be floating and on the device of x, {x.device}, got {other.dtype} on {other.device}"
             )
     wanted = [torch.is_grad_enabled() and other is not None and other.requires_grad for other in tensors]
-    fields = options | {
+    return options | {
         "device": x.device.type,
         "batch": x.shape[0],
         "weight": list(weight.shape),
@@ -120,4 +121,3 @@ def _check_conv(
         "initial_state": state is not None,
         "backward": [wanted[0], any(wanted)],  # the halo's gradients travel for x alone
     }
-    return Arguments(fields, x.shape[1], bounds)
