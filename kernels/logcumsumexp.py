@@ -6,8 +6,21 @@ exponentiated.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogSum:
+    """The map `z -> log(exp(z) + exp(u))` of a stretch of tokens. state (u): the log-sum-exp of the stretch alone."""
+
+    state: Tensor
+
+    def __call__(self, incoming: Tensor) -> Tensor:
+        """z after the stretch, given the one before it."""
+        return torch.logaddexp(incoming, self.state)
 
 
 def running(x: Tensor, entering: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ from lasp.parallel import collectives
 from lasp.parallel.call import Turn
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
-from lasp.parallel.scan import BACKWARD, FORWARD, Direction, Transfers, start_scan
+from lasp.parallel.monoid import Affine
+from lasp.parallel.scan import SCANS, Direction, enter_ends, enter_runs, given_back
 
 Inputs = tuple[Tensor | None, ...]
 
@@ -97,8 +98,9 @@ def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) 
     initial_state [documents, B, H, K, V] or None. Returns the local output [B, T, Ho, V] and, when the call asks for
     them, the final states [documents, B, H, K, V], the same on every rank.
     """
+    trained = _trained(initial_state, *inputs)
     with _exact(inputs):
-        output, final = _CausalRecurrence.apply(call, initial_state, *inputs)
+        output, final = _CausalRecurrence.apply(call, trained, initial_state, *inputs)
     return output, final if call.final else None
 
 
@@ -112,10 +114,10 @@ class _CausalRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
+        ctx: Any, call: Call, trained: bool, initial_state: Tensor | None, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        recurrence, transfers = call.recurrence, Transfers(call.recurrence.transfer_rule(inputs))
-        if call.alone:
+        recurrence, kept = call.recurrence, None
+        if call.group is None:
             plan = call.plan()
             output, chain = recurrence.forward(inputs, _initial(plan, initial_state))
             final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
@@ -125,19 +127,21 @@ class _CausalRecurrence(torch.autograd.Function):
                 plan = call.plan()
                 initial = _initial(plan, initial_state)
                 maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
-                scan = start_scan(call.scan, maps, plan, call.group, FORWARD, transfers)
+                ctx.scan = SCANS[call.scan](plan, call.group, trained)
+                flight = ctx.scan.start(maps, _affine(recurrence, inputs))
                 inside = recurrence.inside(inputs, chain)
-                chain.enter(_enter_runs(plan, scan.wait(), initial))
+                arrived, kept = flight.wait()
+                chain.enter(enter_runs(plan, arrived, initial))
                 output = recurrence.read_out(inputs, chain, inside)
                 final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
-        _save(ctx, call, plan, transfers, initial_state, inputs, chain)
+        _save(ctx, call, plan, initial_state, inputs, chain, kept)
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
-        inputs, entered = _saved(ctx)
+        inputs, entered, kept = _saved(ctx)
         with _exact(inputs), call.turn.backward():
             ends = _ends_grad(call, plan, grad_final)
             if call.alone:
@@ -145,12 +149,23 @@ class _CausalRecurrence(torch.autograd.Function):
             else:
                 adjoint = recurrence.adjoint(inputs, grad, entered)
                 maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
-                scan = start_scan(call.scan, maps, plan, call.group, BACKWARD, ctx.transfers)
+                flight = ctx.scan.start_back(maps, _affine(recurrence, inputs), kept)
                 total = recurrence.grad_outputs(inputs, grad, entered)
-                adjoint.enter_backwards(_enter_ends(plan, scan.wait(), ends))
+                adjoint.enter_backwards(enter_ends(plan, flight.wait().states, ends))
                 grads, starts = recurrence.grad_states(inputs, entered, adjoint, total), adjoint.starts()
         begins = [start if run.reset else None for run, start in zip(plan.runs, starts, strict=True)]
-        return None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
+        return None, None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
+
+
+def _affine(recurrence: Recurrence, inputs: Inputs) -> Affine:
+    """The maps of a recurrence, whose transfers follow from the plan where its gates do not differ between tokens."""
+    rule = recurrence.transfer_rule(inputs)
+    return Affine() if rule is None else Affine(lambda link: rule(link.length))
+
+
+def _trained(*tensors: Tensor | None) -> bool:
+    """Whether a call of these will be differentiated."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _exact(inputs: Inputs) -> AbstractContextManager[object]:
@@ -159,25 +174,18 @@ def _exact(inputs: Inputs) -> AbstractContextManager[object]:
 
 
 def _save(
-    ctx: Any,
-    call: Call,
-    plan: Plan,
-    transfers: Transfers,
-    initial_state: Tensor | None,
-    inputs: Inputs,
-    chain: Chain,
+    ctx: Any, call: Call, plan: Plan, initial_state: Tensor | None, inputs: Inputs, chain: Chain, kept: Tensor | None
 ) -> None:
     """Keep what backward needs; tensors through autograd, so that checkpointing and offloading see them."""
-    ctx.call, ctx.plan, ctx.transfers, ctx.has_initial = call, plan, transfers, initial_state is not None
-    ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(*inputs, *chain.tensors())
+    ctx.call, ctx.plan, ctx.has_initial, ctx.num_inputs = call, plan, initial_state is not None, len(inputs)
+    ctx.save_for_backward(*inputs, kept, *chain.tensors())
 
 
-def _saved(ctx: Any) -> tuple[Inputs, Chain]:
-    """The inputs, and the true states of the forward pass."""
-    tensors = ctx.saved_tensors
-    inputs = tensors[: ctx.num_inputs]
-    return inputs, ctx.call.recurrence.restore(inputs, tensors[ctx.num_inputs :])
+def _saved(ctx: Any) -> tuple[Inputs, Chain, Tensor | None]:
+    """The inputs, the true states of the forward pass, and what its scan kept."""
+    tensors, count = ctx.saved_tensors, ctx.num_inputs
+    inputs = tensors[:count]
+    return inputs, ctx.call.recurrence.restore(inputs, tensors[count + 1 :]), tensors[count]
 
 
 # Runs and links -----------------------------------------------------------------------------------------------------
@@ -191,33 +199,16 @@ def _initial(plan: Plan, initial_state: Tensor | None) -> list[Tensor | None]:
 def _link_map(link: Link, plan: Plan, chain: Chain, initial: list[Tensor | None]) -> Segment:
     """What a link does to the state that enters it: its last run decides, since all but the first begin anew."""
     run = plan.runs_of(link)[-1]
-    segment, start = chain.segment(run), initial[run]
-    if plan.runs[run].reset:
-        state = segment.state if start is None else segment(start)
-        return Segment(torch.zeros_like(segment.transfer), state)
-    return segment
+    segment, start = chain.segment(run), initial[run] if plan.runs[run].reset else None
+    return segment if start is None else Segment(segment.transfer, segment(start))
 
 
 def _link_adjoint(link: Link, plan: Plan, adjoint: Chain, ends: list[Tensor | None]) -> Segment:
     """What a link does to the gradient of the state that leaves it: its first run decides."""
-    first = plan.runs_of(link)[0]
-    segment, end, run = adjoint.adjoint(first), ends[first], plan.runs[first]
+    run = plan.runs_of(link)[0]
+    segment, end = adjoint.adjoint(run), ends[run]
     state = segment.state if end is None else segment(end)
-    if run.reset:
-        state = torch.zeros_like(state)
-    return Segment(torch.zeros_like(segment.transfer) if link.reset else segment.transfer, state)
-
-
-def _enter_runs(plan: Plan, links: list[Tensor | None], initial: list[Tensor | None]) -> list[Tensor | None]:
-    """The state that enters each run: its document's initial state, or what enters its link."""
-    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
-    return [initial[i] if run.reset else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
-
-
-def _enter_ends(plan: Plan, links: list[Tensor | None], ends: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradient of the state that leaves each run: its document's final state's, or what enters its link's end."""
-    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
-    return [ends[i] if run.last else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
+    return Segment(segment.transfer, given_back(plan, link, state))
 
 
 def _share_ends(call: Call, plan: Plan, states: list[Tensor], phase: str) -> Tensor:
@@ -275,55 +266,52 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         recurrence = call.recurrence
-        transfers = Transfers(recurrence.transfer_rule(inputs))
         with call.turn.forward():
             chain = recurrence.states(inputs)
             plan = call.plan()
-            totals = _document_totals(call, plan, chain.ends(), transfers, "forward")
+            totals = _document_totals(call, plan, chain.ends(), "forward")
             if initial_state is not None:
                 totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
             chain.fill(totals)
             output = recurrence.read_out(inputs, chain, recurrence.inside(inputs, chain))
             final = _share_ends(call, plan, totals, "forward") if call.final else None
-        _save(ctx, call, plan, transfers, initial_state, inputs, chain)
+        _save(ctx, call, plan, initial_state, inputs, chain, None)
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
-        inputs, entered = _saved(ctx)
+        inputs, entered, _ = _saved(ctx)
         with _exact(inputs), call.turn.backward():
             adjoint = recurrence.adjoint(inputs, grad, entered)
             ends = _ends_grad(call, plan, grad_final)
             own = [start if end is None else start + end for start, end in zip(adjoint.starts(), ends, strict=True)]
             initial = _initial_grad(plan, list(own), own[0]) if ctx.has_initial else None
-            adjoint.fill(_document_totals(call, plan, own, ctx.transfers, "backward"))
+            adjoint.fill(_document_totals(call, plan, own, "backward"))
             total = recurrence.grad_outputs(inputs, grad, entered)
             grads = recurrence.grad_states(inputs, entered, adjoint, total)
         return None, initial, *grads
 
 
-def _document_totals(call: Call, plan: Plan, own: list[Tensor], transfers: Transfers, phase: str) -> list[Tensor]:
+def _document_totals(call: Call, plan: Plan, own: list[Tensor], phase: str) -> list[Tensor]:
     """For each run the sum of `own` [B, H, K, V] over all runs of its document, on all ranks."""
     if plan.documents == 1:
         total = torch.stack(own).sum(0)
         if call.group is not None:
             total = collectives.all_reduce(total, call.group.process_group, phase).wait()
         return [total] * len(own)
-    totals = list(own)
+    if call.group is None:
+        return own
     one = torch.ones_like(own[0][..., :1, :1])
-    for reverse in (False, True):
-        states = []
-        for link in plan.own_links:
-            run = plan.runs_of(link)[0 if reverse else -1]
-            passes = not (plan.runs[run].reset and reverse)
-            states.append(Segment(one, own[run] if passes else torch.zeros_like(own[run])))
-        scan = start_scan(call.scan, states, plan, call.group, Direction(phase, reverse), transfers)
-        arrived = scan.wait()
-        for link in plan.own_links:
-            run, entering = plan.runs_of(link)[-1 if reverse else 0], arrived[link.place]
-            outside = plan.runs[run].last if reverse else plan.runs[run].reset
-            if entering is not None and not outside:
-                totals[run] = totals[run] + entering
+    scan = SCANS[call.scan](plan, call.group, keeps=False)
+    nothing: list[Tensor | None] = [None] * len(own)
+    totals = list(own)
+    ahead = [own[plan.runs_of(link)[-1]] for link in plan.own_links]
+    back = [given_back(plan, link, own[plan.runs_of(link)[0]]) for link in plan.own_links]
+    for reverse, states, enter in ((False, ahead, enter_runs), (True, back, enter_ends)):
+        maps = [Segment(one, state) for state in states]
+        flight = scan.start(maps, Affine(lambda link: one), Direction(phase, reverse))
+        entering = enter(plan, flight.wait().states, nothing)
+        totals = [total if more is None else total + more for total, more in zip(totals, entering, strict=True)]
     return totals

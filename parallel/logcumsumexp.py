@@ -12,82 +12,82 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels.logcumsumexp import ratio, running, suffix_sums
-from lasp.parallel import collectives
+from lasp.kernels.logcumsumexp import LogSum, ratio, running, suffix_sums
+from lasp.kernels.segment import Segment
 from lasp.parallel.call import Turn
-from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
+from lasp.parallel.monoid import LogSums
+from lasp.parallel.scan import SCANS, enter_ends, enter_runs, given_back
 
 
-class LogCumSumExp(torch.autograd.Function):
+def running_sums(plan: Plan, turn: Turn, scan: str, x: Tensor, initial: Tensor) -> list[Tensor]:
+    """Of each run what enters it and what that is after each token, [B, run + 1, ...].
+
+    x [B, T, ...] of this rank's tokens; initial [documents, B, ...], -inf where nothing came before.
     """
-    inputs     x [B, T, ...] of this rank's tokens; initial [documents, B, ...], -inf where nothing came before
-    outputs    of each run what enters it, and what that is after each token, run after run: [B, T + runs, ...]
-    forward    one all-gather of the sums of all links, [links, B, ...] per rank
-    backward   one all-gather of the gradients of what entered them, of the same size
+    trained = torch.is_grad_enabled() and (x.requires_grad or initial.requires_grad)
+    rows: Tensor = _LogCumSumExp.apply(plan, turn, scan, trained, x, initial)
+    return list(rows.split([run.length + 1 for run in plan.runs], 1))
+
+
+class _LogCumSumExp(torch.autograd.Function):
+    """
+    inputs     x [B, T, ...]; initial [documents, B, ...]
+    outputs    the rows of all runs, one behind the other: [B, T + runs, ...]
+    forward    one scan of the sums of links, a row [B, ...] each
+    backward   one reverse scan of the gradients of what entered them, of the same size
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, turn: Turn, x: Tensor, initial: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: Plan, turn: Turn, scan: str, trained: bool, x: Tensor, initial: Tensor) -> Tensor:
         parts = [x[:, run.offset : run.offset + run.length] for run in plan.runs]
-        sums = []
-        for link in plan.own_links:
-            last = plan.runs_of(link)[-1]
-            run, total = plan.runs[last], parts[last].logsumexp(1)
-            sums.append(torch.logaddexp(total, initial[run.document]) if run.reset else total)
-        with turn.forward():
-            gathered = _gather(sums, plan, turn.group, "forward")
-        carries = [torch.full_like(sums[0], -torch.inf)]  # what enters each link, and what leaves the last
-        for link, total in zip(plan.links, gathered, strict=True):
-            carries.append(total if link.reset else torch.logaddexp(carries[-1], total))
-        entering = {run: carries[place] for place, link in enumerate(plan.links) for run in _entered(plan, link)}
-        rows = [
-            running(part, entering.get(i, initial[run.document]))
-            for i, (run, part) in enumerate(zip(plan.runs, parts, strict=True))
-        ]
+        starts: list[Tensor | None] = [initial[run.document].unsqueeze(-1) for run in plan.runs]
+        arrived: list[Tensor | None] = [None] * len(plan.own_links)
+        kept = None
+        if turn.group is not None:
+            with turn.forward():
+                maps = [_link_map(link, plan, parts, starts) for link in plan.own_links]
+                ctx.scan = SCANS[scan](plan, turn.group, trained)
+                arrived, kept = ctx.scan.start(maps, LogSums()).wait()
+        nothing = torch.full_like(initial[0], -torch.inf)
+        entering = [nothing if z is None else z.squeeze(-1) for z in enter_runs(plan, arrived, starts)]
+        result = torch.cat([running(part, z) for part, z in zip(parts, entering, strict=True)], 1)
         ctx.plan, ctx.turn = plan, turn
-        result = torch.cat(rows, 1)
-        ctx.save_for_backward(x, initial, result, torch.stack(carries))
+        ctx.save_for_backward(x, initial, result, kept)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor]:
-        plan, (x, initial, result, carries) = ctx.plan, ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, turn, (x, initial, result, kept) = ctx.plan, ctx.turn, ctx.saved_tensors
         sizes = [run.length + 1 for run in plan.runs]
         rows = result.split(sizes, 1)
         grads = [suffix_sums(*pair) for pair in zip(grad.split(sizes, 1), rows, strict=True)]
-        nothing = torch.zeros_like(carries[0])
-        sums = [sum((grads[i][:, 0] for i in _entered(plan, link)), nothing) for link in plan.own_links]
-        with ctx.turn.backward():
-            gathered = _gather(sums, plan, ctx.turn.group, "backward")
-        later, arriving = nothing, {}
-        for place, total in reversed(list(enumerate(gathered))):
-            link = plan.links[place]
-            arriving[link] = later
-            later = total if link.reset else total + ratio(carries[place], carries[place + 1]) * later
-        for link in plan.own_links:
-            last = plan.runs_of(link)[-1]
-            grads[last] = grads[last] + ratio(rows[last], rows[last][:, -1:]) * arriving[link].unsqueeze(1)
+        if turn.group is not None:
+            with turn.backward():
+                maps = [_link_adjoint(link, plan, rows, grads) for link in plan.own_links]
+                arrived = ctx.scan.start_back(maps, LogSums(), kept).wait().states
+            for i, later in enumerate(enter_ends(plan, arrived, [None] * len(plan.runs))):
+                if later is not None:
+                    grads[i] = grads[i] + ratio(rows[i], rows[i][:, -1:]) * later.squeeze(-1).unsqueeze(1)
         grad_x, grad_initial = torch.zeros_like(x), torch.zeros_like(initial)
         for run, z, total in zip(plan.runs, rows, grads, strict=True):
             tokens = slice(run.offset, run.offset + run.length)
             grad_x[:, tokens] = ratio(x[:, tokens], z[:, 1:]) * total[:, 1:]
             if run.reset:
                 grad_initial[run.document] += total[:, 0]
-        return None, None, grad_x, grad_initial
+        return None, None, None, None, grad_x, grad_initial
 
 
-def _entered(plan: Plan, link: Link) -> list[int]:
-    """The run of this rank that what enters the link enters: its first, unless a document begins there."""
-    if link.rank != plan.rank:
-        return []
-    return [i for i in plan.runs_of(link)[:1] if not plan.runs[i].reset]
+def _link_map(link: Link, plan: Plan, parts: list[Tensor], starts: list[Tensor | None]) -> LogSum:
+    """What a link adds to the sum that enters it: its last run, with its document's start if that is in it."""
+    run = plan.runs_of(link)[-1]
+    own, start = LogSum(parts[run].logsumexp(1).unsqueeze(-1)), starts[run] if plan.runs[run].reset else None
+    return own if start is None else LogSum(own(start))
 
 
-def _gather(own: list[Tensor], plan: Plan, group: SequenceGroup | None, phase: str) -> list[Tensor]:
-    """A row of each link, in the order of the chain, from those of this rank's links."""
-    if group is None or group.size == 1:
-        return [own[link.place] for link in plan.links]
-    ranks = collectives.all_gather(torch.stack(own), group.process_group, phase).wait()
-    return [ranks[link.rank, link.place] for link in plan.links]
+def _link_adjoint(link: Link, plan: Plan, rows: tuple[Tensor, ...], grads: list[Tensor]) -> Segment:
+    """What a link does to the gradient of what leaves it: its first run decides."""
+    run = plan.runs_of(link)[0]
+    transfer = ratio(rows[run][:, 0], rows[run][:, -1])
+    return Segment(transfer.unsqueeze(-1), given_back(plan, link, grads[run][:, 0].unsqueeze(-1)))

@@ -1,31 +1,30 @@
-"""Exclusive scans of Segments over ranks: how a rank learns the state that enters each of its links.
+"""Exclusive scans of maps over ranks: how a rank learns the state that enters each of its links.
 
     gather  every rank gathers all maps and folds those before its own: one message (LASP-2, arXiv:2502.07563)
     ring    the folded state travels from link to link: one hop each (LASP-1, arXiv:2404.02882)
 
-A scan is started as soon as a rank knows its own maps, runs while the rank computes, and is awaited with `wait()`. In
-reverse it carries gradients from the last link to the first. Maps are those of whole links; `parallel/linear.py` makes
-them from the maps of runs.
+A scan is started as soon as a rank knows its own maps, runs while the rank computes, and is awaited. In reverse it
+carries gradients from the last link to the first. Maps are those of whole links, of which kind the `Monoid` tells; the
+makers of maps know runs. Where a document begins in a link (`link.reset`) nothing passes through it, whatever its map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.arguments import check_choice
-from lasp.kernels.segment import Segment, apply, transpose
+from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
-
-ScanName = Literal["auto", "gather", "ring"]
-SCANS: tuple[ScanName, ...] = get_args(ScanName)
+from lasp.parallel.monoid import Map, Monoid, fold
 
 
 @dataclass(frozen=True)
@@ -44,161 +43,161 @@ FORWARD = Direction("forward", reverse=False)
 BACKWARD = Direction("backward", reverse=True)
 
 
-class Scan(Protocol):
-    """A scan in flight."""
+class Arrival(NamedTuple):
+    """What a scan ends with.
 
-    def wait(self) -> list[Tensor | None]:
-        """What enters each of this rank's links, by place; None where nothing does."""
-        ...
+    states: what enters each of this rank's links, by place; None where nothing does. kept: what the scan needs on its
+    way back and nobody sends again, for autograd to save.
+    """
+
+    states: list[Tensor | None]
+    kept: Tensor | None = None
+
+
+class Flight:
+    """A scan in flight: whatever its steps do ahead of their first `yield` is done when it is made."""
+
+    def __init__(self, steps: Generator[None, None, Arrival]) -> None:
+        self._arrival: Arrival | None = None
+        self._steps = self._run(steps)
+        next(self._steps, None)
+
+    def wait(self) -> Arrival:
+        """Take the remaining steps."""
+        for _ in self._steps:
+            pass
+        assert self._arrival is not None, "steps end with an arrival"
+        return self._arrival
+
+    def _run(self, steps: Generator[None, None, Arrival]) -> Generator[None, None, None]:
+        self._arrival = yield from steps
+
+
+class Scan(ABC):
+    """How the ranks of one call share their maps, on the way there and on the way back. It holds no tensors.
+
+    keeps: whether there will be a way back.
+    """
+
+    def __init__(self, plan: Plan, group: SequenceGroup, keeps: bool) -> None:
+        self.plan, self.group, self.keeps = plan, group, keeps
+
+    def start(self, maps: Sequence[Map], monoid: Monoid, direction: Direction = FORWARD) -> Flight:
+        """Start a scan over the maps of this rank's links, by place."""
+        return Flight(self.steps(maps, monoid, direction))
+
+    def start_back(self, maps: Sequence[Segment], monoid: Monoid, kept: Tensor | None) -> Flight:
+        """Start the reverse scan over the maps of gradients, after one over maps of the given kind that `kept` this."""
+        transfers = {} if kept is None else dict(zip(later_links(self.plan), kept, strict=True))
+        return Flight(self.steps(maps, monoid.adjoint(transfers), BACKWARD))
+
+    @abstractmethod
+    def steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction) -> Generator[None, None, Arrival]:
+        """Exchange, with a `yield` wherever this rank waits for others and had better compute."""
+
+
+class Gather(Scan):
+    """One all-gather of what there is to send of all maps. Transfers are sent forward only, and those of later links
+    kept."""
+
+    def steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction) -> Generator[None, None, Arrival]:
+        packed = [monoid.pack(own) for own in maps]
+        message = torch.cat([part.flatten() for parts in packed for part in parts])
+        pending = collectives.all_gather(message, self.group.process_group, direction.phase)
+        yield
+        rank, shapes = self.plan.rank, [part.shape for part in packed[0]]
+        rows = pending.wait().unflatten(1, (len(maps), message.numel() // len(maps)))
+        sent = {link: _split(rows[link.rank, link.place], shapes) for link in direction.links(self.plan)}
+        passed = {
+            link: maps[link.place] if link.rank == rank else monoid.unpack(link, sent[link])
+            for link in passed_links(self.plan, direction)
+        }
+        entering = {link.place: state for link, state in fold(sent, passed) if link.rank == rank}
+        states = [entering[place] for place in range(len(maps))]
+        if not self.keeps or direction.reverse:
+            return Arrival(states)
+        transfers = monoid.transfers(later_links(self.plan), sent)
+        return Arrival(states, torch.stack(transfers) if transfers else None)  # copied: views would keep all messages
+
+
+class Ring(Scan):
+    """The folded state hops from the owner of a link to the owner of the next. Transfers never travel."""
+
+    def steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction) -> Generator[None, None, Arrival]:
+        chain, ranks = direction.links(self.plan), self.group.process_group
+        hops = [(before, link) for before, link in pairwise(chain) if before.rank != link.rank]
+        source = {link: before.rank for before, link in hops if link.rank == self.plan.rank}
+        following = dict(pairwise(chain))
+        collectives.record("ring", direction.phase, sum(maps[link.place].state.nbytes for link in source), len(hops))
+        states: list[Tensor | None] = [None] * len(maps)
+        here: Tensor | None = None  # what left this rank's previous link, if the next one is here too
+        leaving: list[collectives.Pending[Tensor]] = []
+        for link in chain:
+            if link.rank != self.plan.rank:
+                continue
+            own, after = maps[link.place], following.get(link)
+            if link in source:  # no earlier: on NCCL a posted receive holds up the sends to the same rank
+                arriving = collectives.receive(own.state, source[link], ranks, link.order)
+                yield
+                here = arriving.wait()
+            states[link.place] = here
+            if after is None:
+                break
+            here = own.state if link.reset or here is None else own(here)
+            if after.rank != link.rank:
+                leaving.append(collectives.send(here, after.rank, ranks, after.order))
+        yield
+        for message in leaving:
+            message.wait()
+        return Arrival(states)
+
+
+SCANS: dict[str, type[Scan]] = {"gather": Gather, "ring": Ring}
+ScanName = Literal["auto", "gather", "ring"]  # what editors complete
 
 
 def check_scan(name: str) -> str:
     """The scan that `name` stands for; ValueError when there is none."""
-    check_choice("scan", name, SCANS)
+    check_choice("scan", name, ("auto", *SCANS))
     return "gather" if name == "auto" else name
 
 
-def start_scan(
-    name: str,
-    links: list[Segment],
-    plan: Plan,
-    group: SequenceGroup | None,
-    direction: Direction,
-    transfers: Transfers,
-) -> Scan:
-    """Start a scan over the maps of this rank's links. Without a group the links are folded on the spot."""
-    if group is None or group.size == 1:
-        return _Local(links, plan, direction)
-    return (_Gather if name == "gather" else _Ring)(links, plan, group, direction, transfers)
+def passed_links(plan: Plan, direction: Direction) -> list[Link]:
+    """The links through which something passes on its way to this rank, from the last one that a scan meets."""
+    found, wanted = [], False
+    for link in reversed(direction.links(plan)[1:]):
+        if wanted and not link.reset:
+            found.append(link)
+        wanted = link.rank == plan.rank or (wanted and not link.reset)
+    return found
 
 
-class Transfers:
-    """The transfers A of all links, known from the plan or gathered once in the forward scan.
-
-    rule: gives a link's transfer from its number of tokens; None for gates that only its own rank knows.
-    """
-
-    def __init__(self, rule: Callable[[int], Tensor] | None) -> None:
-        self._rule = rule
-        self._gathered: dict[Link, Tensor] = {}
-
-    @property
-    def must_travel(self) -> bool:
-        return self._rule is None and not self._gathered
-
-    def keep(self, link: Link, transfer: Tensor) -> None:
-        self._gathered[link] = transfer.clone()  # not a view: that would keep the whole message until backward
-
-    def of(self, link: Link) -> Tensor:
-        return self._gathered[link] if self._rule is None else self._rule(link.length)
+def later_links(plan: Plan) -> list[Link]:
+    """The links of other ranks through which gradients come to this one, in order: what a scan keeps transfers of."""
+    return [link for link in passed_links(plan, BACKWARD) if link.rank != plan.rank]
 
 
-def _pass(link: Link, transfer: Tensor, state: Tensor, carry: Tensor | None) -> Tensor:
-    """What leaves a link: `A·carry + state`, where a document that begins in the link lets nothing through."""
-    return state if link.reset or carry is None else apply(transfer, carry) + state
+def _split(row: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = row.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-class _Local:
-    """All links are here."""
-
-    def __init__(self, links: list[Segment], plan: Plan, direction: Direction) -> None:
-        self._incoming: list[Tensor | None] = [None] * len(links)
-        carry = None
-        for link in direction.links(plan):
-            self._incoming[link.place] = carry
-            own = links[link.place]
-            carry = _pass(link, own.transfer, own.state, carry)
-
-    def wait(self) -> list[Tensor | None]:
-        return self._incoming
+# From links to runs -------------------------------------------------------------------------------------------------
 
 
-class _Gather:
-    """One all-gather of the states of all links, and of their transfers where the plan does not tell them."""
-
-    def __init__(
-        self, links: list[Segment], plan: Plan, group: SequenceGroup, direction: Direction, transfers: Transfers
-    ) -> None:
-        self._plan, self._direction, self._transfers = plan, direction, transfers
-        parts = [link.state for link in links]
-        if transfers.must_travel:
-            parts += [link.transfer for link in links]
-        self._shapes = [part.shape for part in parts]
-        message = torch.cat([part.flatten() for part in parts])
-        self._pending = collectives.all_gather(message, group.process_group, direction.phase)
-
-    def wait(self) -> list[Tensor | None]:
-        ranks = [self._unpack(row) for row in self._pending.wait()]
-        links = self._direction.links(self._plan)
-        if self._transfers.must_travel:
-            for link in links:
-                self._transfers.keep(link, ranks[link.rank][len(self._plan.own_links) + link.place])
-        incoming: list[Tensor | None] = [None] * len(self._plan.own_links)
-        carry, left = None, len(incoming)
-        for link in links:
-            if link.rank == self._plan.rank:
-                incoming[link.place], left = carry, left - 1
-            if not left:
-                break  # what comes after this rank's last link is for others
-            transfer = self._transfers.of(link)
-            if self._direction.reverse:
-                transfer = transpose(transfer)
-            carry = _pass(link, transfer, ranks[link.rank][link.place], carry)
-        return incoming
-
-    def _unpack(self, row: Tensor) -> list[Tensor]:
-        parts = row.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+def enter_runs(plan: Plan, links: list[Tensor | None], initial: list[Tensor | None]) -> list[Tensor | None]:
+    """What enters each run: `initial` where its document begins, or else what enters its link."""
+    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
+    return [initial[i] if run.reset else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
 
 
-class _Ring:
-    """The folded state hops from the owner of a link to the owner of the next. Transfers never travel."""
+def enter_ends(plan: Plan, links: list[Tensor | None], ends: list[Tensor | None]) -> list[Tensor | None]:
+    """What enters each run's end, backwards: `ends` where its document ends, or else what enters its link's end."""
+    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
+    return [ends[i] if run.last else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
 
-    def __init__(
-        self, links: list[Segment], plan: Plan, group: SequenceGroup, direction: Direction, transfers: Transfers
-    ) -> None:
-        self._own, self._group = links, group
-        chain = direction.links(plan)
-        steps = [(before, link) for before, link in pairwise(chain) if before.rank != link.rank]
-        self._source = {link: before.rank for before, link in steps if link.rank == plan.rank}
-        received = sum(links[link.place].state.nbytes for link in self._source)
-        collectives.record("ring", direction.phase, received, len(steps))
-        self._next = dict(pairwise(chain))
-        self._todo = [link for link in chain if link.rank == plan.rank]
-        self._incoming: list[Tensor | None] = [None] * len(links)
-        self._here: Tensor | None = None  # the state that left this rank's previous link, if the next one is here too
-        self._sent: list[collectives.Pending] = []
-        self._arriving: collectives.Pending | None = None
-        # What does not depend on an arrival leaves at once, and the first arrival is expected from now on.
-        while self._todo and self._todo[0] not in self._source:
-            self._advance()
-        self._expect()
 
-    def wait(self) -> list[Tensor | None]:
-        while self._todo:
-            self._advance()
-            self._expect()
-        for message in self._sent:
-            message.wait()
-        return self._incoming
-
-    def _expect(self) -> None:
-        """Post the receive of the next link. No earlier: on NCCL it would hold up the sends to the same rank."""
-        link = self._todo[0] if self._todo else None
-        if link in self._source:
-            like = self._own[link.place].state
-            self._arriving = collectives.receive(like, self._source[link], self._group.process_group, link.order)
-
-    def _advance(self) -> None:
-        """Take the next of this rank's links: receive, apply its map, pass on."""
-        link = self._todo.pop(0)
-        carry = self._arriving.wait() if self._arriving is not None else self._here
-        self._incoming[link.place], self._here, self._arriving = carry, None, None
-        if link not in self._next:
-            return
-        after, own = self._next[link], self._own[link.place]
-        leaving = _pass(link, own.transfer, own.state, carry)
-        if after.rank == link.rank:
-            self._here = leaving
-        else:
-            self._sent.append(collectives.send(leaving, after.rank, self._group.process_group, after.order))
+def given_back(plan: Plan, link: Link, grad: Tensor) -> Tensor:
+    """The gradient of what enters one of this rank's links, given that of what enters its first run: nothing where a
+    document begins with it, in which the links before have no part."""
+    return torch.zeros_like(grad) if plan.runs[plan.runs_of(link)[0]].reset else grad

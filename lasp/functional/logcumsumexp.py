@@ -15,7 +15,8 @@ from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.halo import Halo, share_ends
-from lasp.parallel.logcumsumexp import LogCumSumExp
+from lasp.parallel.logcumsumexp import running_sums
+from lasp.parallel.scan import ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
@@ -29,6 +30,7 @@ def logcumsumexp(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
     cut: Cut | None = None,
+    scan: ScanName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Running log-sum-exp over the tokens of a document, `z_t = logaddexp(z_{t-1}, x_t)`, behind z_0 = initial_state.
 
@@ -38,7 +40,7 @@ def logcumsumexp(
     x [B, T, ...]; -inf adds nothing. Without a group T is the whole sequence; with one, x is this rank's tokens, and
     everything else speaks of the whole sequence. exclusive: z_{t-1} in the place of z_t. initial_state: [B, ...], with
     cu_seqlens [documents, ...]; nothing (-inf) if None. cu_seqlens: bounds of packed documents [documents + 1], for
-    B = 1. cut: in the place of group and cu_seqlens, as in `linear_attention`.
+    B = 1. cut: in the place of group and cu_seqlens, as in `linear_attention`. scan: how the rows cross, as there.
 
     Returns z [B, T, ...] in fp32 (fp64 for fp64 inputs), and with output_final_state also the last z of each sequence
     or document, shaped like initial_state and the same on every rank. Differentiable in x and initial_state, once.
@@ -46,7 +48,7 @@ def logcumsumexp(
     """
 
     def check() -> Arguments:
-        options = {"exclusive": exclusive, "final_state": output_final_state}
+        options = {"exclusive": exclusive, "final_state": output_final_state, "scan": check_scan(scan)}
         return _check(x, initial_state, lambda: check_documents(x, cu_seqlens, cut), options)
 
     turn, packed = begin_call(group, "logcumsumexp", check, cut), is_packed(cu_seqlens, cut)
@@ -56,7 +58,7 @@ def logcumsumexp(
         initial = x.new_full((plan.documents, x.shape[0], *x.shape[2:]), -torch.inf, dtype=dtype)
     else:
         initial = initial_state.to(dtype).unsqueeze(1 if packed else 0)
-    rows = LogCumSumExp.apply(plan, turn, x.to(dtype), initial).split([run.length + 1 for run in plan.runs], 1)
+    rows = running_sums(plan, turn, check_scan(scan), x.to(dtype), initial)
     z = torch.cat([row[:, :-1] if exclusive else row[:, 1:] for row in rows], 1)
     if not output_final_state:
         return z

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from mpi4py import MPI
 
 import lasp
+from lasp.parallel.scan import SCANS, Flight
 from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
 from tests.oracle import assert_close, make_problem
 
@@ -17,7 +21,7 @@ DECAYS = ("none", "token", "channel")
 
 @pytest.mark.parametrize(("size", "lengths"), CASES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan: str, cu_seqlens) -> None:
     if (group := group_of(size)) is None:
@@ -28,7 +32,7 @@ def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 def test_zigzag(group_of, size: int, decay: str, scan: str, cu_seqlens) -> None:
     if (group := group_of(size, layout="zigzag")) is None:
@@ -53,7 +57,7 @@ def test_grouped_heads(group_of, heads: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 def test_long_chains(group_of, decay: str, scan: str) -> None:
     """512 chunks on each of two ranks."""
     if (group := group_of(2)) is None:
@@ -69,7 +73,7 @@ TRANSFER = 2 * 2 * 6 * 6 * 8
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 def test_only_the_gather_sends_transfers_and_only_forward(group_of, size: int, scan: str) -> None:
     if (group := group_of(size)) is None:
         return
@@ -87,6 +91,57 @@ def test_only_the_gather_sends_transfers_and_only_forward(group_of, size: int, s
         first, last = group.rank == 0, group.rank == size - 1
         assert ledger.of("forward") == [("ring", "forward", 0 if first else STATE, size - 1)]
         assert ledger.of("backward") == [("ring", "backward", 0 if last else STATE, size - 1)]
+
+
+def saved(call: Callable[[], torch.Tensor]) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+    """The shapes of the tensors that autograd saves in a call, and its result; they are copied on their way back."""
+    shapes: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return shapes, result
+
+
+@pytest.mark.parametrize(
+    ("layout", "cu_seqlens", "kept"),
+    [
+        ("contiguous", None, (2, 1, 0, 0)),  # not the last one's: no gradient enters its end
+        ("zigzag", None, (6, 4, 3, 2)),
+        ("contiguous", (0, 5, 31, 37), (2, 1, 0, 0)),
+        ("contiguous", (0, 20, 37), (1, 0, 0, 0)),  # a document begins on the third rank, and ends on the fourth
+    ],
+)
+def test_autograd_saves_the_transfers_of_later_links(group_of, layout: str, cu_seqlens, kept: tuple[int, ...]) -> None:
+    """What the gather saves more than the ring, which keeps none: checkpointing and offloading see it."""
+    group = group_of(4, layout=layout)
+    problem = make_problem("token", 37, beta=2.0, cu_seqlens=cu_seqlens, initial=False)
+    local = cut_problem(problem, group, house_lengths(4, layout))
+    k = local.k.requires_grad_()
+    shapes, grads = {}, {}
+    for scan in ("ring", "gather"):
+        run = partial(lasp.delta_rule, local.q, k, local.v, local.beta, local.log_decay, group=group, scan=scan)
+        shapes[scan], output = saved(partial(run, cu_seqlens=cu_seqlens))
+        (grads[scan],) = torch.autograd.grad(output, k, local.grad_output)
+    torch.testing.assert_close(grads["gather"], grads["ring"], rtol=0, atol=1e-12)
+    count, transfer = kept[group.rank], (k.shape[0], 2, 6, 6)
+    assert sorted(shapes["gather"]) == sorted(shapes["ring"] + [(count, *transfer)] * bool(count))
+
+
+def test_nothing_is_kept_where_nothing_is_trained(group_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, kept, wait = group_of(4), [], Flight.wait
+    monkeypatch.setattr(Flight, "wait", lambda self: (arrival := wait(self), kept.append(arrival.kept))[0])
+    local = cut_problem(make_problem("token", 36, beta=2.0), group, (9, 9, 9, 9))
+    run = partial(lasp.delta_rule, k=local.k, v=local.v, beta=local.beta, group=group)
+    run(local.q)
+    with torch.no_grad():
+        run(local.q.clone().requires_grad_())
+    assert kept == [None, None]
+    run(local.q.clone().requires_grad_())
+    assert (kept[2] is None) == (group.rank > 1)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.kernels import reference
+from lasp.parallel.scan import SCANS
 from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
 from tests.oracle import DECAYS, assert_close, errors, make_problem, solve
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.mark.parametrize(("size", "lengths"), CASES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan: str, cu_seqlens) -> None:
     if (group := group_of(size)) is None:
@@ -30,7 +31,7 @@ def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 def test_two_runs_per_rank(group_of, size: int, decay: str, scan: str, cu_seqlens) -> None:
     """The zigzag layout: two links of the chain on every rank."""
@@ -42,7 +43,7 @@ def test_two_runs_per_rank(group_of, size: int, decay: str, scan: str, cu_seqlen
 
 
 @pytest.mark.parametrize(("size", "lengths"), CASES)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 @pytest.mark.parametrize("initial", [True, False])
 def test_without_mask(group_of, size: int, lengths: tuple[int, ...], scan: str, cu_seqlens, initial: bool) -> None:
@@ -62,7 +63,7 @@ def test_strong_decays(group_of, decay: str, strength: float, cu_seqlens) -> Non
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 def test_fp32(group_of, decay: str, scan: str) -> None:
     group = group_of(4)
     problem, expected = case(decay, 150, strength=0.2, dims=(32, 16), dtype=torch.float32)
@@ -89,7 +90,7 @@ def test_unchecked_group_gives_the_same(group_of, layout: str) -> None:
         assert len(ledger.of("control")) == (cu_seqlens is None)
 
 
-@pytest.mark.parametrize("scan", ["gather", "ring"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_grouped_heads_without_states(group_of, decay: str, scan: str) -> None:
     """No initial and no final state: the path of a model in training."""
@@ -216,7 +217,7 @@ def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypat
     for name in ("inside", "grad_outputs"):
         kernel = getattr(DecayRecurrence, name)
         monkeypatch.setattr(DecayRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1])
-    start, wait = collectives.all_gather, scan._Gather.wait
+    start, wait = collectives.all_gather, scan.Flight.wait
 
     def spy_start(tensor, group, phase):
         if phase != "control":
@@ -224,6 +225,6 @@ def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypat
         return start(tensor, group, phase)
 
     monkeypatch.setattr(collectives, "all_gather", spy_start)
-    monkeypatch.setattr(scan._Gather, "wait", lambda self: (events.append("wait"), wait(self))[1])
+    monkeypatch.setattr(scan.Flight, "wait", lambda self: (events.append("wait"), wait(self))[1])
     run_once(group_of(4), "token", "gather")
     assert events == ["start", "inside", "wait", "start", "grad_outputs", "wait"]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp.kernels.decay.recurrence import DecayRecurrence
 from lasp.parallel.agreement import part
+from lasp.parallel.scan import SCANS
 
 pytestmark = pytest.mark.mpi
 
@@ -49,8 +50,7 @@ def convolution_states(x: Tensor, group: lasp.SequenceGroup | None) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, lasp.SequenceGroup | None], Tensor]] = {
-    "linear, gather": partial(linear, scan="gather"),
-    "linear, ring": partial(linear, scan="ring"),
+    **{f"linear, {scan}": partial(linear, scan=scan) for scan in SCANS},
     "linear, no mask": partial(linear, causal=False),
     "linear, final state": linear_states,
     "delta": delta,

@@ -51,7 +51,7 @@ TAKES = {  # what each operation takes besides its tensors
     "delta_rule": RECURRENT,
     "softmax_attention": ("scale", "softcap", "window", "causal", "cu_seqlens", "method"),
     "causal_conv1d": ("activation", "output_final_state", "cu_seqlens"),
-    "logcumsumexp": ("exclusive", "output_final_state", "cu_seqlens"),
+    "logcumsumexp": ("exclusive", "output_final_state", "cu_seqlens", "scan"),
     "cross_entropy": ("ignore_index", "num_items"),
     "shard": ("dim",),
     "unshard": ("dim",),

@@ -436,6 +436,7 @@ CASES += changed(
     {
         "channels": lambda a: {"x": a["x"][..., :1]},
         "exclusive": {"exclusive": True},
+        "scan": {"scan": "ring"},
         "tokens": (lambda a: {"x": a["x"][:, :3]}, "harmless"),
     },
 )
