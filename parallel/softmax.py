@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -134,13 +134,23 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
     queries = tuple(piece for piece in pieces if piece.rank == rank)
     turn = call.turn if ranks > 1 else ALONE
     with exact(q):
-        output: Tensor = _Attention.apply(turn, call.attention, queries, exchange, q, k, v, sinks, key_mask)
+        part = _Part(turn, call.attention, queries, exchange)
+        output: Tensor = _Attention.apply(part, q, k, v, sinks, key_mask)
     return output
 
 
 def plan_rotation(pieces: tuple[Piece, ...], ranks: int, mask: Mask) -> Rotation:
     """How far each piece's keys must travel under a mask."""
     return make_rotation(pieces, ranks, lambda own, other: mask.shows(span(own), span(other)))
+
+
+class _Part(NamedTuple):
+    """What one rank of a ring does for a call. pieces: of its queries."""
+
+    turn: Turn
+    attention: BlockAttention
+    pieces: tuple[Piece, ...]
+    exchange: KeyExchange
 
 
 class _Attention(torch.autograd.Function):
@@ -155,52 +165,43 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        turn: Turn,
-        attention: BlockAttention,
-        pieces: tuple[Piece, ...],
-        exchange: KeyExchange,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        key_mask: Tensor | None,
+        ctx: Any, part: _Part, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
         local = Span(0, q.shape[1])
         queries = Queries(local, q, *empty_attention(q, v))
 
         def visit(heads: slice, keys: Keys) -> None:
-            for piece in pieces:
-                attention.attend(queries.part(span(piece), piece.offset, _sharing(heads, q, k)), keys)
+            for piece in part.pieces:
+                part.attention.attend(queries.part(span(piece), piece.offset, _sharing(heads, q, k)), keys)
 
-        with turn.forward():
-            kept = exchange.forward(Keys(local, k, v, key_mask), visit)
+        with part.turn.forward():
+            kept = part.exchange.forward(Keys(local, k, v, key_mask), visit)
         if sinks is not None:
             merge_sinks(queries.output, queries.lse, sinks)
         output = queries.output.to(v.dtype)
-        ctx.turn, ctx.attention, ctx.pieces, ctx.exchange = turn, attention, pieces, exchange
+        ctx.part = part
         ctx.save_for_backward(q, kept.k, kept.v, kept.mask, sinks, output, queries.lse)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_mask, sinks, output, lse = ctx.saved_tensors
+        part, (q, k, v, key_mask, sinks, output, lse) = ctx.part, ctx.saved_tensors
         # Of a query that saw nothing, exp(S - lse) must be 0.
         queries = Queries(Span(0, q.shape[1]), q, output, lse.masked_fill(lse == -torch.inf, torch.inf))
         dq = torch.zeros_like(q, dtype=compute_dtype(q))
 
         def visit(heads: slice, keys: Keys, dk: Tensor, dv: Tensor) -> None:
             shared = _sharing(heads, q, k)
-            for piece in ctx.pieces:
+            for piece in part.pieces:
                 rows = slice(piece.offset, piece.offset + piece.stop - piece.start)
-                part = queries.part(span(piece), piece.offset, shared)
-                ctx.attention.gradients(part, grad[:, rows, shared], keys, (dq[:, rows, shared], dk, dv))
+                own = queries.part(span(piece), piece.offset, shared)
+                part.attention.gradients(own, grad[:, rows, shared], keys, (dq[:, rows, shared], dk, dv))
 
-        with exact(q), ctx.turn.backward():
-            dk, dv = ctx.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
+        with exact(q), part.turn.backward():
+            dk, dv = part.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
             dsinks = None if sinks is None else sinks_gradient(sinks, output, queries.lse, grad)
-        return None, None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
+        return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
 
 
 def _sharing(heads: slice, q: Tensor, k: Tensor) -> slice:
