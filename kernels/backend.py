@@ -1,4 +1,4 @@
-"""Which implementation of a kernel family runs, and why. The only file here that may look at the environment."""
+"""Which implementation of a kernel runs, and why. The only file here that may look at the environment."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lasp.kernels import tuning
 from lasp.kernels.arguments import check_choice
-from lasp.kernels.decay.recurrence import DecayRecurrence
-from lasp.kernels.delta.recurrence import DeltaRecurrence
+from lasp.kernels.gpu import tuning
+from lasp.kernels.portable.recurrence import PortableRecurrence
+from lasp.kernels.recurrence import Recurrence
 from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
-
-if TYPE_CHECKING:  # triton is slow to import, and not there on every machine
-    from lasp.kernels.decay.triton_recurrence import TritonDecay
-    from lasp.kernels.delta.triton_recurrence import TritonDelta
-    from lasp.kernels.fla import FlaDecay, FlaDelta
 
 Backend = Literal["auto", "torch", "triton", "fla"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -32,38 +27,26 @@ FLA_CHUNK_SIZES = (64,)
 """What all of flash-linear-attention's operators take."""
 
 
-def decay_family(
-    backend: str, q: Tensor, chunk_size: int | None = None, causal: bool = True
-) -> type[DecayRecurrence] | type[TritonDecay] | type[FlaDecay]:
-    """What sets up a call of the decay family for inputs like q."""
-    chosen = resolve(backend, q, chunk_size)
+def implementation(
+    backend: str, q: Tensor, chunk_size: int | None = None, causal: bool = True, erases: bool = False
+) -> type[Recurrence]:
+    """What sets up a recurrence for inputs like q. erases: it is of the delta family.
+
+    Raises ValueError for a backend that is unknown or cannot do it.
+    """
+    chosen = resolve(backend, q, chunk_size, MOST_ERASING_CHANNELS if erases else None)
     if chosen == "fla":
         if not causal:
             raise ValueError("backend='fla' takes no causal=False; 'torch' and 'triton' do")
-        from lasp.kernels.fla import FlaDecay
+        from lasp.kernels.fla import FlaRecurrence
 
-        return FlaDecay
+        return FlaRecurrence
     if chosen == "triton":
-        from lasp.kernels.decay.triton_recurrence import TritonDecay
+        # Triton is slow to import, and not there on every machine.
+        from lasp.kernels.gpu.recurrence import TritonRecurrence
 
-        return TritonDecay
-    return DecayRecurrence
-
-
-def delta_family(
-    backend: str, q: Tensor, chunk_size: int | None = None
-) -> type[DeltaRecurrence] | type[TritonDelta] | type[FlaDelta]:
-    """What sets up a call of the delta family for inputs like q."""
-    chosen = resolve(backend, q, chunk_size, MOST_ERASING_CHANNELS)
-    if chosen == "fla":
-        from lasp.kernels.fla import FlaDelta
-
-        return FlaDelta
-    if chosen == "triton":
-        from lasp.kernels.delta.triton_recurrence import TritonDelta
-
-        return TritonDelta
-    return DeltaRecurrence
+        return TritonRecurrence
+    return PortableRecurrence
 
 
 def resolve(backend: str, q: Tensor, chunk_size: int | None = None, most_channels: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Both families by flash-linear-attention's operators, behind the stages that ours have: to compare numbers.
+"""Both families by flash-linear-attention's operators, on a GPU, behind the stages that ours have: to compare numbers.
 
 Its operators take the state that enters a sequence, return the one that leaves it, and differentiate by themselves. To
 them every run is a sequence. Where our kernels correct a part of their work when a state arrives, these compute again,
@@ -15,20 +15,20 @@ import torch
 from fla import ops
 from torch import Tensor
 
-from lasp.kernels.decay.recurrence import DecayCall, Grads
-from lasp.kernels.decay.scores import decay_factor, finite
-from lasp.kernels.decay.segments import Pass, SegmentStates
-from lasp.kernels.delta.recurrence import DeltaCall
+from lasp.kernels.chain import Pass, SegmentChain
+from lasp.kernels.decays import decay_factor, finite
+from lasp.kernels.inputs import Gradients, Inputs
+from lasp.kernels.recurrence import Recurrence
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 
 
-class RunStates(SegmentStates):
+class RunStates(SegmentChain):
     """A chain in which every run is one segment. What stands for states at chunks is the subclass's own."""
 
-    def __init__(self, call: FlaDecay) -> None:
-        super().__init__(tuple((run, run + 1) for run in range(len(call.runs))))
-        self.call = call
+    def __init__(self, recurrence: FlaRecurrence) -> None:
+        super().__init__(tuple((run, run + 1) for run in range(len(recurrence.runs))))
+        self.recurrence = recurrence
 
     @abstractmethod
     def compute(self, starts: Tensor | None) -> Pass:
@@ -43,8 +43,8 @@ class RunStates(SegmentStates):
 class FlaStates(RunStates):
     """The states that enter and leave runs, and the output."""
 
-    def __init__(self, call: FlaDecay, inputs: Any) -> None:
-        super().__init__(call)
+    def __init__(self, recurrence: FlaRecurrence, inputs: Inputs) -> None:
+        super().__init__(recurrence)
         self.inputs = inputs
 
     @property
@@ -60,11 +60,11 @@ class FlaStates(RunStates):
 
     def compute(self, starts: Tensor | None) -> Pass:
         """The output, nothing, and the states that leave."""
-        output, ends = self.call.run(self.inputs, starts)
+        output, ends = self.recurrence.run(self.inputs, starts)
         return output, None, ends
 
     def make_transfers(self) -> Tensor:
-        return self.call.transfers(self.inputs)
+        return self.recurrence.transfers(self.inputs)
 
 
 class FlaAdjoint(RunStates):
@@ -73,15 +73,15 @@ class FlaAdjoint(RunStates):
     reverse = True
 
     def __init__(self, forwards: FlaStates, grad: Tensor) -> None:
-        super().__init__(forwards.call)
+        super().__init__(forwards.recurrence)
         self.forwards, self.grad = forwards, grad
         self._given = [x is not None and x.requires_grad for x in forwards.inputs]
 
     @property
-    def gradients(self) -> Grads:
+    def gradients(self) -> Gradients:
         """Those of the inputs, once what enters the runs' ends is known."""
         found = iter(self._true[0])
-        return tuple(next(found) if given else None for given in self._given)
+        return Gradients(*(next(found) if given else None for given in self._given))
 
     def compute(self, ends: Tensor | None) -> Pass:
         """Gradients of the inputs, nothing, and those of the states that enter."""
@@ -92,65 +92,56 @@ class FlaAdjoint(RunStates):
 
     def _differentiable(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """The forward pass once more: what is differentiated, output, states that leave the runs."""
-        call, inputs, starts = self.call, self.forwards.inputs, self.forwards.entering
+        recurrence, inputs, starts = self.recurrence, self.forwards.inputs, self.forwards.entering
         with torch.enable_grad():
-            fresh = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
-            starts = (call.zeros(inputs) if starts is None else starts.detach()).requires_grad_()
+            fresh = Inputs(*(_fresh(x) for x in inputs))
+            starts = (recurrence.zeros(inputs) if starts is None else starts.detach()).requires_grad_()
             leaves = [x for x in (starts, *fresh) if x is not None and x.requires_grad]
-            return leaves, *call.run(fresh, starts)
+            return leaves, *recurrence.run(fresh, starts)
 
     def make_transfers(self) -> Tensor:
         return self.forwards.transfers
 
 
-class FlaDecay(DecayCall):
-    """What `DecayRecurrence` computes, by flash-linear-attention. Only causal."""
+class FlaRecurrence(Recurrence):
+    """By flash-linear-attention. Only causal."""
 
-    def states(self, inputs: Any) -> FlaStates:
-        """States, each run from an empty memory."""
+    def states(self, inputs: Inputs) -> FlaStates:
         return FlaStates(self, inputs)
 
-    def inside(self, inputs: Any, chain: FlaStates) -> None:
+    def inside(self, inputs: Inputs, chain: FlaStates) -> None:
         """Nothing: the output is computed when the state is known."""
 
-    def read_out(self, inputs: Any, entered: FlaStates, inside: None) -> Tensor:
-        """The whole output, in v's dtype."""
+    def read_out(self, inputs: Inputs, entered: FlaStates, inside: None) -> Tensor:
         return entered.output
 
-    def forward(self, inputs: Any, incoming: list[Tensor | None]) -> tuple[Tensor, FlaStates]:
-        """The output and the true states at once, where the state entering each run is known."""
+    def forward(self, inputs: Inputs, incoming: list[Tensor | None]) -> tuple[Tensor, FlaStates]:
         chain = self.states(inputs)
         chain.enter(incoming)
         return chain.output, chain
 
-    def adjoint(self, inputs: Any, grad: Tensor, entered: FlaStates) -> FlaAdjoint:
-        """Gradients of the states, each run with nothing after it."""
+    def restore(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> FlaStates:
+        return self.states(inputs).restore(tensors, filled=False)
+
+    def adjoint(self, inputs: Inputs, grad: Tensor, entered: FlaStates) -> FlaAdjoint:
         return FlaAdjoint(entered, grad)
 
-    def grad_outputs(self, inputs: Any, grad: Tensor, entered: FlaStates) -> None:
+    def grad_outputs(self, inputs: Inputs, grad: Tensor, entered: FlaStates) -> None:
         """Nothing: all gradients are computed at once."""
 
-    def grad_states(self, inputs: Any, entered: FlaStates, adjoint: FlaAdjoint, total: None) -> Grads:
-        """All gradients, each in its input's shape and dtype."""
+    def grad_states(self, inputs: Inputs, entered: FlaStates, adjoint: FlaAdjoint, found: None) -> Gradients:
         return adjoint.gradients
 
     def backward(
-        self, inputs: Any, grad: Tensor, entered: FlaStates, incoming: list[Tensor | None]
-    ) -> tuple[Grads, list[Tensor]]:
-        """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
+        self, inputs: Inputs, grad: Tensor, entered: FlaStates, incoming: list[Tensor | None]
+    ) -> tuple[Gradients, list[Tensor]]:
         adjoint = self.adjoint(inputs, grad, entered)
-        adjoint.enter_backwards(incoming)
-        return adjoint.gradients, adjoint.starts()
+        adjoint.enter(incoming)
+        return adjoint.gradients, adjoint.leaving()
 
-    def restore(self, inputs: Any, tensors: tuple[Tensor, ...]) -> FlaStates:
-        """A chain from its tensors."""
-        chain = self.states(inputs)
-        chain.restore(tensors, filled=False)
-        return chain
-
-    def run(self, inputs: Any, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(self, inputs: Inputs, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """The output [B, T, Ho, V], and the states [runs, B, H, K, V] that leave the runs, given those that enter."""
-        q, v = inputs[0], inputs[2]
+        q, v = inputs.q, inputs.v
         batch, tokens = q.shape[:2]
         starts = self.zeros(inputs) if starts is None else starts
         # The operators want as many heads everywhere, and sequences one behind the other. They may lose count at empty
@@ -159,8 +150,8 @@ class FlaDecay(DecayCall):
         full = [run for run, (_, length) in enumerate(self.runs) if length]
         if not full:  # nothing to launch, but something to differentiate
             return v.repeat_interleave(heads // v.shape[2], 2) + 0 * starts.sum(), starts
-        operator, others = self.operator(inputs)
-        named = {"q": q, "k": inputs[1], "v": v} | others
+        operator, others = self._operator(inputs)
+        named = {"q": q, "k": inputs.k, "v": v} | others
         bounds = [b * tokens + self.runs[run][0] for b in range(batch) for run in full] + [batch * tokens]
         output, ends = operator(
             **{name: None if x is None else _flat(x, heads) for name, x in named.items()},
@@ -174,56 +165,58 @@ class FlaDecay(DecayCall):
             ends = starts.index_copy(0, torch.tensor(full, device=q.device), ends)
         return output.view(batch, tokens, heads, -1), ends
 
-    def operator(self, inputs: Any) -> tuple[Operator, dict[str, Tensor | None]]:
+    def transfers(self, inputs: Inputs) -> Tensor:
+        """What each run does to a state that enters it, [runs, B, H, 1 or K, 1 or K]."""
+        return self._decays(inputs) if inputs.beta is None else self._erasures(inputs, inputs.beta)
+
+    def zeros(self, inputs: Inputs) -> Tensor:
+        """States [runs, B, H, K, V] of empty memories."""
+        k, v = inputs.k, inputs.v
+        shape = len(self.runs), k.shape[0], self.heads, k.shape[3], v.shape[3]
+        return torch.zeros(shape, dtype=torch.float32, device=k.device)
+
+    def _operator(self, inputs: Inputs) -> tuple[Operator, dict[str, Tensor | None]]:
         """The operator, and what it takes besides queries, keys and values."""
-        gates = self.gates(inputs)
-        if gates is not None and gates.dim() == 4:
-            return ops.chunk_gla, {"g": gates}
-        return ops.chunk_simple_gla, {"g": gates}
+        gates, beta = _gates(inputs), inputs.beta
+        channels = gates is not None and gates.dim() == 4
+        if beta is None:
+            return ops.chunk_gla if channels else ops.chunk_simple_gla, {"g": gates}
+        if channels:
+            return ops.chunk_kda, {"g": gates, "beta": beta}
+        if gates is None and inputs.q.dtype != torch.float32:
+            return ops.chunk_delta_rule, {"beta": beta}
+        # The delta rule without gates takes no fp32 there.
+        return ops.chunk_gated_delta_rule, {"g": torch.zeros_like(beta) if gates is None else gates, "beta": beta}
 
-    def gates(self, inputs: Any) -> Tensor | None:
-        """Log-decays of every token, [B, T, HG] or [B, T, HG, K], in fp32."""
-        log_decay: Tensor | None = inputs[3]
-        if log_decay is None:
-            return None
-        log_decay = finite(log_decay.float())
-        return log_decay.expand(*inputs[0].shape[:2], -1) if log_decay.dim() == 1 else log_decay
-
-    def transfers(self, inputs: Any) -> Tensor:
-        """What each run does to a state that enters it, [runs, B, H, 1 or K, 1]."""
-        gates = self.gates(inputs)
+    def _decays(self, inputs: Inputs) -> Tensor:
+        """Of the decay family: the decay over each run, [runs, B, H, 1 or K, 1]."""
+        gates = _gates(inputs)
         if gates is None:
             return self.zeros(inputs)[..., :1, :1] + 1
         gates = gates.unsqueeze(-1) if gates.dim() == 3 else gates
         sums = torch.stack([gates[:, first : first + length].sum(1) for first, length in self.runs])
         return decay_factor(sums).repeat_interleave(self.heads // gates.shape[2], 2).unsqueeze(-1)
 
-    def zeros(self, inputs: Any) -> Tensor:
-        """States [runs, B, H, K, V] of empty memories."""
-        k, v = inputs[1:3]
-        shape = len(self.runs), k.shape[0], self.heads, k.shape[3], v.shape[3]
-        return torch.zeros(shape, dtype=torch.float32, device=k.device)
-
-
-class FlaDelta(DeltaCall, FlaDecay):
-    """What `DeltaRecurrence` computes, by flash-linear-attention."""
-
-    def operator(self, inputs: Any) -> tuple[Operator, dict[str, Tensor | None]]:
-        """The operator, and what it takes besides queries, keys and values."""
-        gates, rates = self.gates(inputs), inputs[4]
-        if gates is not None and gates.dim() == 4:
-            return ops.chunk_kda, {"g": gates, "beta": rates}
-        if gates is None and inputs[0].dtype != torch.float32:
-            return ops.chunk_delta_rule, {"beta": rates}
-        # The delta rule without gates takes no fp32 there.
-        return ops.chunk_gated_delta_rule, {"g": torch.zeros_like(rates) if gates is None else gates, "beta": rates}
-
-    def transfers(self, inputs: Any) -> Tensor:
-        """What each run makes of the identity when it writes nothing, [runs, B, H, K, K], without short operands."""
-        k, log_decay, rates = inputs[1].float(), inputs[3], inputs[4].float()
+    def _erasures(self, inputs: Inputs, beta: Tensor) -> Tensor:
+        """Of the delta family: what each run makes of the identity when it writes nothing, without short operands."""
+        k = inputs.k.float()
         identity = torch.eye(k.shape[3], dtype=k.dtype, device=k.device)
         starts = identity.expand(len(self.runs), k.shape[0], self.heads, -1, -1)
-        return self.run((k, k, torch.zeros_like(k), log_decay, rates), starts)[1]
+        return self.run(Inputs(k, k, torch.zeros_like(k), inputs.log_decay, beta.float()), starts)[1]
+
+
+def _gates(inputs: Inputs) -> Tensor | None:
+    """Log-decays of every token, [B, T, HG] or [B, T, HG, K], in fp32."""
+    log_decay = inputs.log_decay
+    if log_decay is None:
+        return None
+    log_decay = finite(log_decay.float())
+    return log_decay.expand(*inputs.q.shape[:2], -1) if log_decay.dim() == 1 else log_decay
+
+
+def _fresh(x: Any) -> Any:
+    """A leaf of a graph of its own."""
+    return None if x is None else x.detach().requires_grad_(x.requires_grad)
 
 
 def _flat(x: Tensor, heads: int) -> Tensor:

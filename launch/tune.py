@@ -19,8 +19,8 @@ from unittest import mock
 
 import torch
 
-from lasp.kernels import tuning
-from lasp.kernels.tuning import Tiling, Work
+from lasp.kernels.gpu import tuning
+from lasp.kernels.gpu.tuning import Tiling, Work
 from lasp.launch.bench.kernels import Shape
 from lasp.launch.bench.mixers import MIXERS, Mixer
 from lasp.launch.bench.timing import Contestant, occupy_card

@@ -16,13 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.chain import Chain
+from lasp.kernels.inputs import Inputs
 from lasp.kernels.precision import exact
+from lasp.kernels.recurrence import Recurrence
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
@@ -30,41 +33,6 @@ from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Affine
 from lasp.parallel.scan import SCANS, Direction, enter_ends, enter_runs, given_back
-
-Inputs = tuple[Tensor | None, ...]
-
-
-class Chain(Protocol):
-    """States between the chunks of each run, or their gradients where it runs backwards."""
-
-    def segment(self, run: int) -> Segment: ...
-    def adjoint(self, run: int) -> Segment: ...
-    def enter(self, incoming: list[Tensor | None]) -> None: ...
-    def enter_backwards(self, incoming: list[Tensor | None]) -> None: ...
-    def fill(self, runs: list[Tensor]) -> None: ...
-    def starts(self) -> list[Tensor]: ...
-    def ends(self) -> list[Tensor]: ...
-    def tensors(self) -> tuple[Tensor, ...]: ...
-
-
-class Recurrence(Protocol):
-    """A kernel family, set up for one call (`lasp.kernels.decay.recurrence`).
-
-    inputs are the tensors q, k, v and gates; a chain, what `inside` and `grad_outputs` return are the family's own.
-    """
-
-    def states(self, inputs: Any) -> Chain: ...
-    def inside(self, inputs: Any, chain: Any) -> Any: ...
-    def read_out(self, inputs: Any, entered: Any, inside: Any) -> Tensor: ...
-    def adjoint(self, inputs: Any, grad: Tensor, entered: Any) -> Chain: ...
-    def grad_outputs(self, inputs: Any, grad: Tensor, entered: Any) -> Any: ...
-    def grad_states(self, inputs: Any, entered: Any, adjoint: Any, total: Any) -> Inputs: ...
-    def forward(self, inputs: Any, incoming: list[Tensor | None]) -> tuple[Tensor, Chain]: ...
-    def backward(
-        self, inputs: Any, grad: Tensor, entered: Any, incoming: list[Tensor | None]
-    ) -> tuple[Inputs, list[Tensor]]: ...
-    def restore(self, inputs: Any, tensors: tuple[Tensor, ...]) -> Chain: ...
-    def transfer_rule(self, inputs: Any) -> Callable[[int], Tensor] | None: ...
 
 
 @dataclass(frozen=True)
@@ -114,13 +82,13 @@ class _CausalRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, trained: bool, initial_state: Tensor | None, *inputs: Tensor | None
+        ctx: Any, call: Call, trained: bool, initial_state: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, Tensor | None]:
-        recurrence, kept = call.recurrence, None
+        inputs, recurrence, kept = Inputs(*tensors), call.recurrence, None
         if call.group is None:
             plan = call.plan()
             output, chain = recurrence.forward(inputs, _initial(plan, initial_state))
-            final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
+            final = _share_ends(call, plan, chain.leaving(), "forward") if call.final else None
         else:
             with call.turn.forward():
                 chain = recurrence.states(inputs)
@@ -133,7 +101,7 @@ class _CausalRecurrence(torch.autograd.Function):
                 arrived, kept = flight.wait()
                 chain.enter(enter_runs(plan, arrived, initial))
                 output = recurrence.read_out(inputs, chain, inside)
-                final = _share_ends(call, plan, chain.ends(), "forward") if call.final else None
+                final = _share_ends(call, plan, chain.leaving(), "forward") if call.final else None
         _save(ctx, call, plan, initial_state, inputs, chain, kept)
         return output, final
 
@@ -151,8 +119,8 @@ class _CausalRecurrence(torch.autograd.Function):
                 maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
                 flight = ctx.scan.start_back(maps, _affine(recurrence, inputs), kept)
                 total = recurrence.grad_outputs(inputs, grad, entered)
-                adjoint.enter_backwards(enter_ends(plan, flight.wait().states, ends))
-                grads, starts = recurrence.grad_states(inputs, entered, adjoint, total), adjoint.starts()
+                adjoint.enter(enter_ends(plan, flight.wait().states, ends))
+                grads, starts = recurrence.grad_states(inputs, entered, adjoint, total), adjoint.leaving()
         begins = [start if run.reset else None for run, start in zip(plan.runs, starts, strict=True)]
         return None, None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
 
@@ -170,21 +138,21 @@ def _trained(*tensors: Tensor | None) -> bool:
 
 def _exact(inputs: Inputs) -> AbstractContextManager[object]:
     """Keep autocast away: states, decays and sums are in fp32 or fp64 whatever surrounds the call."""
-    return exact(next(x for x in inputs if x is not None))
+    return exact(inputs.q)
 
 
 def _save(
     ctx: Any, call: Call, plan: Plan, initial_state: Tensor | None, inputs: Inputs, chain: Chain, kept: Tensor | None
 ) -> None:
     """Keep what backward needs; tensors through autograd, so that checkpointing and offloading see them."""
-    ctx.call, ctx.plan, ctx.has_initial, ctx.num_inputs = call, plan, initial_state is not None, len(inputs)
+    ctx.call, ctx.plan, ctx.has_initial = call, plan, initial_state is not None
     ctx.save_for_backward(*inputs, kept, *chain.tensors())
 
 
 def _saved(ctx: Any) -> tuple[Inputs, Chain, Tensor | None]:
     """The inputs, the true states of the forward pass, and what its scan kept."""
-    tensors, count = ctx.saved_tensors, ctx.num_inputs
-    inputs = tensors[:count]
+    count, tensors = len(Inputs._fields), ctx.saved_tensors
+    inputs = Inputs(*tensors[:count])
     return inputs, ctx.call.recurrence.restore(inputs, tensors[count + 1 :]), tensors[count]
 
 
@@ -206,7 +174,7 @@ def _link_map(link: Link, plan: Plan, chain: Chain, initial: list[Tensor | None]
 def _link_adjoint(link: Link, plan: Plan, adjoint: Chain, ends: list[Tensor | None]) -> Segment:
     """What a link does to the gradient of the state that leaves it: its first run decides."""
     run = plan.runs_of(link)[0]
-    segment, end = adjoint.adjoint(run), ends[run]
+    segment, end = adjoint.segment(run), ends[run]
     state = segment.state if end is None else segment(end)
     return Segment(segment.transfer, given_back(plan, link, state))
 
@@ -262,14 +230,12 @@ class _BidirectionalRecurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, initial_state: Tensor | None, *inputs: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        recurrence = call.recurrence
+    def forward(ctx: Any, call: Call, initial_state: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor | None]:
+        inputs, recurrence = Inputs(*tensors), call.recurrence
         with call.turn.forward():
             chain = recurrence.states(inputs)
             plan = call.plan()
-            totals = _document_totals(call, plan, chain.ends(), "forward")
+            totals = _document_totals(call, plan, chain.leaving(), "forward")
             if initial_state is not None:
                 totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
             chain.fill(totals)
@@ -286,7 +252,7 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         with _exact(inputs), call.turn.backward():
             adjoint = recurrence.adjoint(inputs, grad, entered)
             ends = _ends_grad(call, plan, grad_final)
-            own = [start if end is None else start + end for start, end in zip(adjoint.starts(), ends, strict=True)]
+            own = [start if end is None else start + end for start, end in zip(adjoint.leaving(), ends, strict=True)]
             initial = _initial_grad(plan, list(own), own[0]) if ctx.has_initial else None
             adjoint.fill(_document_totals(call, plan, own, "backward"))
             total = recurrence.grad_outputs(inputs, grad, entered)

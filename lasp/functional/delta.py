@@ -21,9 +21,10 @@ from lasp.functional.recurrence import (
     whole_results,
 )
 from lasp.kernels.arguments import check_flags, check_tensors
-from lasp.kernels.backend import Backend, delta_family
-from lasp.kernels.decay.recurrence import CHUNK_SIZE
-from lasp.kernels.delta.recurrence import DeltaRecurrence
+from lasp.kernels.backend import Backend, implementation
+from lasp.kernels.chunks import CHUNK_SIZE
+from lasp.kernels.inputs import Inputs
+from lasp.kernels.portable.recurrence import PortableRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call, together
 from lasp.parallel.cut import Cut
@@ -162,15 +163,15 @@ def _delta(
         check_flags(output_final_state=output_final_state)
         if log_decay is not None and log_decay.dim() == 1:
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
-        delta_family(backend, q, chunk_size)
+        implementation(backend, q, chunk_size, erases=True)
         options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
         return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, options, steps)
 
     turn, packed = begin_call(group, operation, check, cut), is_packed(cu_seqlens, cut)
-    family = delta_family(backend, q, chunk_size)
+    kind = implementation(backend, q, chunk_size, erases=True)
     longest = chunk_size or CHUNK_SIZE
-    short = short_documents(turn, packed, steps, longest) if family is DeltaRecurrence else None
+    short = short_documents(turn, packed, steps, longest) if kind is PortableRecurrence else None
     if short is not None:
         again = partial(delta_rule, output_final_state=True, scale=scale, backend=backend, chunk_size=chunk_size)
         output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
@@ -178,7 +179,7 @@ def _delta(
     plan, runs = plan_call(turn, q.shape[1] // steps, packed, steps)
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
-    recurrence = family(
+    recurrence = kind(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -187,4 +188,4 @@ def _delta(
     )
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     state = by_document(initial_state, heads, packed, compute_dtype(q))
-    return whole_results(*causal_recurrence(call, state, (q, k, v, log_decay, beta)), packed)
+    return whole_results(*causal_recurrence(call, state, Inputs(q, k, v, log_decay, beta)), packed)

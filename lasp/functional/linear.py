@@ -20,8 +20,10 @@ from lasp.functional.recurrence import (
     whole_results,
 )
 from lasp.kernels.arguments import check_flags
-from lasp.kernels.backend import Backend, decay_family
-from lasp.kernels.decay.recurrence import CHUNK_SIZE, UNMASKED_CHUNK_SIZE, DecayRecurrence
+from lasp.kernels.backend import Backend, implementation
+from lasp.kernels.chunks import CHUNK_SIZE, UNMASKED_CHUNK_SIZE
+from lasp.kernels.inputs import Inputs
+from lasp.kernels.portable.recurrence import PortableRecurrence
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.cut import Cut
@@ -76,15 +78,15 @@ def linear_attention(
         check_flags(causal=causal, output_final_state=output_final_state)
         if log_decay is not None and not causal:
             raise ValueError("causal=False takes no log_decay: a token has no last token to decay from")
-        decay_family(backend, q, chunk_size, causal)
+        implementation(backend, q, chunk_size, causal)
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
         return check_recurrence((q, k, v), log_decay, None, initial_state, bounds, options)
 
     turn, packed = begin_call(group, "linear_attention", check, cut), is_packed(cu_seqlens, cut)
-    family = decay_family(backend, q, chunk_size, causal)
+    kind = implementation(backend, q, chunk_size, causal)
     longest = chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE)
-    short = short_documents(turn, packed, 1, longest) if family is DecayRecurrence else None
+    short = short_documents(turn, packed, 1, longest) if kind is PortableRecurrence else None
     if short is not None:
         options: dict[str, Any] = {"scale": scale, "causal": causal, "backend": backend, "chunk_size": chunk_size}
         again = partial(linear_attention, output_final_state=True, **options)
@@ -92,7 +94,7 @@ def linear_attention(
         return (output, final) if output_final_state else output
     plan, runs = plan_call(turn, q.shape[1], packed)
     heads = state_heads(k.shape[2], v.shape[2], gate_heads(log_decay), initial_state=initial_state)
-    recurrence = family(
+    recurrence = kind(
         runs,
         heads,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -102,4 +104,4 @@ def linear_attention(
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     state = by_document(initial_state, heads, packed, compute_dtype(q))
     run = causal_recurrence if causal else bidirectional_recurrence
-    return whole_results(*run(call, state, (q, k, v, log_decay)), packed)
+    return whole_results(*run(call, state, Inputs(q, k, v, log_decay)), packed)

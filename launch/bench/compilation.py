@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lasp.kernels import backend, tuning
+from lasp.kernels import backend
+from lasp.kernels.gpu import tuning
 from lasp.launch.bench.kernels import Shape
 from lasp.launch.bench.mixers import MIXERS, Mixer
 from lasp.launch.bench.table import markdown
@@ -174,9 +175,7 @@ def step_launches(mixer: Mixer, dim: int, dtype: torch.dtype, arch: int) -> list
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(tuning, measured=dict, in_use={}, architecture=lambda: arch))
         stack.enter_context(mock.patch.object(backend, "check_kernels"))
-        for module in ("decay", "delta"):
-            where = f"lasp.kernels.{module}.triton_recurrence.processors"
-            stack.enter_context(mock.patch(where, return_value=PROCESSORS))
+        stack.enter_context(mock.patch("lasp.kernels.gpu.recurrence.processors", return_value=PROCESSORS))
         stack.enter_context(_written_down(launches.append))
         state = torch.zeros(1, 16, dim, dim, requires_grad=True)
         output, final = mixer.ours(*inputs, backend="triton", initial_state=state, output_final_state=True)

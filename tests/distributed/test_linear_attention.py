@@ -210,13 +210,15 @@ def test_one_rank_sends_nothing(group_of) -> None:
 
 def test_the_exchange_is_in_flight_while_the_inside_computes(group_of, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order of events on one rank: the scan starts, the inside computes, the scan is awaited; the same backwards."""
-    from lasp.kernels.decay.recurrence import DecayRecurrence
+    from lasp.kernels.portable.recurrence import PortableRecurrence
     from lasp.parallel import collectives, scan
 
     events: list[str] = []
     for name in ("inside", "grad_outputs"):
-        kernel = getattr(DecayRecurrence, name)
-        monkeypatch.setattr(DecayRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1])
+        kernel = getattr(PortableRecurrence, name)
+        monkeypatch.setattr(
+            PortableRecurrence, name, lambda *args, _k=kernel, _n=name: (events.append(_n), _k(*args))[1]
+        )
     start, wait = collectives.all_gather, scan.Flight.wait
 
     def spy_start(tensor, group, phase):

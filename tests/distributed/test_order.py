@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lasp
-from lasp.kernels.decay.recurrence import DecayRecurrence
+from lasp.kernels.portable.recurrence import PortableRecurrence
 from lasp.parallel.agreement import part
 from lasp.parallel.scan import SCANS
 
@@ -195,7 +195,7 @@ def test_a_call_that_ended_in_the_middle(
     group = group_of(4)
     x = lasp.shard(tokens(0), group).requires_grad_()
     with monkeypatch.context() as patch:
-        patch.setattr(DecayRecurrence, where, fail)
+        patch.setattr(PortableRecurrence, where, fail)
         with pytest.raises(kind):
             linear(x, group).sum().backward()
     call = "linear_attention, number 1" if where == "read_out" else "backward of linear_attention, number 1"

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lasp
-from lasp.kernels import backend, tuning
-from lasp.kernels.tuning import Tiling, Work
+from lasp.kernels import backend
+from lasp.kernels.gpu import tuning
+from lasp.kernels.gpu.tuning import Tiling, Work
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 
 import lasp
 from lasp.kernels import reference
-from lasp.kernels.decay.scores import decay_factor
+from lasp.kernels.decays import decay_factor
 from tests.oracle import DECAYS, assert_close, errors, make_problem, solve
 
 attention = partial(lasp.linear_attention, output_final_state=True, chunk_size=8)

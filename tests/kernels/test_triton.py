@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 import lasp
 import tests.interpreter  # noqa: F401 - mends Triton's interpreter
-from lasp.kernels.decay import operators, table, triton_recurrence
-from lasp.kernels.delta import triton_recurrence as delta_recurrence
+from lasp.kernels.gpu import recurrence, table
+from lasp.kernels.gpu.operators import Setting, carry
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -139,8 +139,7 @@ def test_segments_are_carried_side_by_side(
 ) -> None:
     """A card of many processors cuts runs into segments of its own."""
     monkeypatch.setattr(table, "LEAST_CHUNKS", 2)
-    for module in (triton_recurrence, delta_recurrence):
-        monkeypatch.setattr(module, "processors", lambda device: 64)
+    monkeypatch.setattr(recurrence, "processors", lambda device: 64)
     check_against_fp64(Case(gates, delta, tokens=112, documents=documents))
 
 
@@ -179,9 +178,10 @@ def test_the_fake_of_what_tokens_write_has_its_dtype() -> None:
     """Values in fp32 beside keys in bf16, which the calls that are compiled above do not have."""
     k, v = torch.randn(1, 32, 1, 16).bfloat16(), torch.randn(1, 32, 1, 16)
     table_ = table.device_table(((0, 32),), 16, True, 1, 1, k.device)
-    given = (k, v, None, k, None, table_.chunks, table_.segments, 1, 16, 16, True, False)
-    torch.library.opcheck(operators.carry, given, test_utils="test_faketensor")
-    assert operators.carry(*given)[1].dtype == torch.float32
+    setting = Setting(None, table_.chunks, table_.segments, 1, 1.0, 16, causal=True, strict=False, trained=False)
+    flat = (k, v, k, None, *setting, 16, True, False)
+    torch.library.opcheck(torch.ops.lasp.carry.default, flat, test_utils="test_faketensor")
+    assert carry(k, v, k, None, setting, 16, True, False)[1].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")

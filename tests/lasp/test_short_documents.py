@@ -70,9 +70,9 @@ def test_few_documents_of_one_length_stay_as_they_are() -> None:
 
 def test_a_thousand_documents_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    forward = lasp.kernels.decay.recurrence.DecayRecurrence.forward
+    forward = lasp.kernels.portable.recurrence.PortableRecurrence.forward
     monkeypatch.setattr(
-        lasp.kernels.decay.recurrence.DecayRecurrence, "forward", lambda *args: calls.append(1) or forward(*args)
+        lasp.kernels.portable.recurrence.PortableRecurrence, "forward", lambda *args: calls.append(1) or forward(*args)
     )
     x = torch.randn(1, 4000, 2, 4)
     assert lasp.linear_attention(x, x, x, cu_seqlens=range(0, 4001, 4)).shape == x.shape

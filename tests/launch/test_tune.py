@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lasp.kernels import tuning
-from lasp.kernels.tuning import Tiling, Work
+from lasp.kernels.gpu import tuning
+from lasp.kernels.gpu.tuning import Tiling, Work
 from lasp.launch.cli import main
 from lasp.launch.tune import MISFIT, climb, neighbours, tune_step
 

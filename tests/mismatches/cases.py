@@ -286,18 +286,18 @@ def _(group: Group, wrong: bool) -> None:
 
 @alike(ORDER, "MemoryError in the middle of a call, and another call")
 def _(group: Group, wrong: bool) -> None:
-    from lasp.kernels.decay.recurrence import DecayRecurrence
+    from lasp.kernels.portable.recurrence import PortableRecurrence
 
     if wrong:
-        states = DecayRecurrence.states
+        states = PortableRecurrence.states
 
         def fail(*_: Any) -> None:
             raise MemoryError
 
-        DecayRecurrence.states = fail
+        PortableRecurrence.states = fail
         with contextlib.suppress(MemoryError):
             linear(group)
-        DecayRecurrence.states = states
+        PortableRecurrence.states = states
     linear(group)
 
 

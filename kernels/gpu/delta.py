@@ -1,6 +1,6 @@
-"""The delta family on a GPU: what the decay family's kernels lack, which is the triangular system of each chunk.
+"""The delta family: what the decay family's kernels lack, which is the triangular system of each chunk.
 
-Notation and conventions as in `lasp.kernels.decay.triton`; the mathematics is that of `chunked.py`.
+Notation and conventions as in `decay.py`; the mathematics is that of `lasp/kernels/portable/delta.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.decay.triton import from_start, load_rows, place, product, scores, seen, store_rows
+from lasp.kernels.gpu.decay import from_start, load_rows, place, product, scores, seen, store_rows
 
 # Rows that are eliminated one by one, 2 ** 4: the least that a product takes.
 BLOCK = tl.constexpr(16)

@@ -1,9 +1,9 @@
-"""The decay family on a GPU: what one program of each kernel computes of a chunk. `operators.py` launches them.
+"""The decay family: what one program of each kernel computes of a chunk. `operators.py` launches them.
 
-The mathematics is that of `chunked.py`. A tile is [C, D], C tokens of one chunk and D channels of one head, and reads
-as 0 outside of either. Running sums of log-decays, G [C, 1] per head or [C, D] per channel, start with each chunk.
-Only differences of them that are not positive are exponentiated. Tensors lie as [B, T, H, D]; `chunks` [chunks, 3]
-holds each chunk's first token, its length and the state that it reads.
+The mathematics is that of `lasp/kernels/portable/decay.py`. A tile is [C, D], C tokens of one chunk and D channels of
+one head, and reads as 0 outside of either. Running sums of log-decays, G [C, 1] per head or [C, D] per channel, start
+with each chunk. Only differences of them that are not positive are exponentiated. Tensors lie as [B, T, H, D]; `chunks`
+[chunks, 3] holds each chunk's first token, its length and the state that it reads.
 
 GATES: 0 no decay, 1 per head, 2 per channel; TRAINED: they have a gradient. STRICT: a token does not see itself (the
 delta rule's keys among each other). OPERAND: the dtype of what is multiplied, PRECISION: of products of fp32 tiles;

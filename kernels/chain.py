@@ -1,27 +1,57 @@
-"""States between segments: stretches of chunks that one card carries at the same time, and joins as ranks are joined.
+"""Chain: the states between parts of each run, in the order in which they follow from one another.
 
-These few states are all that is kept from forward to backward. Those between chunks follow from them in one more pass
-over keys and values, which is also how a state that arrives from another rank enters.
+Forwards they are states S, backwards gradients of states, and a chain knows its direction: a run's map, what enters it
+and what leaves it are meant in that order. Every implementation has a chain of its own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.segment import Segment, transpose
 
+
+class Chain(ABC):
+    """States [..., B, H, K, V]. Of each run's map alone until `enter` or `fill` makes them the true ones."""
+
+    reverse: bool
+    """Whether it runs from the end of each run to its start, with gradients."""
+
+    @abstractmethod
+    def segment(self, run: int) -> Segment:
+        """The map of a whole run."""
+
+    @abstractmethod
+    def enter(self, incoming: list[Tensor | None]) -> None:
+        """Let a state [B, H, K, V] enter each run; None is an empty memory."""
+
+    @abstractmethod
+    def fill(self, runs: list[Tensor]) -> None:
+        """Let every token of a run read one state [B, H, K, V]: attention without a mask."""
+
+    @abstractmethod
+    def leaving(self) -> list[Tensor]:
+        """The state [B, H, K, V] that leaves each run."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What has to be kept to restore the chain."""
+
+
 # States at the chunks, what the tokens write (or its gradient), and states that leave the segments.
 Pass = tuple[Any, Any, Tensor]
 
 
-class SegmentStates(ABC):
-    """States [segments, B, H, K, V] that enter segments; where the chain runs backwards, gradients that enter ends.
+class SegmentChain(Chain):
+    """States [segments, B, H, K, V] that enter segments: stretches of chunks that one card carries at the same time.
 
+    They join as ranks are joined, and are all that is kept from forward to backward. Those between chunks follow from
+    them in one more pass over keys and values, which is also how a state that arrives from another rank enters.
     runs: first segment of each run and the one behind its last.
     """
 
@@ -73,15 +103,10 @@ class SegmentStates(ABC):
         return self._true[1]
 
     def segment(self, run: int) -> Segment:
-        """The map of a whole run, forwards."""
-        return self._map(run)
-
-    def adjoint(self, run: int) -> Segment:
-        """The map of a whole run, backwards: of the gradient that enters at its end."""
-        return self._map(run)
+        maps = inclusive(self._maps(run))
+        return Segment(maps.transfer[-1], maps.state[-1])
 
     def enter(self, incoming: list[Tensor | None]) -> None:
-        """Take the state [B, H, K, V] that enters each run."""
         self._entered = True
         if any(last - first > 1 for first, last in self._runs):
             self._entering = torch.cat([self._join(run, state) for run, state in enumerate(incoming)])
@@ -90,40 +115,24 @@ class SegmentStates(ABC):
         if given:
             self._entering = torch.stack([torch.zeros_like(given[0]) if x is None else x for x in incoming])
 
-    enter_backwards = enter
-
     def fill(self, runs: list[Tensor]) -> None:
-        """Let all chunks of a run read one state [B, H, K, V]: attention without a mask."""
         self._filled = torch.stack(runs)
 
-    def starts(self) -> list[Tensor]:
-        """Backwards: the gradient of the state [B, H, K, V] at the start of each run."""
-        return self._leaving()
-
-    def ends(self) -> list[Tensor]:
-        """The state [B, H, K, V] at the end of each run."""
-        return self._leaving()
+    def leaving(self) -> list[Tensor]:
+        if not self._entered:
+            return [self.segment(run).state for run in range(len(self._runs))]
+        return [self._true[2][first if self.reverse else last - 1] for first, last in self._runs]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the chain consists of: nothing where it is one segment from an empty memory."""
+        """Nothing where the chain is one segment from an empty memory."""
         kept = self._entering if self._filled is None else self._filled
         return () if kept is None else (kept,)
 
-    def restore(self, tensors: tuple[Tensor, ...], filled: bool) -> SegmentStates:
+    def restore(self, tensors: tuple[Tensor, ...], filled: bool) -> Self:
         """This chain again, from what `tensors` returned; filled: `fill` had been called."""
         (kept,) = tensors or (None,)
         self._entered, self._entering, self._filled = True, None if filled else kept, kept if filled else None
         return self
-
-    def _leaving(self) -> list[Tensor]:
-        """What leaves each run, backwards at its start."""
-        if not self._entered:
-            return [self._map(run).state for run in range(len(self._runs))]
-        return [self._true[2][first if self.reverse else last - 1] for first, last in self._runs]
-
-    def _map(self, run: int) -> Segment:
-        maps = inclusive(self._maps(run))
-        return Segment(maps.transfer[-1], maps.state[-1])
 
     def _join(self, run: int, incoming: Tensor | None) -> Tensor:
         """The state that enters each segment of a run, given the one that enters the run."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.documents import chunk_table
+from lasp.kernels.chunks import chunk_table
 
 # Chunks that a segment has at least: fewer would spend more on joining segments than they save.
 LEAST_CHUNKS = 8

@@ -9,14 +9,14 @@ n = B = 1 where all chunks share their decay.
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels.scratch import Scratch
+from lasp.kernels.decays import decay_factor
+from lasp.kernels.portable.scratch import Scratch
 
 
 class Scores(Protocol):
@@ -148,22 +148,6 @@ def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tens
     steps.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
     # Above the diagonal the differences are positive: decay_factor makes 1 of them, and tril_ 0.
     return decay_factor(steps).tril_().unsqueeze(2)
-
-
-def finite(log_decay: Tensor) -> Tensor:
-    """Log-decays without -inf, which no sum survives. exp(-750) is 0 in fp64 too, and sums of -750 keep digits."""
-    return log_decay.clamp(min=-750)
-
-
-def decay_factor(log_decay: Tensor) -> Tensor:
-    """`exp(log_decay)` for log_decay <= 0, in place, and exactly 0 where it would near the smallest normal number.
-
-    Denormal numbers slow a matrix product on CPU a hundredfold, and are far below the resolution of the sums they
-    would join.
-    """
-    lowest = math.log(torch.finfo(log_decay.dtype).tiny) + 8
-    factor = log_decay.clamp_(min=lowest, max=0).exp_()
-    return F.threshold(factor, math.exp(lowest + 1), 0.0, inplace=True)
 
 
 def _upper_ones(like: Tensor, size: int | None = None) -> Tensor:

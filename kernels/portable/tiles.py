@@ -6,20 +6,19 @@ than the states are repeated; of queries that are more, the G that share a state
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels.decay.scores import Scores, decay_factor, finite, scores
-from lasp.kernels.documents import Block, ChunkTable, chunk_table, state_slots
-from lasp.kernels.scratch import Scratch
-
-Inputs = tuple[Any, ...]  # q, k, v, log_decay or None, and what else a family has
-
+from lasp.kernels.chunks import Block, ChunkTable, chunk_table, state_slots
+from lasp.kernels.decays import decay_factor, finite
+from lasp.kernels.inputs import Gradients, Inputs
+from lasp.kernels.portable.scores import Scores, scores
+from lasp.kernels.portable.scratch import Scratch
 
 # Rows (tokens x states) to a block: fewer cost more in calls than they save in cache misses.
 BLOCK_ROWS = 8192
@@ -75,40 +74,40 @@ class Tiles:
     def __init__(
         self, inputs: Inputs, block: Block, geometry: Geometry, scratch: Scratch, grad: Tensor | None = None
     ) -> None:
-        self._inputs, self._grad = inputs, grad
+        self.inputs, self._grad = inputs, grad
         self.block, self.geometry, self.scratch = block, geometry, scratch
 
     @cached_property
     def q(self) -> Tensor:
         """Queries [N, R, K]."""
-        return self._read(self._inputs[0])
+        return self.read(self.inputs.q)
 
     @cached_property
     def k(self) -> Tensor:
         """Keys [N, C, K]."""
-        return self._read(self._inputs[1])
+        return self.read(self.inputs.k)
 
     @cached_property
     def v(self) -> Tensor:
         """Values [N, C, V]."""
-        return self._read(self._inputs[2])
+        return self.read(self.inputs.v)
 
     @cached_property
     def v_columns(self) -> Tensor:
         """Values [N, V, C]: a product with the transpose of short rows takes twice as long as copying them so."""
-        view = block_view(self._inputs[2], self.block, self.geometry.heads).mT
+        view = block_view(self.inputs.v, self.block, self.geometry.heads).mT
         return self.scratch(*view.shape).copy_(view).flatten(0, 3)
 
     @cached_property
     def grad(self) -> Tensor:
         """Gradients of the output [N, R, V]."""
         assert self._grad is not None, "the backward stages are given the output's gradient"
-        return self._read(self._grad)
+        return self.read(self._grad)
 
     @cached_property
     def gates(self) -> Tensor | None:
         """Log-decays of the tokens."""
-        log_decay, geometry = self._inputs[3], self.geometry
+        log_decay, geometry = self.inputs.log_decay, self.geometry
         if log_decay is None:
             return None
         if log_decay.dim() == 1:
@@ -130,7 +129,7 @@ class Tiles:
     @cached_property
     def from_start(self) -> Tensor:
         """The same times the scale of the queries; the scale alone [1] without decay."""
-        scale = torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self._inputs[0].device)
+        scale = torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self.inputs.q.device)
         return scale if self.decay_from_start is None else self.decay_from_start * scale
 
     @cached_property
@@ -193,7 +192,8 @@ class Tiles:
         )
         return product.unflatten(0, (-1, self.geometry.heads))
 
-    def _read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
+        """The block's part of [B, T, h, D] as a tile [N, C or R, D]."""
         view = block_view(x, self.block, self.geometry.heads)
         tile = self.scratch(*view.shape).copy_(view)
         return tile.view(self.block.chunks * self.geometry.batch * self.geometry.heads, -1, x.shape[-1])
@@ -216,6 +216,13 @@ def put(tile: Tensor, block: Block, total: Tensor) -> None:
 def add(tile: Tensor, block: Block, before: Tensor, total: Tensor) -> None:
     """Put a tile likewise, added to what stands in that block of `before`."""
     torch.add(_target(before, block), _by_head(tile, total, block), out=_target(total, block))
+
+
+def each(how: Callable[..., None], tiles: Gradients, block: Block, *totals: Gradients) -> None:
+    """Put or add each tile that there is into its block of its gradient."""
+    for tile, *targets in zip(tiles, *totals, strict=True):
+        if tile is not None and targets[0] is not None:
+            how(tile, block, *targets)
 
 
 def _target(total: Tensor, block: Block) -> Tensor:

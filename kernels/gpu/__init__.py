@@ -1,0 +1,1 @@
+"""Linear recurrences by Triton's kernels: for GPUs."""

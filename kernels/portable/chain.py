@@ -1,0 +1,91 @@
+"""The chain of the portable kernels: the states between all chunks, kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.chain import Chain
+from lasp.kernels.chunks import Block
+from lasp.kernels.segment import Segment, apply, transpose
+
+
+@dataclass
+class ChunkChain(Chain):
+    """States between chunks [slots, B, H, K, V] and each chunk's own transfer [slots, B or 1, H or 1, 1 or K, 1 or K].
+
+    In reverse `states` holds gradients, and transfers are the same. runs: the first and the last slot of each; base:
+    the slot of the first state held.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    states: Tensor
+    transfers: Tensor
+    reverse: bool = field(default=False, kw_only=True)
+    base: int = field(default=0, kw_only=True)
+
+    def segment(self, run: int) -> Segment:
+        first, last = self.runs[run]
+        if self.reverse:
+            return Segment(transpose(self._whole(first, last)), self.states[first])
+        return Segment(self._whole(first, last), self.states[last])
+
+    def enter(self, incoming: list[Tensor | None]) -> None:
+        """Add to every state of each run what the state entering the run has become by then."""
+        self.states = self.states.clone()  # not in place: selective checkpointing may keep what an operator returned
+        for (first, last), carry in zip(self.runs, incoming, strict=True):
+            if carry is not None:
+                slots = range(last, first - 1, -1) if self.reverse else range(first, last + 1)
+                self.states[slots[0]].add_(carry)
+                for before, after in pairwise(slots):
+                    transfer = self.transfers[min(before, after)]
+                    carry = apply(transpose(transfer) if self.reverse else transfer, carry)
+                    self.states[after].add_(carry)
+
+    def fill(self, runs: list[Tensor]) -> None:
+        counts = (last + 1 - first for first, last in self.runs)
+        self.states = torch.cat([x.expand(n, *x.shape) for n, x in zip(counts, runs, strict=True)])
+
+    def leaving(self) -> list[Tensor]:
+        return [self.states[first if self.reverse else last] for first, last in self.runs]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.states, self.transfers
+
+    # A block of chunks ------------------------------------------------------------------------------------------------
+
+    def at_starts(self, block: Block) -> Tensor:
+        """The states at the start of the block's chunks, [N, K, V]."""
+        first = block.slot - self.base
+        return self.states[first : first + block.chunks].flatten(0, 2)
+
+    def at_ends(self, block: Block) -> Tensor:
+        """The states at the end of the block's chunks, [N, K, V]."""
+        first = block.slot - self.base + 1
+        return self.states[first : first + block.chunks].flatten(0, 2)
+
+    def link(self, block: Block) -> None:
+        """Carry the state across the block's chunks, each of which holds what it adds by itself."""
+        first = block.slot - self.base
+        states = self.states[first : first + block.chunks + 1].unbind()
+        transfers = self.transfers[block.slot : block.slot + block.chunks].unbind()
+        steps = list(zip(states, transfers, states[1:], strict=False))
+        for before, transfer, after in reversed(steps) if self.reverse else steps:
+            source, target = (after, before) if self.reverse else (before, after)
+            if transfer.shape[-1] == 1:
+                target.addcmul_(transfer, source)
+            else:
+                target.add_((transfer.mT if self.reverse else transfer) @ source)
+
+    def _whole(self, first: int, last: int) -> Tensor:
+        """The transfer of the chunks from one slot to another, forwards."""
+        if self.transfers.shape[-1] == 1:
+            return self.transfers[first:last].prod(0)
+        eye = torch.eye(self.transfers.shape[-1], dtype=self.transfers.dtype, device=self.transfers.device)
+        return reduce(
+            lambda before, own: own @ before, self.transfers[first:last], eye.expand(self.transfers.shape[1:])
+        )
