@@ -12,6 +12,8 @@ sums are fp32 always.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -19,55 +21,116 @@ import triton.language as tl
 LOWEST = tl.constexpr(-40.0)
 
 
+# Where things are ---------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """A chunk: its first token, its length, in which sequence it is, and of how many tokens those are."""
+
+    start: Any
+    length: Any
+    b: Any
+    T: Any
+
+
+class Rows(NamedTuple):
+    """One head of a tensor [B, T, H, D]."""
+
+    pointer: Any
+    h: Any
+    H: Any
+    D: Any
+
+
+class States(NamedTuple):
+    """One head of states [slots, B, H, K, V]."""
+
+    pointer: Any
+    B: Any
+    h: Any
+    H: Any
+    K: Any
+    V: Any
+
+
+class Form(NamedTuple):
+    """What is known of a chunk's scores when they are compiled. It stays known only where it is built in the call."""
+
+    C: tl.constexpr
+    K: tl.constexpr
+    BK: tl.constexpr
+    GATES: tl.constexpr
+    OPERAND: tl.constexpr
+    PRECISION: tl.constexpr
+
+
+@triton.jit
+def locate(chunks, chunk, b, T):
+    """A chunk by its number."""
+    return Chunk(tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1), b, T)
+
+
+@triton.jit
+def place(D: tl.constexpr, BD: tl.constexpr):
+    """The chunk of a program, and its tile of D channels. Tiles of a chunk are neighbours, and share what they read."""
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles
+
+
 # Tiles --------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def at_rows(pointer, start, row, b, h, T, H: tl.constexpr, D: tl.constexpr, d):
-    """Addresses of [B, T, H, D] at tokens `row` behind `start` and channels `d`. Only the first needs 64 bits."""
-    first = (tl.cast(b, tl.int64) * T + start) * H + h
-    return pointer + first * D + (row * (H * D))[:, None] + d[None, :]
+def at_rows(x, at, row, d):
+    """Addresses of tokens `row` behind the chunk's start and channels `d`. Only the first needs 64 bits."""
+    first = (tl.cast(at.b, tl.int64) * at.T + at.start) * x.H + x.h
+    return x.pointer + first * x.D + (row * (x.H * x.D))[:, None] + d[None, :]
 
 
 @triton.jit
-def load_rows(pointer, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr):
+def load_rows(x, at, d, C: tl.constexpr):
     row = tl.arange(0, C)
-    mask = (row < length)[:, None] & (d < D)[None, :]
-    return tl.load(at_rows(pointer, start, row, b, h, T, H, D, d), mask=mask, other=0.0)
+    mask = (row < at.length)[:, None] & (d < x.D)[None, :]
+    return tl.load(at_rows(x, at, row, d), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(pointer, tile, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr):
+def store_rows(x, tile, at, d, C: tl.constexpr):
     row = tl.arange(0, C)
-    mask = (row < length)[:, None] & (d < D)[None, :]
-    tl.store(at_rows(pointer, start, row, b, h, T, H, D, d), tile.to(pointer.dtype.element_ty), mask=mask)
+    mask = (row < at.length)[:, None] & (d < x.D)[None, :]
+    tl.store(at_rows(x, at, row, d), tile.to(x.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def at_state(pointer, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
-    """Addresses of [slots, B, H, K, V]."""
-    head = (tl.cast(slot, tl.int64) * B + b) * H + h
-    return pointer + head * (K * V) + (k * V)[:, None] + v[None, :]
+def at_state(states, slot, b, k, v):
+    head = (tl.cast(slot, tl.int64) * states.B + b) * states.H + states.h
+    return states.pointer + head * (states.K * states.V) + (k * states.V)[:, None] + v[None, :]
 
 
 @triton.jit
-def load_state(pointer, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
-    mask = (k < K)[:, None] & (v < V)[None, :]
-    return tl.load(at_state(pointer, slot, b, B, h, H, K, V, k, v), mask=mask, other=0.0)
+def load_state(states, slot, b, k, v):
+    mask = (k < states.K)[:, None] & (v < states.V)[None, :]
+    return tl.load(at_state(states, slot, b, k, v), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_state(pointer, tile, slot, b, B, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k, v):
-    mask = (k < K)[:, None] & (v < V)[None, :]
-    tl.store(at_state(pointer, slot, b, B, h, H, K, V, k, v), tile, mask=mask)
+def store_state(states, tile, slot, b, k, v):
+    mask = (k < states.K)[:, None] & (v < states.V)[None, :]
+    tl.store(at_state(states, slot, b, k, v), tile, mask=mask)
 
 
 @triton.jit
-def load_sums(sums, row, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, k, GATES: tl.constexpr):
+def load_sums(sums, at, row, k, GATES: tl.constexpr):
     """G at tokens `row` of the chunk, [rows, 1] or [rows, D]; behind the chunk's end its last."""
     d = k if GATES == 2 else tl.arange(0, 1)
-    at = at_rows(sums, start, tl.minimum(row, length - 1), b, h, T, H, D, d)
-    return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    address = at_rows(sums, at, tl.minimum(row, at.length - 1), d)
+    return tl.load(address, mask=(d < sums.D)[None, :], other=0.0)
+
+
+@triton.constexpr_function
+def levels(size):
+    """How often a size can be halved."""
+    return int(size).bit_length() - 1
 
 
 @triton.constexpr_function
@@ -101,35 +164,28 @@ def exact_product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def from_start(
-    tile, sums, start, length, b, h, T, H: tl.constexpr, K: tl.constexpr, k, C: tl.constexpr, GATES: tl.constexpr
-):
+def from_start(tile, sums, at, k, C: tl.constexpr, GATES: tl.constexpr):
     """A tile decayed from the chunk's start to each token."""
     if GATES:
-        D: tl.constexpr = K if GATES == 2 else 1
-        tile = tile * tl.exp(load_sums(sums, tl.arange(0, C), start, length, b, h, T, H, D, k, GATES))
+        tile = tile * tl.exp(load_sums(sums, at, tl.arange(0, C), k, GATES))
     return tile
 
 
 @triton.jit
-def to_end(
-    tile, sums, start, length, b, h, T, H: tl.constexpr, K: tl.constexpr, k, C: tl.constexpr, GATES: tl.constexpr
-):
+def to_end(tile, sums, at, k, C: tl.constexpr, GATES: tl.constexpr):
     """A tile decayed from each token to the chunk's end."""
     if GATES:
-        D: tl.constexpr = K if GATES == 2 else 1
-        g = load_sums(sums, tl.arange(0, C), start, length, b, h, T, H, D, k, GATES)
-        last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, h, T, H, D, k, GATES)
+        g = load_sums(sums, at, tl.arange(0, C), k, GATES)
+        last = load_sums(sums, at, at.length - 1 + tl.arange(0, 1), k, GATES)
         tile = tile * tl.exp(tl.minimum(last - g, 0.0))
     return tile
 
 
 @triton.jit
-def over_chunk(state, sums, start, length, b, h, T, H: tl.constexpr, K: tl.constexpr, k, GATES: tl.constexpr):
+def over_chunk(state, sums, at, k, GATES: tl.constexpr):
     """A state decayed from the chunk's start to its end."""
     if GATES:
-        D: tl.constexpr = K if GATES == 2 else 1
-        last = load_sums(sums, length - 1 + tl.arange(0, 1), start, length, b, h, T, H, D, k, GATES)
+        last = load_sums(sums, at, at.length - 1 + tl.arange(0, 1), k, GATES)
         state = state * tl.trans(tl.exp(last))
     return state
 
@@ -145,22 +201,22 @@ def seen(C: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
-def decays(sums, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, STRICT: tl.constexpr, GATES: tl.constexpr):
+def decays(sums, at, C: tl.constexpr, GATES: tl.constexpr, STRICT: tl.constexpr):
     """The decay from key to query [C, C] and 0 where it is not seen; the mask alone where decays are not per head."""
     decay = tl.full([C, C], 1.0, dtype=tl.float32)
     if GATES == 1:
         row = tl.arange(0, C)
-        g = load_sums(sums, row, start, length, b, h, T, H, 1, row, 1)
+        g = load_sums(sums, at, row, row, 1)
         decay = tl.exp(tl.minimum(g - tl.trans(g), 0.0))
     return tl.where(seen(C, STRICT), decay, 0.0)
 
 
 @triton.jit
-def to_border(sums, g, half, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, k, C: tl.constexpr):
+def to_border(sums, at, g, half, k, C: tl.constexpr):
     """The decay between each token and the middle of its stretch of 2·half tokens, and whether it is behind it."""
     row = tl.arange(0, C)
     middle = (row | (2 * half - 1)) - half
-    border = load_sums(sums, middle, start, length, b, h, T, H, D, k, 2)
+    border = load_sums(sums, at, middle, k, 2)
     return tl.exp(-tl.abs(g - border)), ((row & half) != 0)[:, None]
 
 
@@ -171,45 +227,36 @@ def same_stretch(half, C: tl.constexpr):
 
 
 @triton.jit
-def channel_scores(
-    q, k, sums, g, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr,
-    LEVELS: tl.constexpr, STRICT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def channel_scores(q, k, sums, at, d, form, STRICT: tl.constexpr):
     """Products of queries and keys decayed per channel [C, C]: queries of later halves meet keys of earlier halves of
     all stretches of 2, 4, ... C tokens, both carried to the border between (as in `scores.py`)."""
-    scores = tl.zeros([C, C], dtype=tl.float32)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        decay, later = to_border(sums, g, 1 << level, start, length, b, h, T, H, D, d, C)
+    g = load_sums(sums, at, tl.arange(0, form.C), d, 2)
+    scores = tl.zeros([form.C, form.C], dtype=tl.float32)
+    for level in tl.range(0, levels(form.C), num_stages=1):
+        decay, later = to_border(sums, at, g, 1 << level, d, form.C)
         rows, columns = tl.where(later, q * decay, 0.0), tl.where(later, 0.0, k * decay)
-        scores += tl.where(same_stretch(1 << level, C), product(rows, tl.trans(columns), OPERAND, PRECISION), 0.0)
+        squares = product(rows, tl.trans(columns), form.OPERAND, form.PRECISION)
+        scores += tl.where(same_stretch(1 << level, form.C), squares, 0.0)
     if not STRICT:
-        i = tl.arange(0, C)
+        i = tl.arange(0, form.C)
         diagonal = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         scores += tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0)
     return scores
 
 
 @triton.jit
-def scores(
-    q, k, sums, start, length, b, hq, hk, hg, T,
-    HQ: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    LEVELS: tl.constexpr, GATES: tl.constexpr, STRICT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def scores(q, k, sums, at, form, STRICT: tl.constexpr):
     """The decayed products of a chunk's queries and keys [C, C], without the scale."""
-    total = tl.zeros([C, C], dtype=tl.float32)
-    for k0 in range(0, K, BK):
-        d = k0 + tl.arange(0, BK)
-        q_tile = load_rows(q, start, length, b, hq, T, HQ, K, d, C)
-        k_tile = load_rows(k, start, length, b, hk, T, HK, K, d, C)
-        if GATES == 2:
-            g = load_sums(sums, tl.arange(0, C), start, length, b, hg, T, HG, K, d, 2)
-            total += channel_scores(
-                q_tile, k_tile, sums, g, start, length, b, hg, T, HG, K, d, C, LEVELS, STRICT, OPERAND, PRECISION
-            )
+    total = tl.zeros([form.C, form.C], dtype=tl.float32)
+    for k0 in range(0, form.K, form.BK):
+        d = k0 + tl.arange(0, form.BK)
+        q_tile, k_tile = load_rows(q, at, d, form.C), load_rows(k, at, d, form.C)
+        if form.GATES == 2:
+            total += channel_scores(q_tile, k_tile, sums, at, d, form, STRICT)
         else:
-            total += product(q_tile, tl.trans(k_tile), OPERAND, PRECISION)
-    if GATES != 2:
-        total *= decays(sums, start, length, b, hg, T, HG, C, STRICT, GATES)
+            total += product(q_tile, tl.trans(k_tile), form.OPERAND, form.PRECISION)
+    if form.GATES != 2:
+        total *= decays(sums, at, form.C, form.GATES, STRICT)
     return total
 
 
@@ -217,21 +264,13 @@ def scores(
 
 
 @triton.jit
-def place(D: tl.constexpr, BD: tl.constexpr):
-    """The chunk of a program, and its tile of D channels. Tiles of a chunk are neighbours, and share what they read."""
-    tiles: tl.constexpr = (D + BD - 1) // BD
-    return tl.program_id(0) // tiles, tl.program_id(0) % tiles
-
-
-@triton.jit
 def sum_gates(log_decay, sums, chunks, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     """The running sums of log-decays [B, T, H, D] within each chunk."""
     chunk, tile = place(D, BK)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    d = tile * BK + tl.arange(0, BK)
-    g = load_rows(log_decay, start, length, b, h, T, H, D, d, C).to(tl.float32)
-    store_rows(sums, tl.cumsum(tl.where(g < LOWEST, LOWEST, g), 0), start, length, b, h, T, H, D, d, C)
+    at, d = locate(chunks, chunk, b, T), tile * BK + tl.arange(0, BK)
+    g = load_rows(Rows(log_decay, h, H, D), at, d, C).to(tl.float32)
+    store_rows(Rows(sums, h, H, D), tl.cumsum(tl.where(g < LOWEST, LOWEST, g), 0), at, d, C)
 
 
 @triton.jit
@@ -250,27 +289,25 @@ def carry(
     across: tl.constexpr = (V + BV - 1) // BV
     segment, tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
-    hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
+    gates = Rows(sums, h // (H // HG), HG, K if GATES == 2 else 1)
     # In fp32 the last product would not fit into registers beside decays per channel.
     LAST: tl.constexpr = OPERAND if GATES == 2 else operand(v, OPERAND)
-    state = load_state(starts, segment, b, B, h, H, K, V, d, e)
+    state = load_state(States(starts, B, h, H, K, V), segment, b, d, e)
     for chunk in range(tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)):
-        start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+        at = locate(chunks, chunk, b, T)
         if STORE:
-            store_state(states, state, chunk, b, B, h, H, K, V, d, e)
+            store_state(States(states, B, h, H, K, V), state, chunk, b, d, e)
         values = tl.zeros([C, BV], dtype=tl.float32)
         if VALUES:
-            values += load_rows(v, start, length, b, hv, T, HV, V, e, C)
+            values += load_rows(Rows(v, h // (H // HV), HV, V), at, e, C)
         if DELTA:
-            w = load_rows(erased, start, length, b, h, T, H, K, d, C)
-            values = values - exact_product(w, state, PRECISION)
+            values = values - exact_product(load_rows(Rows(erased, h, H, K), at, d, C), state, PRECISION)
             if STORE:
-                store_rows(written, values, start, length, b, h, T, H, V, e, C)
-        keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
-        keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
-        state = over_chunk(state, sums, start, length, b, hg, T, HG, K, d, GATES)
+                store_rows(Rows(written, h, H, V), values, at, e, C)
+        keys = to_end(load_rows(Rows(k, h // (H // HK), HK, K), at, d, C), gates, at, d, C, GATES)
+        state = over_chunk(state, gates, at, d, GATES)
         state += product(tl.trans(keys), values, LAST, PRECISION)
-    store_state(ends, state, segment, b, B, h, H, K, V, d, e)
+    store_state(States(ends, B, h, H, K, V), state, segment, b, d, e)
 
 
 @triton.jit
@@ -289,42 +326,41 @@ def carry_back(
     across: tl.constexpr = (V + BV - 1) // BV
     segment, tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     d, e = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
-    hk, hg = h // (H // HK), h // (H // HG)
+    gates = Rows(sums, h // (H // HG), HG, K if GATES == 2 else 1)
     GROUP: tl.constexpr = HO // H
     # The chain is in fp32, but for one product that would not fit into registers beside decays per channel.
     LAST: tl.constexpr = OPERAND if GATES == 2 else tl.float32
-    state = load_state(starts, segment, b, B, h, H, K, V, d, e)
+    state = load_state(States(starts, B, h, H, K, V), segment, b, d, e)
     first, last_chunk = tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)
     for step in range(last_chunk - first):
         chunk = last_chunk - 1 - step
-        start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+        at = locate(chunks, chunk, b, T)
         if STORE:
-            store_state(states, state, chunk, b, B, h, H, K, V, d, e)
+            store_state(States(states, B, h, H, K, V), state, chunk, b, d, e)
         if DELTA:
-            keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
-            keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
-            du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
+            keys = to_end(load_rows(Rows(k, h // (H // HK), HK, K), at, d, C), gates, at, d, C, GATES)
+            du = load_rows(Rows(grad_written, h, H, V), at, e, C)
             du = du + product(keys, state, tl.float32, PRECISION)
             if STORE:
-                store_rows(written, du, start, length, b, h, T, H, V, e, C)
-        state = over_chunk(state, sums, start, length, b, hg, T, HG, K, d, GATES)
+                store_rows(Rows(written, h, H, V), du, at, e, C)
+        state = over_chunk(state, gates, at, d, GATES)
         if DELTA:
-            w = load_rows(erased, start, length, b, h, T, H, K, d, C)
+            w = load_rows(Rows(erased, h, H, K), at, d, C)
             state -= product(tl.trans(w), du, LAST, PRECISION)
         for member in range(GROUP):
             ho = h * GROUP + member
-            queries = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C)
-            queries = from_start(queries.to(tl.float32) * scale, sums, start, length, b, hg, T, HG, K, d, C, GATES)
-            do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
+            queries = load_rows(Rows(q, ho // (HO // HQ), HQ, K), at, d, C)
+            queries = from_start(queries.to(tl.float32) * scale, gates, at, d, C, GATES)
+            do = load_rows(Rows(grad, ho, HO, V), at, e, C)
             state += product(tl.trans(queries), do, OPERAND, PRECISION)
-    store_state(ends, state, segment, b, B, h, H, K, V, d, e)
+    store_state(States(ends, B, h, H, K, V), state, segment, b, d, e)
 
 
 @triton.jit
 def attend(
     q, k, v, sums, states, before, output, chunks, B, T, scale,
     HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATES: tl.constexpr, STRICT: tl.constexpr, INSIDE: tl.constexpr, READ: tl.constexpr, ADD: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -334,84 +370,77 @@ def attend(
     """
     chunk, tile = place(V, BV)
     b, ho = tl.program_id(1) // HO, tl.program_id(1) % HO
-    h, hq = ho // (HO // H), ho // (HO // HQ)
-    hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
-    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    h = ho // (HO // H)
+    at = locate(chunks, chunk, b, T)
     e = tile * BV + tl.arange(0, BV)
+    queries = Rows(q, ho // (HO // HQ), HQ, K)
+    gates = Rows(sums, h // (H // HG), HG, K if GATES == 2 else 1)
     total = tl.zeros([C, BV], dtype=tl.float32)
     if READ:
         slot = tl.load(chunks + 3 * chunk + 2)
         for k0 in range(0, K, BK):
             d = k0 + tl.arange(0, BK)
-            queries = load_rows(q, start, length, b, hq, T, HQ, K, d, C)
-            queries = from_start(queries, sums, start, length, b, hg, T, HG, K, d, C, GATES)
-            total += product(queries, load_state(states, slot, b, B, h, H, K, V, d, e), OPERAND, PRECISION)
+            state = load_state(States(states, B, h, H, K, V), slot, b, d, e)
+            total += product(
+                from_start(load_rows(queries, at, d, C), gates, at, d, C, GATES), state, OPERAND, PRECISION
+            )
     if INSIDE:
-        p = scores(
-            q, k, sums, start, length, b, hq, hk, hg, T, HQ, HK, HG, K, C, BK, LEVELS, GATES, STRICT, OPERAND,
-            PRECISION,
-        )  # fmt: skip
-        values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
-        total += product(p, values, operand(v, OPERAND), PRECISION)
+        keys, values = Rows(k, h // (H // HK), HK, K), Rows(v, h // (H // HV), HV, V)
+        p = scores(queries, keys, gates, at, Form(C, K, BK, GATES, OPERAND, PRECISION), STRICT)
+        total += product(p, load_rows(values, at, e, C), operand(v, OPERAND), PRECISION)
     total *= scale
     if ADD:
-        total += load_rows(before, start, length, b, ho, T, HO, V, e, C)
-    store_rows(output, total, start, length, b, ho, T, HO, V, e, C)
+        total += load_rows(Rows(before, ho, HO, V), at, e, C)
+    store_rows(Rows(output, ho, HO, V), total, at, e, C)
 
 
 @triton.jit
 def grad_values(
     q, k, grad, sums, grad_states, dv, chunks, B, T, scale,
     HQ: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATES: tl.constexpr, INSIDE: tl.constexpr, CARRIED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each state's values [B, T, H, V]: from INSIDE the chunk, from what is CARRIED to its end."""
     chunk, tile = place(V, BV)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    hk, hg = h // (H // HK), h // (H // HG)
-    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    at = locate(chunks, chunk, b, T)
     e = tile * BV + tl.arange(0, BV)
+    keys = Rows(k, h // (H // HK), HK, K)
+    gates = Rows(sums, h // (H // HG), HG, K if GATES == 2 else 1)
     GROUP: tl.constexpr = HO // H
     total = tl.zeros([C, BV], dtype=tl.float32)
     if INSIDE:
         for member in range(GROUP):
             ho = h * GROUP + member
-            p = scores(
-                q, k, sums, start, length, b, ho // (HO // HQ), hk, hg, T, HQ, HK, HG, K, C, BK, LEVELS, GATES, False,
-                OPERAND, PRECISION,
-            )  # fmt: skip
-            do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
-            total += product(tl.trans(p), do, OPERAND, PRECISION)
+            queries = Rows(q, ho // (HO // HQ), HQ, K)
+            p = scores(queries, keys, gates, at, Form(C, K, BK, GATES, OPERAND, PRECISION), False)
+            total += product(tl.trans(p), load_rows(Rows(grad, ho, HO, V), at, e, C), OPERAND, PRECISION)
         total *= scale
     if CARRIED:
         slot = tl.load(chunks + 3 * chunk + 2)
         for k0 in range(0, K, BK):
             d = k0 + tl.arange(0, BK)
-            keys = load_rows(k, start, length, b, hk, T, HK, K, d, C)
-            keys = to_end(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
-            dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
-            total += product(keys, dstate, OPERAND, PRECISION)
-    store_rows(dv, total, start, length, b, h, T, H, V, e, C)
+            dstate = load_state(States(grad_states, B, h, H, K, V), slot, b, d, e)
+            total += product(to_end(load_rows(keys, at, d, C), gates, at, d, C, GATES), dstate, OPERAND, PRECISION)
+    store_rows(Rows(dv, h, H, V), total, at, e, C)
 
 
 @triton.jit
-def grad_inside(
-    q, k, dp, sums, g, start, length, b, h, T, H: tl.constexpr, D: tl.constexpr, d, C: tl.constexpr,
-    LEVELS: tl.constexpr, GATES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def grad_inside(q, k, dp, sums, at, g, d, form):
     """From the gradient of what lies below the diagonal of the scores, dp [C, C], to those of q and k, [C, D] each."""
-    if GATES == 2:
+    if form.GATES == 2:
         dq, dk = tl.zeros_like(g), tl.zeros_like(g)
-        for level in tl.range(0, LEVELS, num_stages=1):
-            decay, later = to_border(sums, g, 1 << level, start, length, b, h, T, H, D, d, C)
+        for level in tl.range(0, levels(form.C), num_stages=1):
+            decay, later = to_border(sums, at, g, 1 << level, d, form.C)
             rows, columns = tl.where(later, q * decay, 0.0), tl.where(later, 0.0, k * decay)
-            squares = tl.where(same_stretch(1 << level, C), dp, 0.0)
-            dq += tl.where(later, product(squares, columns, tl.float32, PRECISION) * decay, 0.0)
-            dk += tl.where(later, 0.0, product(tl.trans(squares), rows, tl.float32, PRECISION) * decay)
+            squares = tl.where(same_stretch(1 << level, form.C), dp, 0.0)
+            dq += tl.where(later, product(squares, columns, tl.float32, form.PRECISION) * decay, 0.0)
+            dk += tl.where(later, 0.0, product(tl.trans(squares), rows, tl.float32, form.PRECISION) * decay)
     else:
-        ds = dp * decays(sums, start, length, b, h, T, H, C, True, GATES)
-        dq, dk = product(ds, k, OPERAND, PRECISION), product(tl.trans(ds), q, OPERAND, PRECISION)
+        ds = dp * decays(sums, at, form.C, form.GATES, True)
+        dq = product(ds, k, form.OPERAND, form.PRECISION)
+        dk = product(tl.trans(ds), q, form.OPERAND, form.PRECISION)
     return dq, dk
 
 
@@ -427,7 +456,7 @@ def by_gate(tile, GATES: tl.constexpr):
 def grad_keys(
     q, k, v, grad, sums, states, grad_states, dq, dk, dgates, chunks, B, T, scale,
     HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HO: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATES: tl.constexpr, TRAINED: tl.constexpr, STRICT: tl.constexpr, INSIDE: tl.constexpr, READ: tl.constexpr,
     CARRIED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -440,37 +469,33 @@ def grad_keys(
     """
     chunk, tile = place(K, BK)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    hk, hv, hg = h // (H // HK), h // (H // HV), h // (H // HG)
-    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    at = locate(chunks, chunk, b, T)
     slot = tl.load(chunks + 3 * chunk + 2)
     d = tile * BK + tl.arange(0, BK)
-    i = tl.arange(0, C)
-    D: tl.constexpr = K if GATES == 2 else 1
+    gates = Rows(sums, h // (H // HG), HG, K if GATES == 2 else 1)
+    entered, values = States(states, B, h, H, K, V), Rows(v, h // (H // HV), HV, V)
     BD: tl.constexpr = BK if GATES == 2 else 1
     GROUP: tl.constexpr = HO // H
     # As in `carry`: there is no room for more in fp32 beside decays per channel.
     SEEN: tl.constexpr = OPERAND if GATES == 2 else operand(v, OPERAND)
-    k_tile = load_rows(k, start, length, b, hk, T, HK, K, d, C)
+    k_tile = load_rows(Rows(k, h // (H // HK), HK, K), at, d, C)
     g = tl.zeros([C, BD], dtype=tl.float32)
     if GATES:
-        g = load_sums(sums, i, start, length, b, hg, T, HG, D, d, GATES)
+        g = load_sums(gates, at, tl.arange(0, C), d, GATES)
     dk_total = tl.zeros([C, BK], dtype=tl.float32)
     later = tl.zeros([C, BD], dtype=tl.float32)
     if INSIDE or READ:
         for member in range(GROUP):
             ho = h * GROUP + member
-            q_tile = load_rows(q, start, length, b, ho // (HO // HQ), T, HQ, K, d, C)
-            dp = tl.zeros([C, C], dtype=tl.float32)
-            dq_total = tl.zeros([C, BK], dtype=tl.float32)
+            q_tile = load_rows(Rows(q, ho // (HO // HQ), HQ, K), at, d, C)
+            dp, dq_total = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
             for v0 in range(0, V, BV):
                 e = v0 + tl.arange(0, BV)
-                do = load_rows(grad, start, length, b, ho, T, HO, V, e, C)
+                do = load_rows(Rows(grad, ho, HO, V), at, e, C)
                 if READ:
-                    state = load_state(states, slot, b, B, h, H, K, V, d, e)
-                    dq_total += product(do, tl.trans(state), OPERAND, PRECISION)
+                    dq_total += product(do, tl.trans(load_state(entered, slot, b, d, e)), OPERAND, PRECISION)
                 if INSIDE:
-                    values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
-                    dp += product(do, tl.trans(values), SEEN, PRECISION)
+                    dp += product(do, tl.trans(load_rows(values, at, e, C)), SEEN, PRECISION)
             dq_total *= scale
             if GATES:
                 dq_total *= tl.exp(g)
@@ -480,39 +505,46 @@ def grad_keys(
                 dp *= scale
                 below = tl.where(seen(C, True), dp, 0.0)
                 dq_below, dk_below = grad_inside(
-                    q_tile, k_tile, below, sums, g, start, length, b, hg, T, HG, D, d, C, LEVELS, GATES, OPERAND,
-                    PRECISION,
-                )  # fmt: skip
+                    q_tile, k_tile, below, gates, at, g, d, Form(C, K, BK, GATES, OPERAND, PRECISION)
+                )
                 if TRAINED:
                     later += by_gate(q_tile * dq_below - k_tile * dk_below, GATES)
                 dq_total += dq_below
                 dk_total += dk_below
                 if not STRICT:  # the diagonal, which passes no gate
-                    own = tl.sum(tl.where(i[:, None] == i[None, :], dp, 0.0), 1)[:, None]
+                    own = diagonal(dp, C)
                     dq_total += own * k_tile
                     dk_total += own * q_tile
-            store_rows(dq, dq_total, start, length, b, ho, T, HO, K, d, C)
-    gates = running(later, GATES, True)
+            store_rows(Rows(dq, ho, HO, K), dq_total, at, d, C)
+    dsums = running(later, GATES, True)
     if CARRIED:
         held, carried = tl.zeros([BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
         for v0 in range(0, V, BV):
             e = v0 + tl.arange(0, BV)
-            values = load_rows(v, start, length, b, hv, T, HV, V, e, C)
-            dstate = load_state(grad_states, slot, b, B, h, H, K, V, d, e)
-            carried += product(values, tl.trans(dstate), operand(v, OPERAND), PRECISION)
+            dstate = load_state(States(grad_states, B, h, H, K, V), slot, b, d, e)
+            carried += product(load_rows(values, at, e, C), tl.trans(dstate), operand(v, OPERAND), PRECISION)
             if TRAINED:
-                held += tl.sum(load_state(states, slot, b, B, h, H, K, V, d, e) * dstate, 1)
-        carried = to_end(carried, sums, start, length, b, hg, T, HG, K, d, C, GATES)
+                held += tl.sum(load_state(entered, slot, b, d, e) * dstate, 1)
+        carried = to_end(carried, gates, at, d, C, GATES)
         if TRAINED:
             kept = by_gate(k_tile * carried, GATES)
-            passed = over_chunk(by_gate_of_state(held, GATES), sums, start, length, b, hg, T, HG, K, d, GATES)
-            gates += running(kept, GATES, False) - kept + tl.trans(passed)
+            passed = over_chunk(by_gate_of_state(held, GATES), gates, at, d, GATES)
+            dsums += running(kept, GATES, False) - kept + tl.trans(passed)
         dk_total += carried
-    store_rows(dk, dk_total, start, length, b, h, T, H, K, d, C)
+    store_rows(Rows(dk, h, H, K), dk_total, at, d, C)
     if TRAINED:
-        part = dgates if GATES == 2 else dgates + tl.cast(tile, tl.int64) * B * T * H
-        column = d if GATES == 2 else tl.arange(0, 1)
-        store_rows(part, gates, start, length, b, h, T, H, D, column, C)
+        if GATES == 2:
+            store_rows(Rows(dgates, h, H, K), dsums, at, d, C)
+        else:
+            part = dgates + tl.cast(tile, tl.int64) * B * T * H
+            store_rows(Rows(part, h, H, 1), dsums, at, tl.arange(0, 1), C)
+
+
+@triton.jit
+def diagonal(tile, C: tl.constexpr):
+    """That of a tile [C, C], as a column."""
+    i = tl.arange(0, C)
+    return tl.sum(tl.where(i[:, None] == i[None, :], tile, 0.0), 1)[:, None]
 
 
 @triton.jit

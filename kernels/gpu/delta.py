@@ -8,34 +8,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.gpu.decay import from_start, load_rows, place, product, scores, seen, store_rows
+from lasp.kernels.gpu.decay import (
+    Form,
+    Rows,
+    from_start,
+    levels,
+    load_rows,
+    locate,
+    place,
+    product,
+    scores,
+    seen,
+    store_rows,
+)
 
 # Rows that are eliminated one by one, 2 ** 4: the least that a product takes.
 BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def at_blocks(
-    pointer, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, row, column, N: tl.constexpr, SIZE: tl.constexpr
-):
+def at_blocks(x, at, row, column, C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
     """N blocks of a chunk's lower triangular matrix [C, C], kept as [B, T, H, C]: addresses [N, SIZE, SIZE], and which
     are of the matrix. The first block starts at `row` and `column`, each of the others C / N further."""
     n, i = tl.arange(0, N)[:, None, None] * (C // N), tl.arange(0, SIZE)
     rows, columns = n + row + i[None, :, None], n + column + i[None, None, :]
-    first = (tl.cast(b, tl.int64) * T + start) * H + h
-    return pointer + first * C + rows * (H * C) + columns, (rows < length) & (columns <= rows)
+    first = (tl.cast(at.b, tl.int64) * at.T + at.start) * x.H + x.h
+    return x.pointer + first * C + rows * (x.H * C) + columns, (rows < at.length) & (columns <= rows)
 
 
 @triton.jit
-def load_blocks(
-    pointer, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, row, column, N: tl.constexpr, SIZE: tl.constexpr
-):
-    at, mask = at_blocks(pointer, start, length, b, h, T, H, C, row, column, N, SIZE)
-    return tl.load(at, mask=mask, other=0.0)
+def load_blocks(x, at, row, column, C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
+    address, mask = at_blocks(x, at, row, column, C, N, SIZE)
+    return tl.load(address, mask=mask, other=0.0)
 
 
 @triton.jit
-def invert(system, inverse, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
+def invert(system, inverse, at, C: tl.constexpr):
     """`(I + a)^-1` of a chunk's strictly lower triangular a [C, C], from `system` to `inverse`, in fp32 throughout.
 
     Blocks of 16 on the diagonal by elimination, all of them at once. Then neighbours X, Y are joined by `-Y·a·X`
@@ -43,38 +51,36 @@ def invert(system, inverse, start, length, b, h, T, H: tl.constexpr, C: tl.const
     """
     blocks: tl.constexpr = C // BLOCK
     i = tl.arange(0, BLOCK)
-    a = load_blocks(system, start, length, b, h, T, H, C, 0, 0, blocks, BLOCK)
+    a = load_blocks(system, at, 0, 0, C, blocks, BLOCK)
     x = tl.zeros([blocks, BLOCK, BLOCK], dtype=tl.float32) + tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None, :, :]
     for line in range(1, BLOCK):
         here = (i == line)[None, :, None]
         a_line = tl.sum(tl.where(here, a, 0.0), 1)
         x = tl.where(here, x - tl.sum(a_line[:, :, None] * x, 1)[:, None, :], x)
-    at, mask = at_blocks(inverse, start, length, b, h, T, H, C, 0, 0, blocks, BLOCK)
-    tl.store(at, x, mask=mask)
-    for level in tl.static_range(4, LEVELS):
-        join(system, inverse, start, length, b, h, T, H, C, C >> (level + 1), 1 << level)
+    address, mask = at_blocks(inverse, at, 0, 0, C, blocks, BLOCK)
+    tl.store(address, x, mask=mask)
+    for level in tl.static_range(4, levels(C)):
+        join(system, inverse, at, C, C >> (level + 1), 1 << level)
     tl.debug_barrier()
 
 
 @triton.jit
-def join(
-    system, inverse, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr
-):
+def join(system, inverse, at, C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
     """N pairs of neighbouring blocks of the inverse, `-Y·a·X`."""
     tl.debug_barrier()
-    x = load_blocks(inverse, start, length, b, h, T, H, C, 0, 0, N, SIZE)
-    y = load_blocks(inverse, start, length, b, h, T, H, C, SIZE, SIZE, N, SIZE)
-    a = load_blocks(system, start, length, b, h, T, H, C, SIZE, 0, N, SIZE)
+    x = load_blocks(inverse, at, 0, 0, C, N, SIZE)
+    y = load_blocks(inverse, at, SIZE, SIZE, C, N, SIZE)
+    a = load_blocks(system, at, SIZE, 0, C, N, SIZE)
     between = tl.dot(tl.dot(y, a, input_precision="tf32x3"), x, input_precision="tf32x3")
-    at, mask = at_blocks(inverse, start, length, b, h, T, H, C, SIZE, 0, N, SIZE)
-    tl.store(at, -between, mask=mask)
+    address, mask = at_blocks(inverse, at, SIZE, 0, C, N, SIZE)
+    tl.store(address, -between, mask=mask)
 
 
 @triton.jit
 def solve(
     k, v, beta, sums, system, inverse, written, erased, chunks, T,
     HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, HB: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`X = (I + diag(beta)·A)^-1`, `U = X·diag(beta)·v` and `W = X·diag(beta)·K'` of each chunk and state.
@@ -82,32 +88,30 @@ def solve(
     `system` is room for diag(beta)·A, [B, T, H, C].
     """
     chunk, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    hk, hv, hg, hb = h // (H // HK), h // (H // HV), h // (H // HG), h // (H // HB)
-    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    at = locate(chunks, chunk, b, T)
+    keys = Rows(k, h // (H // HK), HK, K)
+    gates = Rows(sums, h // (H // HG), HG, K if GATES == 2 else 1)
     # Keys decayed per channel are rounded once more than others.
     SCORES: tl.constexpr = tl.float32 if GATES == 2 else OPERAND
-    a = scores(
-        k, k, sums, start, length, b, hk, hk, hg, T, HK, HK, HG, K, C, BK, LEVELS, GATES, True, SCORES, PRECISION
-    )
-    rate = load_rows(beta, start, length, b, hb, T, HB, 1, tl.arange(0, 1), C).to(tl.float32)
-    store_rows(system, rate * a, start, length, b, h, T, H, C, tl.arange(0, C), C)
+    a = scores(keys, keys, gates, at, Form(C, K, BK, GATES, SCORES, PRECISION), True)
+    rate = load_rows(Rows(beta, h // (H // HB), HB, 1), at, tl.arange(0, 1), C).to(tl.float32)
+    store_rows(Rows(system, h, H, C), rate * a, at, tl.arange(0, C), C)
     tl.debug_barrier()
-    invert(system, inverse, start, length, b, h, T, H, C, LEVELS)
-    x = load_inverse(inverse, start, length, b, h, T, H, C)
+    invert(Rows(system, h, H, C), Rows(inverse, h, H, C), at, C)
+    x = load_inverse(Rows(inverse, h, H, C), at, C)
     for v0 in range(0, V, BV):
         e = v0 + tl.arange(0, BV)
-        values = rate * load_rows(v, start, length, b, hv, T, HV, V, e, C)
-        store_rows(written, product(x, values, tl.float32, PRECISION), start, length, b, h, T, H, V, e, C)
+        values = rate * load_rows(Rows(v, h // (H // HV), HV, V), at, e, C)
+        store_rows(Rows(written, h, H, V), product(x, values, tl.float32, PRECISION), at, e, C)
     for k0 in range(0, K, BK):
         d = k0 + tl.arange(0, BK)
-        keys = rate * load_rows(k, start, length, b, hk, T, HK, K, d, C)
-        keys = from_start(keys, sums, start, length, b, hg, T, HG, K, d, C, GATES)
-        store_rows(erased, product(x, keys, tl.float32, PRECISION), start, length, b, h, T, H, K, d, C)
+        decayed = from_start(rate * load_rows(keys, at, d, C), gates, at, d, C, GATES)
+        store_rows(Rows(erased, h, H, K), product(x, decayed, tl.float32, PRECISION), at, d, C)
 
 
 @triton.jit
-def load_inverse(inverse, start, length, b, h, T, H: tl.constexpr, C: tl.constexpr):
-    x = load_rows(inverse, start, length, b, h, T, H, C, tl.arange(0, C), C)
+def load_inverse(inverse, at, C: tl.constexpr):
+    x = load_rows(inverse, at, tl.arange(0, C), C)
     return tl.where(seen(C, False), x, 0.0)
 
 
@@ -122,13 +126,11 @@ def grad_solve(
     """
     chunk, tile = place(V, BV)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    start, length = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    at = locate(chunks, chunk, b, T)
     e = tile * BV + tl.arange(0, BV)
-    x = load_inverse(inverse, start, length, b, h, T, H, C)
-    du = load_rows(grad_written, start, length, b, h, T, H, V, e, C)
-    y = product(tl.trans(x), du, tl.float32, PRECISION)
-    rate = load_rows(beta, start, length, b, h // (H // HB), T, HB, 1, tl.arange(0, 1), C)
-    store_rows(dv, y * rate, start, length, b, h, T, H, V, e, C)
-    part = tl.sum(y * load_rows(error, start, length, b, h, T, H, V, e, C), 1)[:, None]
-    rates = dbeta + tl.cast(tile, tl.int64) * B * T * H
-    store_rows(rates, part, start, length, b, h, T, H, 1, tl.arange(0, 1), C)
+    x = load_inverse(Rows(inverse, h, H, C), at, C)
+    y = product(tl.trans(x), load_rows(Rows(grad_written, h, H, V), at, e, C), tl.float32, PRECISION)
+    rate = load_rows(Rows(beta, h // (H // HB), HB, 1), at, tl.arange(0, 1), C)
+    store_rows(Rows(dv, h, H, V), y * rate, at, e, C)
+    part = tl.sum(y * load_rows(Rows(error, h, H, V), at, e, C), 1)[:, None]
+    store_rows(Rows(dbeta + tl.cast(tile, tl.int64) * B * T * H, h, H, 1), part, at, tl.arange(0, 1), C)

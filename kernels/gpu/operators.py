@@ -47,7 +47,7 @@ class Setting(NamedTuple):
         gates = 0 if sums is None else 1 if sums.shape[3] == 1 else 2
         numbers |= {"HG": heads if sums is None else sums.shape[2], "HO": max(heads, q.shape[2]), "GATES": gates}
         numbers |= {"WIDE": v is not None and v.dtype != k.dtype}
-        numbers |= {"K": k.shape[3], "V": value_dim, "C": self.size, "LEVELS": self.size.bit_length() - 1}
+        numbers |= {"K": k.shape[3], "V": value_dim, "C": self.size}
         return numbers | numerics(k.dtype)
 
 
