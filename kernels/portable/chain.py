@@ -68,6 +68,11 @@ class ChunkChain(Chain):
         first = block.slot - self.base + 1
         return self.states[first : first + block.chunks].flatten(0, 2)
 
+    def around(self, block: Block) -> tuple[Tensor, ...]:
+        """The states at the start of each of the block's chunks and at the end of the last, [B·H, K, V] each."""
+        first = block.slot - self.base
+        return self.states[first : first + block.chunks + 1].flatten(1, 2).unbind()
+
     def link(self, block: Block) -> None:
         """Carry the state across the block's chunks, each of which holds what it adds by itself."""
         first = block.slot - self.base

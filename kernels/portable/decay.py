@@ -57,6 +57,11 @@ class Decay:
         """Both."""
         return self.read_out(entered, self.inside())
 
+    def forward(self, chain: ChunkChain) -> Tensor:
+        """States and outputs, where the true state at the block's start is known."""
+        self.chunk_states(chain)
+        return self.outputs(chain)
+
     # Backward ---------------------------------------------------------------------------------------------------------
 
     def adjoint_states(self, adjoint: ChunkChain) -> None:
@@ -65,8 +70,11 @@ class Decay:
         torch.bmm(tiles.scaled(tiles.q, tiles.from_start).mT, tiles.grad, out=adjoint.at_starts(tiles.block))
         adjoint.link(tiles.block)
 
-    def grad_outputs(self, entered: ChunkChain, later: Gradients | None = None) -> Gradients:
-        """Gradients of reading the entering states and of what stays within chunks, added to the tiles `later`."""
+    def grad_outputs(self, entered: ChunkChain, later: Gradients | None = None, values: bool = True) -> Gradients:
+        """Gradients of reading the entering states and of what stays within chunks, added to the tiles `later`.
+
+        values: also of v.
+        """
         tiles = self.tiles
         _, dk, dv, dgates, _ = Gradients() if later is None else later
         dq = tiles.product(tiles.grad, entered.at_starts(tiles.block).mT)
@@ -76,18 +84,18 @@ class Decay:
         if not tiles.geometry.masked:
             return Gradients(dq, dk, dv, dgates)
         p = tiles.scores
-        dv = tiles.product(p.values.mT, tiles.grad, dv)
+        dv = tiles.product(p.values.mT, tiles.grad, dv) if values else dv
         dq, dk, within = p.backward(tiles.product(tiles.grad, self.v_columns), tiles.geometry.trained, dq, dk)
         if dgates is not None and within is not None:
             dgates.add_(within.view_as(dgates))
         return Gradients(dq, dk, dv, dgates)
 
-    def grad_chunk_states(self, entered: ChunkChain, adjoint: ChunkChain) -> Gradients:
-        """Gradients of what the chunks carry to their ends."""
+    def grad_chunk_states(self, entered: ChunkChain, adjoint: ChunkChain, dv: Tensor | None = None) -> Gradients:
+        """Gradients of what the chunks carry to their ends. dv: where that is known, of all that v does."""
         tiles, dstate = self.tiles, adjoint.at_ends(self.tiles.block)
         dk = tiles.product(self.v_columns.mT, dstate.mT)
         dk = tiles.scaled(dk, tiles.to_end, out=dk)
-        dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate)
+        dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate) if dv is None else dv
         dgates = None
         if tiles.geometry.trained and tiles.whole is not None:
             # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the
@@ -98,9 +106,14 @@ class Decay:
             dgates = kept.add_(passed)
         return Gradients(None, dk, dv, dgates)
 
-    def gradients(self, entered: ChunkChain, adjoint: ChunkChain) -> Gradients:
+    def gradients(self, entered: ChunkChain, adjoint: ChunkChain, dv: Tensor | None = None) -> Gradients:
         """Both."""
-        return self.grad_outputs(entered, self.grad_chunk_states(entered, adjoint))
+        return self.grad_outputs(entered, self.grad_chunk_states(entered, adjoint, dv), values=dv is None)
+
+    def backward(self, entered: ChunkChain, adjoint: ChunkChain) -> Gradients:
+        """All gradients, where the true gradient of the state at the block's end is known."""
+        self.adjoint_states(adjoint)
+        return self.gradients(entered, adjoint)
 
     def add_gradients(self, entered: ChunkChain, adjoint: ChunkChain, before: Gradients, total: Gradients) -> None:
         """Put into the block of `total` what stands in `before`, of grad_outputs, and grad_chunk_states."""

@@ -11,6 +11,7 @@ Linear, arXiv:2510.26692),
 
 where K' holds the keys decayed from the chunk's start. So u = U - W S with U and W known before S is, and the chunk
 maps S to `M S + H` with a dense `M = diag(exp(G_C)) - K''^T W`, where K'' holds the keys decayed to the chunk's end.
+Maps are for ranks: where S is known, `diag(exp(G_C))·S + K''^T u` from chunk to chunk takes two thirds of the products.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class Delta:
         return k if tiles.gates is None else tiles.scaled(k, tiles.decay_from_start, tiles.scratch(*k.shape))
 
     @cached_property
+    def k_to_end(self) -> Tensor:
+        """K'', [N, C, K]."""
+        tiles, k = self.tiles, self.tiles.k
+        return k if tiles.gates is None else tiles.scaled(k, tiles.to_end, tiles.scratch(*k.shape))
+
+    @cached_property
     def written(self) -> Tensor:
         """U, [N, C, V]: what the tokens write where nothing entered the chunk."""
         return self.tiles.product(self.inverse, self.beta * self.tiles.v)
@@ -83,8 +90,7 @@ class Delta:
 
     def chunk_states(self, chain: ChunkChain) -> None:
         """What each chunk adds by itself and its map; then the states at its end, from the one at the block's start."""
-        tiles, block = self.tiles, self.tiles.block
-        keys = tiles.scaled(tiles.k, tiles.to_end, tiles.scratch(*tiles.k.shape)).mT
+        tiles, block, keys = self.tiles, self.tiles.block, self.k_to_end.mT
         torch.bmm(keys, self.written, out=chain.at_ends(block))
         transfers = chain.transfers[block.slot : block.slot + block.chunks]
         torch.bmm(keys, self.erased, out=transfers.flatten(0, 2)).neg_()
@@ -99,9 +105,15 @@ class Delta:
         """What the entering states add to that."""
         return self.tiles.product(self._readers(), entered.at_starts(self.tiles.block))
 
-    def outputs(self, entered: ChunkChain) -> Tensor:
-        """Both at once."""
-        return self.memory(entered).outputs(entered)
+    def forward(self, chain: ChunkChain) -> Tensor:
+        """States and outputs, where the true state at the block's start is known. Makes no maps."""
+        tiles, states = self.tiles, chain.around(self.tiles.block)
+        u = tiles.scratch(*self.written.shape)
+        written, u_by_chunk, erased, keys = map(tiles.by_chunk, (self.written, u, self.erased, self.k_to_end))
+        for i, state in enumerate(states[:-1]):
+            torch.baddbmm(written[i], erased[i], state, alpha=-1, out=u_by_chunk[i])
+            torch.baddbmm(self._over_chunk(i, state), keys[i].mT, u_by_chunk[i], out=states[i + 1])
+        return Decay(tiles, u).outputs(chain)
 
     # Backward ---------------------------------------------------------------------------------------------------------
 
@@ -114,10 +126,21 @@ class Delta:
         """Gradients of outputs given what the tokens write; that of v is of what they write."""
         return self.memory(entered).grad_outputs(entered)
 
-    def gradients(self, entered: ChunkChain, adjoint: ChunkChain) -> Gradients:
-        """All gradients of the block."""
+    def backward(self, entered: ChunkChain, adjoint: ChunkChain) -> Gradients:
+        """All gradients, where the true gradient of the state at the block's end is known.
+
+        With du = P^T do + K'' dS of what the tokens write, `dS <- diag(exp(G_C))·dS + Q'^T do - W^T du`.
+        """
+        tiles, grads = self.tiles, adjoint.around(self.tiles.block)
+        torch.bmm(tiles.scaled(tiles.q, tiles.from_start).mT, tiles.grad, out=adjoint.at_starts(tiles.block))
+        du = tiles.product(tiles.scores.values.mT, tiles.grad)
+        du_by_chunk, erased, keys = map(tiles.by_chunk, (du, self.erased, self.k_to_end))
+        for i, grad in reversed(list(enumerate(grads[1:]))):
+            torch.baddbmm(du_by_chunk[i], keys[i], grad, out=du_by_chunk[i])
+            grads[i].add_(self._over_chunk(i, grad))
+            torch.baddbmm(grads[i], erased[i].mT, du_by_chunk[i], alpha=-1, out=grads[i])
         memory = self.memory(entered)
-        return self._grad_written(memory, memory.gradients(entered, adjoint), entered)
+        return self._grad_written(memory, memory.gradients(entered, adjoint, du), entered)
 
     def add_gradients(self, entered: ChunkChain, adjoint: ChunkChain, before: Gradients, total: Gradients) -> None:
         """`before.v` holds gradients of what the tokens write, `total.v` those of v."""
@@ -128,6 +151,15 @@ class Delta:
         found = self._grad_written(memory, found._replace(v=found.v.add_(self.tiles.read(before.v))), entered)
         each(put, Gradients(v=found.v), block, total)
         each(add, found._replace(v=None), block, before, total)
+
+    def _over_chunk(self, i: int, state: Tensor) -> Tensor:
+        """A state [B·H, K, V] decayed over the block's i-th chunk."""
+        whole = self.tiles.whole
+        if whole is None:
+            return state
+        batch, heads = self.tiles.geometry.batch, self.tiles.geometry.heads
+        decay = whole[i if len(whole) > 1 else 0].mT.expand(batch, heads, -1, 1).flatten(0, 1)
+        return torch.mul(state, decay, out=self.tiles.scratch.temporary(*state.shape))
 
     def _readers(self) -> Tensor:
         """What reads the entering state for each query, [N, R, K]: the query itself, less what was erased by then."""

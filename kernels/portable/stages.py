@@ -71,7 +71,7 @@ Filled = Iterator[list[Tensor]]
 def chunk_states(inputs: Inputs, numbers: Numbers) -> Filled:
     """The states between chunks, each run from an empty memory, and the transfer of each chunk."""
     geometry = numbers.geometry(inputs)
-    memory = _new_chain(inputs, geometry)
+    memory = _new_chain(inputs, geometry, maps=inputs.beta is not None)
     yield memory
     chain = _begun(memory, [None] * len(geometry.runs), geometry)
     for block in _blocks(inputs, geometry):
@@ -150,14 +150,17 @@ def grad_chunk_states(
 
 @operator
 def forward(inputs: Inputs, numbers: Numbers, incoming: Sequence[Tensor | None]) -> Filled:
-    """Output and true chain, given the state [B, H, K, V] that enters each run."""
+    """Output and true chain, given the state [B, H, K, V] that enters each run.
+
+    The chain's transfers are those of the decay family alone: a chunk of the delta family makes no map where no rank
+    asks for it.
+    """
     geometry = numbers.geometry(inputs)
-    output, chain = _new_output(inputs, geometry, inputs.v.dtype), _new_chain(inputs, geometry)
+    output, chain = _new_output(inputs, geometry, inputs.v.dtype), _new_chain(inputs, geometry, maps=False)
     yield [output, *chain]
     entered = _begun(chain, incoming, geometry)
     for block in _blocks(inputs, geometry):
-        block.chunk_states(entered)
-        put(block.outputs(entered), block.tiles.block, output)
+        put(block.forward(entered), block.tiles.block, output)
 
 
 @operator
@@ -177,9 +180,8 @@ def backward(
         own = block.tiles.block
         adjoint = ChunkChain(geometry.slots, window, entered.transfers, reverse=True, base=own.slot)
         window[own.chunks] = starts[own.run]
-        block.adjoint_states(adjoint)
+        each(put, block.backward(entered, adjoint), own, total)
         starts[own.run].copy_(window[0])
-        each(put, block.gradients(entered, adjoint), own, total)
 
 
 # Blocks -------------------------------------------------------------------------------------------------------------
@@ -220,10 +222,11 @@ def _new_output(inputs: Inputs, geometry: Geometry, dtype: torch.dtype) -> Tenso
     return torch.empty(shape, dtype=dtype, device=q.device)
 
 
-def _new_chain(inputs: Inputs, geometry: Geometry) -> list[Tensor]:
-    """Memory for states, and for transfers of the smallest shape that the gates allow, where 1 is no decay."""
+def _new_chain(inputs: Inputs, geometry: Geometry, maps: bool) -> list[Tensor]:
+    """Memory for states, and for transfers: dense maps, or of the smallest shape that the gates allow, where 1 is no
+    decay."""
     states, log_decay = geometry.new_states(geometry.count, inputs.q), inputs.log_decay
-    if inputs.beta is not None:
+    if maps:
         return [states, geometry.new_states(geometry.count, inputs.q, geometry.key_dim)]
     shape = (1, 1, 1)
     if log_decay is not None:

@@ -17,11 +17,12 @@ from torch import Tensor
 from lasp.kernels.chunks import Block, ChunkTable, chunk_table, state_slots
 from lasp.kernels.decays import decay_factor, finite
 from lasp.kernels.inputs import Gradients, Inputs
+from lasp.kernels.portable.cache import cache_bytes
 from lasp.kernels.portable.scores import Scores, scores
 from lasp.kernels.portable.scratch import Scratch
 
-# Rows (tokens x states) to a block: fewer cost more in calls than they save in cache misses.
-BLOCK_ROWS = 8192
+FEWEST_ROWS, MOST_ROWS = 1024, 8192
+"""Tokens x states to a block: fewer cost more in calls than they save in cache misses, more save no calls worth it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,15 @@ class Geometry:
     @cached_property
     def table(self) -> ChunkTable:
         """The chunks, in blocks."""
-        return chunk_table(self.runs, self.size, max(1, BLOCK_ROWS // (self.size * self.batch * self.heads)))
+        rows = max(FEWEST_ROWS, min(cache_bytes() // self._row_bytes, MOST_ROWS))
+        return chunk_table(self.runs, self.size, max(1, rows // (self.size * self.batch * self.heads)))
+
+    @property
+    def _row_bytes(self) -> int:
+        """What a row of a block takes in backward: of keys and of values six tiles, of states two, of scores three."""
+        key, value = self.key_dim, self.value_dim
+        numbers = 6 * (key + value) + 2 * key * value // self.size + (3 * self.size if self.masked else 0)
+        return numbers * self.dtype.itemsize
 
     @property
     def slots(self) -> tuple[tuple[int, int], ...]:
@@ -191,6 +200,10 @@ class Tiles:
             product.flatten(1).sum(1).view(-1, 1, 1) if self.gates.shape[-1] == 1 else product.sum(-1).unsqueeze(1)
         )
         return product.unflatten(0, (-1, self.geometry.heads))
+
+    def by_chunk(self, tile: Tensor) -> tuple[Tensor, ...]:
+        """A tile [N, R, D] chunk by chunk, [B·H, R, D] each."""
+        return tile.unflatten(0, (self.block.chunks, -1)).unbind()
 
     def read(self, x: Tensor) -> Tensor:
         """The block's part of [B, T, h, D] as a tile [N, C or R, D]."""
