@@ -20,6 +20,8 @@ from lasp.kernels.recurrence import Recurrence
 from tests.fla_operators import in_place_of_fla
 from tests.oracle import Problem, make_problem, solve
 
+pytestmark = pytest.mark.timeout(120)
+
 HALF, LENGTH, CHUNK = 23, 37, {"torch": 8, "triton": 16, "fla": 64}
 
 
@@ -73,7 +75,7 @@ def by_halves(backend: str, problem: Problem) -> tuple[Tensor, Gradients]:
 )
 def test_two_halves_equal_the_whole(backend: str, decay: str, beta: float | None) -> None:
     dtype, limit = (torch.float64, 1e-12) if backend == "torch" else (torch.float32, 1e-5)
-    problem = make_problem(decay, LENGTH, initial=False, dims=(16, 16), dtype=dtype, beta=beta)
+    problem = make_problem(decay, LENGTH, initial=False, heads=(2, 1, 2, 2), dims=(16, 16), dtype=dtype, beta=beta)
     problem.grad_final.zero_()
     expected = solve(problem)
     with in_place_of_fla() if backend == "fla" else nullcontext():
