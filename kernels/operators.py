@@ -20,6 +20,7 @@ def operator(function: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
     hints = get_type_hints(function)
     (returned,) = get_args(hints.pop("return"))
     kinds = list(hints.values())
+    laid_flat = [_is_record(kind) for kind in kinds]  # torch.compile asks no type, but reads a list
 
     def run(*flat: Any) -> Any:
         steps = function(*_packed(flat, kinds))
@@ -37,8 +38,8 @@ def operator(function: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
     @wraps(function)
     def call(*arguments: Any) -> Any:
         flat: list[Any] = []
-        for value, kind in zip(arguments, kinds, strict=True):
-            flat += list(value) if _is_record(kind) else [value]
+        for value, flatten in zip(arguments, laid_flat, strict=True):
+            flat += list(value) if flatten else [value]
         return made(*flat)
 
     return call

@@ -20,8 +20,6 @@ from lasp.kernels.recurrence import Recurrence
 from tests.fla_operators import in_place_of_fla
 from tests.oracle import Problem, make_problem, solve
 
-pytestmark = pytest.mark.timeout(120)
-
 HALF, LENGTH, CHUNK = 23, 37, {"torch": 8, "triton": 16, "fla": 64}
 
 
@@ -43,7 +41,8 @@ def set_up(backend: str, problem: Problem, length: int) -> Recurrence:
     """One half, whose tokens are one run."""
     kind = implementation(backend, problem.q, CHUNK[backend], erases=problem.beta is not None)
     scale = problem.q.shape[3] ** -0.5
-    return kind(((0, length),), heads=2, scale=scale, causal=True, chunk_size=CHUNK[backend])
+    heads = max(problem.k.shape[2], problem.v.shape[2])
+    return kind(((0, length),), heads=heads, scale=scale, causal=True, chunk_size=CHUNK[backend])
 
 
 def by_halves(backend: str, problem: Problem) -> tuple[Tensor, Gradients]:
@@ -74,8 +73,11 @@ def by_halves(backend: str, problem: Problem) -> tuple[Tensor, Gradients]:
     [("none", None), ("head", None), ("token", None), ("channel", None), ("token", 2.0), ("channel", 1.0)],
 )
 def test_two_halves_equal_the_whole(backend: str, decay: str, beta: float | None) -> None:
-    dtype, limit = (torch.float64, 1e-12) if backend == "torch" else (torch.float32, 1e-5)
-    problem = make_problem(decay, LENGTH, initial=False, heads=(2, 1, 2, 2), dims=(16, 16), dtype=dtype, beta=beta)
+    if backend == "torch":
+        limit, problem = 1e-12, make_problem(decay, LENGTH, initial=False, beta=beta)
+    else:  # in Triton's interpreter every head takes seconds
+        small = {"heads": (1, 1, 1, 1), "dims": (16, 16), "cu_seqlens": (0, LENGTH), "dtype": torch.float32}
+        limit, problem = 1e-5, make_problem(decay, LENGTH, initial=False, beta=beta, **small)
     problem.grad_final.zero_()
     expected = solve(problem)
     with in_place_of_fla() if backend == "fla" else nullcontext():
