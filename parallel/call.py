@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from lasp.kernels.arguments import told
 from lasp.parallel.agreement import Call
-from lasp.parallel.cut import Cut, house_lengths
+from lasp.parallel.cut import Cut, check_cut, house_lengths
 
 if TYPE_CHECKING:
     from lasp.parallel.group import SequenceGroup
@@ -64,9 +63,9 @@ class Turn:
     def _whole(self, call: Call) -> Iterator[None]:
         try:
             yield
-        except ValueError:  # all ranks raise it, from headers that all of them have
-            raise
         except BaseException as error:
+            if isinstance(error, ValueError) and not self._agreed:
+                raise  # all ranks raise it, from headers that all of them have
             if isinstance(error, Exception):
                 self._settle_after(error)
             assert self.group is not None
@@ -126,17 +125,12 @@ def begin_call(
 
 def _follow(cut: Cut, group: SequenceGroup | None, operation: str, check: Callable[[], Arguments]) -> Turn:
     """The turn of a call that is given a cut."""
-    if not isinstance(cut, Cut):
-        raise ValueError(f"cut must be a lasp.Cut, got {told(cut)}")
     if group is not None:
         raise ValueError(f"{operation} takes a cut or a group, not both: a cut has its group")
-    if cut.group is not None:
+    if isinstance(cut, Cut) and cut.group is not None:
         cut.group.channel.check_whole()
-    tokens = _found(check).tokens
-    if tokens != cut.tokens:
-        raise ValueError(
-            f"{operation}: the cut gives rank {cut.rank} of {cut.size} {cut.tokens} of {cut.total} tokens, got {tokens}"
-        )
+    arguments = _found(check) if isinstance(cut, Cut) else Arguments({}, 0)
+    check_cut(cut, arguments.tokens, operation)
     return Turn(cut.group if cut.size > 1 else None, Call(operation, 0), lambda: cut, agreed=True)
 
 

@@ -7,13 +7,13 @@ integers. What follows from it (plans, halos, rotations, positions) is computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from lasp.kernels.arguments import told
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.layout import Layout, Piece, Plan, house_pieces, make_plan, pieces_of
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class Cut:
     """How the sequences of one batch lie on the ranks; made by `SequenceGroup.cut`, `lasp.shard_batch` and collators.
 
@@ -32,22 +31,66 @@ class Cut:
     packed documents in the whole sequence, as in cu_seqlens; None for one document. keys: of the batch, and ids: the
     least and the largest of its input_ids, where whoever made the cut has looked at them.
 
-    Raises ValueError for lengths that the group's layout does not allow, and bounds that do not end where the sequence
-    does.
+    Raises ValueError for lengths that are not one per rank or that the group's layout does not allow, and for bounds
+    that do not end where the sequence does. Not a dataclass: torch rebuilds those that it finds among the arguments of
+    a module (FSDP2, mixed precision of DDP), and what a copy has computed is lost.
     """
 
     group: SequenceGroup | None
     lengths: tuple[int, ...]
-    bounds: tuple[int, ...] | None = None
-    keys: frozenset[str] | None = None
-    ids: tuple[int, int] | None = None
-    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    bounds: tuple[int, ...] | None
+    keys: frozenset[str] | None
+    ids: tuple[int, int] | None
+    _kept: dict[Hashable, Any]
 
-    def __post_init__(self) -> None:
-        if self.bounds is not None:
-            document_bounds(self.bounds, self.total)
-        if self.size > 1 and self.total:
-            pieces_of(self.lengths, self.layout)
+    def __init__(
+        self,
+        group: SequenceGroup | None,
+        lengths: tuple[int, ...],
+        bounds: tuple[int, ...] | None = None,
+        keys: frozenset[str] | None = None,
+        ids: tuple[int, int] | None = None,
+    ) -> None:
+        ranks = 1 if group is None else group.size
+        if not isinstance(lengths, tuple) or len(lengths) != ranks or any(length < 0 for length in lengths):
+            raise ValueError(
+                f"lengths must be a tuple of one number of tokens per rank, {ranks} of them, got {lengths}"
+            )
+        facts: dict[str, Any] = {
+            "group": group,
+            "lengths": lengths,
+            "bounds": bounds,
+            "keys": keys,
+            "ids": ids,
+            "_kept": {},
+        }
+        for name, fact in facts.items():
+            object.__setattr__(self, name, fact)
+        if bounds is not None:
+            document_bounds(bounds, self.total)
+        if ranks > 1 and self.total:
+            pieces_of(lengths, self.layout)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a cut is never changed: {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cut) and self._facts == other._facts
+
+    def __hash__(self) -> int:
+        return hash(self._facts)
+
+    def __repr__(self) -> str:
+        ranks = "one device" if self.group is None else f"rank {self.rank} of {self.size}, {self.layout}"
+        return f"Cut({list(self.lengths)} on {ranks}, bounds={self.bounds})"
+
+    @property
+    def _facts(self) -> tuple[Any, ...]:
+        return self.group, self.lengths, self.bounds, self.keys, self.ids
+
+    def of_batch(self, keys: frozenset[str], ids: tuple[int, int] | None) -> Cut:
+        """The same, of a batch that was looked at."""
+        return Cut(self.group, self.lengths, self.bounds, keys, ids)
 
     @property
     def rank(self) -> int:
@@ -97,18 +140,21 @@ class Cut:
 
     def positions(self, device: torch.device | None = None) -> Tensor:
         """Of this rank's tokens, counted from 0 in their documents, [T]."""
-        return self.keep(("positions", device), lambda: self._positions().to(device))
+        return self.keep(("positions", device), lambda: self._positions(device))
 
-    def _positions(self) -> Tensor:
+    @torch.inference_mode(False)  # kept for later calls, which may record gradients
+    def _positions(self, device: torch.device | None) -> Tensor:
         bounds = (0, self.total) if self.bounds is None else self.bounds
         counts = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
-        return torch.cat([counts[:0], *(counts[start:stop] for start, stop in self.parts)])
+        return torch.cat([counts[:0], *(counts[start:stop] for start, stop in self.parts)]).to(device)
 
     def cu_seqlens(self, device: torch.device | None = None) -> Tensor | None:
         """The bounds of documents as a tensor [documents + 1], int32."""
-        if self.bounds is None:
-            return None
-        return self.keep(("cu_seqlens", device), lambda: torch.tensor(self.bounds, dtype=torch.int32).to(device))
+        return None if self.bounds is None else self.keep(("cu_seqlens", device), lambda: self._cu_seqlens(device))
+
+    @torch.inference_mode(False)
+    def _cu_seqlens(self, device: torch.device | None) -> Tensor:
+        return torch.tensor(self.bounds, dtype=torch.int32).to(device)
 
     def check_documents(self, cu_seqlens: Tensor | Sequence[int]) -> None:
         """Raises ValueError for other bounds of documents than the cut's. An accelerator is not waited for."""
@@ -135,6 +181,16 @@ class Cut:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
         return self
+
+
+def check_cut(cut: Any, tokens: int, what: str) -> None:
+    """Raises ValueError for what is no cut, or one that gives this rank another number of tokens."""
+    if not isinstance(cut, Cut):
+        raise ValueError(f"cut must be a lasp.Cut, got {told(cut)}")
+    if tokens != cut.tokens:
+        raise ValueError(
+            f"{what}: the cut gives rank {cut.rank} of {cut.size} {cut.tokens} of {cut.total} tokens, got {tokens}"
+        )
 
 
 def house_lengths(total: int, ranks: int, layout: Layout) -> tuple[int, ...]:

@@ -39,8 +39,9 @@ def cross_entropy(
 
     def check() -> Arguments:
         fields = _check(logits, labels, ignore_index)
-        if cut is None:  # a header reads the number
+        if cut is None or not isinstance(num_items, Tensor):  # a header reads the number
             check_number("num_items", num_items)
+        if cut is None:
             fields["num_items"] = None if num_items is None else float(num_items)
             return Arguments(fields, labels.numel())
         return Arguments(fields, labels.shape[-1] if labels.dim() else 1)
@@ -51,18 +52,25 @@ def cross_entropy(
     local = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()
     given = None if num_items is None else torch.as_tensor(num_items, device=logits.device).double()
-    # One message for both sums: fp64 holds any count exactly.
-    sums = torch.stack([local.detach().double(), valid.double() if given is None else given])
+    number, mark = (valid.double(), valid.double() * 0) if given is None else (given, (given + 1).square())
+    # One message for all sums: fp64 holds any count exactly.
+    sums = torch.stack([local.detach().double(), number, mark])
     if turn.group is not None:
         with turn.forward():
             sums = collectives.all_reduce(sums, turn.group.process_group, "forward").wait()
-        if given is not None and may_look_at(sums):  # which is all that a rank with a cut can learn of the others
-            alike = (sums[1] / given - turn.group.size).abs() < 1e-6
-            check_values(alike, lambda: f"ranks give other num_items: {float(given)} is not their mean")
+        if may_look_at(sums):  # with a cut, this is all that a rank learns of the others
+            alike = _as_all(sums[2], mark, turn.group.size)
+            alike = alike if given is None else alike & _as_all(sums[1], given, turn.group.size)
+            check_values(alike, lambda: f"the ranks give other num_items, this one {num_items}")
     denominator = sums[1] if given is None else given
     own = local / denominator.to(local.dtype)
     # Exactly the same value on every rank, with the gradient of this rank's part.
     return (sums[0] / denominator).to(own.dtype) + (own - own.detach())
+
+
+def _as_all(total: Tensor, own: Tensor, ranks: int) -> Tensor:
+    """Whether the sum over the ranks is as if all had this rank's number; of numbers and squares, whether they do."""
+    return (total - ranks * own).abs() <= 1e-9 * total.abs()
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str, Any]:

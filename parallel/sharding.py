@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels.arguments import check_integer, check_tensors
+from lasp.kernels.arguments import check_integer, check_tensors, told
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.values import may_look_at
 from lasp.parallel import collectives
@@ -38,8 +37,9 @@ def shard(x: Tensor, group: SequenceGroup | None = None, dim: int = 1, *, cut: C
     _check_dim(x, dim)
     if cut is None:
         return _cut(x, group, dim)
-    if group is not None or x.shape[dim] != cut.total:
-        raise ValueError(f"shard takes the {cut.total} tokens of its cut and no group, got {x.shape[dim]} and {group}")
+    if not isinstance(cut, Cut) or group is not None or x.shape[dim] != cut.total:
+        wanted = f"the {cut.total} tokens of its cut" if isinstance(cut, Cut) else "a lasp.Cut"
+        raise ValueError(f"shard takes {wanted} and no group, got {x.shape[dim]} tokens, {told(cut)}, {told(group)}")
     return torch.cat([x.narrow(dim, start, stop - start) for start, stop in cut.parts], dim)
 
 
@@ -152,7 +152,7 @@ def agree_and_cut(make: Callable[[], Mapping[str, Any]], group: SequenceGroup | 
         return Arguments(fields, local["position_ids"].shape[-1], bounds, positions.shape[-1])
 
     lies = begin_call(group, "shard_batch", check)()
-    return local | {CUT: replace(lies, keys=frozenset(local), ids=ids)}
+    return local | {CUT: lies.of_batch(frozenset(local), ids)}
 
 
 def cut_batch(whole: Mapping[str, Tensor], group: Slices | None) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,14 +69,8 @@ def delta_rule(
     log_decay and initial_state, once. On accelerators the ranges of beta and log_decay are not checked.
     """
 
-    options: dict[str, Any] = {"scale": scale, "scan": scan, "backend": backend, "chunk_size": chunk_size}
-    states: dict[str, Any] = {
-        "initial_state": initial_state,
-        "output_final_state": output_final_state,
-        "cu_seqlens": cu_seqlens,
-        "cut": cut,
-    }
-    return _delta("delta_rule", q, k, v, beta, log_decay, 1, group, **states, **options)
+    options = _Options(scale, initial_state, output_final_state, cu_seqlens, group, cut, scan, backend, chunk_size)
+    return _delta("delta_rule", Inputs(q, k, v, log_decay, beta), 1, options)
 
 
 @untraced
@@ -103,23 +97,15 @@ def delta_product(
     step of a token decays, and the state after its last is read. chunk_size counts steps. Everything else, the
     results and the errors are as in `delta_rule`, of which this is a call over n·T rows.
     """
-    steps, (q, k, v, beta, log_decay) = together(group, "delta_product", lambda: _as_steps(q, k, v, beta, log_decay))
-    options: dict[str, Any] = {"scale": scale, "scan": scan, "backend": backend, "chunk_size": chunk_size}
-    states: dict[str, Any] = {
-        "initial_state": initial_state,
-        "output_final_state": output_final_state,
-        "cu_seqlens": cu_seqlens,
-        "cut": cut,
-    }
-    result = _delta("delta_product", q, k, v, beta, log_decay, steps, group, **states, **options)
+    steps, rows = together(group, "delta_product", lambda: _as_steps(q, k, v, beta, log_decay))
+    options = _Options(scale, initial_state, output_final_state, cu_seqlens, group, cut, scan, backend, chunk_size)
+    result = _delta("delta_product", rows, steps, options)
     if isinstance(result, tuple):
         return result[0][:, steps - 1 :: steps], result[1]
     return result[:, steps - 1 :: steps]
 
 
-def _as_steps(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
-) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+def _as_steps(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> tuple[int, Inputs]:
     """The number of steps to a token, and the arguments of a delta rule over rows of which each token has so many."""
     if not (k.dim() == v.dim() == 5 and beta.dim() == 4 and k.shape[2] == v.shape[2] == beta.shape[2] >= 1):
         shapes = f"k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
@@ -127,7 +113,8 @@ def _as_steps(
     steps = k.shape[2]
     if log_decay is not None and log_decay.dim() in (3, 4):
         log_decay = _on_step(log_decay, steps, 0)
-    return steps, (_on_step(q, steps, steps - 1), k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2), log_decay)
+    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    return steps, Inputs(_on_step(q, steps, steps - 1), k, v, log_decay, beta)
 
 
 def _on_step(x: Tensor, steps: int, step: int) -> Tensor:
@@ -136,26 +123,24 @@ def _on_step(x: Tensor, steps: int, step: int) -> Tensor:
     return torch.stack([x if i == step else nothing for i in range(steps)], 2).flatten(1, 2)
 
 
-def _delta(
-    operation: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    steps: int,
-    group: SequenceGroup | None,
-    *,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | Sequence[int] | None,
-    cut: Cut | None,
-    scan: ScanName,
-    backend: Backend,
-    chunk_size: int | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+class _Options(NamedTuple):
+    """The keywords of both operations."""
+
+    scale: float | None
+    initial_state: Tensor | None
+    output_final_state: bool
+    cu_seqlens: Tensor | Sequence[int] | None
+    group: SequenceGroup | None
+    cut: Cut | None
+    scan: ScanName
+    backend: Backend
+    chunk_size: int | None
+
+
+def _delta(operation: str, inputs: Inputs, steps: int, options: _Options) -> Tensor | tuple[Tensor, Tensor]:
     """`delta_rule` over rows of which each token of the sequence has `steps`."""
+    q, k, v, log_decay, beta = inputs
+    scale, initial_state, output_final_state, cu_seqlens, group, cut, scan, backend, chunk_size = options
 
     def check() -> Arguments:
         check_tokens(q, k, v)
@@ -164,9 +149,9 @@ def _delta(
         if log_decay is not None and log_decay.dim() == 1:
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
         implementation(backend, q, chunk_size, erases=True)
-        options = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
+        said = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
-        return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, options, steps)
+        return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, said, steps)
 
     turn, packed = begin_call(group, operation, check, cut), is_packed(cu_seqlens, cut)
     kind = implementation(backend, q, chunk_size, erases=True)
@@ -177,6 +162,7 @@ def _delta(
         output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
         return (output, final) if output_final_state else output
     plan, runs = plan_call(turn, q.shape[1] // steps, packed, steps)
+    assert beta is not None, "checked"
     counts = k.shape[2], v.shape[2], beta.shape[2], gate_heads(log_decay)
     heads = state_heads(*counts, initial_state=initial_state)
     recurrence = kind(
@@ -188,4 +174,4 @@ def _delta(
     )
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     state = by_document(initial_state, heads, packed, compute_dtype(q))
-    return whole_results(*causal_recurrence(call, state, Inputs(q, k, v, log_decay, beta)), packed)
+    return whole_results(*causal_recurrence(call, state, inputs), packed)

@@ -25,7 +25,7 @@ from lasp.layers.context import Context, sequence_of
 from lasp.layers.rotary import Rotary
 from lasp.layers.short_conv import ShortConv
 from lasp.layers.state import ConvolvedMemory, State
-from lasp.parallel.cut import Cut
+from lasp.parallel.cut import Cut, check_cut
 from lasp.parallel.group import SequenceGroup
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
@@ -146,6 +146,8 @@ class Mixer(nn.Module):
         if attention_mask is not None:
             _check_mask(attention_mask, x)
         sequence = sequence_of(cut=cut, group=group, cu_seqlens=cu_seqlens)
+        if cut is not None:
+            check_cut(cut, x.shape[1], type(self).__name__)
         context = Context(attention_mask, state, output_final_state, sequence)
         projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         tail = None

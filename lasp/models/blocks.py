@@ -113,6 +113,8 @@ def take_cut(
         if cut is not None and group is not None and not group.cuts_as(cut.group):
             raise ValueError("the batch was cut over another group than the model is given")
         given = {name: value for name, value in told.items() if value is not None}
+        if AGREEMENT in given and cut is None and group is None:
+            raise ValueError("this batch was cut in a worker process: give the model its group, or lasp.parallelize it")
         fields = read_agreement(given.get(AGREEMENT)) | {"arguments": sorted(given), "batch": tokens.shape[0]}
         if group is not None and group.size > 1:
             fields |= {"model": outline(model), **modes()}

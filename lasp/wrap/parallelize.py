@@ -240,7 +240,7 @@ def _swap_forward(model: Any) -> None:
         under_way, kwargs = begin(self, partial(check_unchanged, wiring.model, wiring), wiring, args, kwargs)
         swap_joined(wiring.model, wiring)
         bind_checkpoints(wiring.model, wiring)
-        # A layer, a hook or a user's interrupt may end it on one rank, while the others go on to their next header.
+        # A layer, a hook or a user's interrupt may end it on one rank: the next header of the others tells them.
         with wiring.within(under_way), _telling(wiring.group, f"the forward of {type(self).__name__}"):
             output = forward(self, *args, **kwargs)
             if not takes_group(self):

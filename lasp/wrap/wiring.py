@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lasp.parallel.cut import Cut
@@ -27,7 +28,7 @@ _HARMLESS = {
 
 
 class Forward:
-    """One forward of a model, from its inputs to the end of its backward: layers that are repeated find it again.
+    """One forward of a model: its layers find it, and again where a checkpoint repeats them in backward.
 
     cut: of the batch; sequences: how many it has. has_loss: whether the model came to our loss.
     """
@@ -95,6 +96,8 @@ class LayerCall(NamedTuple):
         ValueError where the model has put tokens of its own before or behind those of a rank.
         """
         wiring: Wiring = getattr(module, WIRING)
+        if wiring.running is None and torch._C._current_graph_task_id() != -1:
+            raise ValueError(OUTSIDE)  # repeated within a backward pass: of which batch?
         if wiring.running is None:
             return cls(wiring, None, cu_seqlens)
         cut = wiring.running.cut

@@ -154,6 +154,8 @@ def test_own_models_compare_too(world, group_of, model_class: Any, shift: bool) 
     collator = lasp.ShardedCollator(group, shift=shift)
     whole, local = collator(SAMPLES[:2]), next(iter(DataLoader(SAMPLES, 2, num_workers=1, collate_fn=collator)))
     assert model(**local, group=group).loss == model(**whole, group=group).loss
+    with pytest.raises(ValueError, match="cut in a worker process: give the model its group"):
+        model(**local)
     local["agreement"] = write_agreement({}, "no" if world.rank == 3 else None)
     with pytest.raises(ValueError, match=r"no \(rank 3 of 4\)"):
         model(**local, group=group)

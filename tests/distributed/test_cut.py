@@ -169,3 +169,19 @@ def test_unchecked_groups_agree_on_nothing(group_of: GroupOf) -> None:
         assert group.cut(9).lengths == (5, 4)
         assert group.cut(lengths=[1, 8]).lengths == (1, 8)
     assert not ledger.records
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3, 2), (5, 5, 5, None), (None, None, None, 7)])
+def test_ranks_that_count_other_items_all_raise(world, group_of: GroupOf, numbers) -> None:
+    group = group_of(4)
+    assert group is not None
+    cut, labels = group.cut(8), torch.tensor([[0, 1]])
+    logits = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(world.rank))
+    told = raised(lambda: lasp.cross_entropy(logits, labels, cut=cut, num_items=numbers[world.rank]))
+    assert told == f"the ranks give other num_items, this one {numbers[world.rank]}"
+    assert not lasp.cross_entropy(logits, labels, cut=cut, num_items=0).isfinite()  # they agree, and divide by it
+    alike = lasp.cross_entropy(logits, labels, cut=cut, num_items=torch.tensor(8))
+    torch.testing.assert_close(alike, lasp.cross_entropy(logits, labels, cut=cut))
+    assert "num_items must be a finite number" in raised(
+        lambda: lasp.cross_entropy(logits, labels, cut=cut, num_items="abc")
+    )

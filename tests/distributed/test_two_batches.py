@@ -123,6 +123,20 @@ def test_threads_have_batches_of_their_own() -> None:
         assert losses == pytest.approx([alone[place]] * 5, rel=1e-12)
 
 
+def test_a_checkpoint_that_is_not_known_is_refused(group_of: GroupOf) -> None:
+    """Its second computation of a layer would know neither documents nor positions."""
+    from torch.distributed._composable import checkpoint
+
+    if group_of(2) is None:
+        return
+    model = lasp.parallelize(make("llama").train(), None)
+    for layer in model.model.layers:
+        checkpoint(layer)
+    loss = model(**lasp.shard_batch(batches()[0], None)).loss
+    with pytest.raises(ValueError, match="by a checkpoint of activations that lasp does not know"):
+        loss.backward()
+
+
 # What a step costs --------------------------------------------------------------------------------------------------
 
 

@@ -153,7 +153,7 @@ def test_outputs_on_request() -> None:
     close(logits, whole.logits)  # without the final states
 
 
-ONE_OF_TWO = SimpleNamespace(rank=0, layout="contiguous", channel=SimpleNamespace(check_whole=lambda: None))
+ONE_OF_TWO = SimpleNamespace(rank=0, size=2, layout="contiguous", channel=SimpleNamespace(check_whole=lambda: None))
 HALF = lasp.Cut(ONE_OF_TWO, (PROMPT, 3))
 
 

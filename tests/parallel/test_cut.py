@@ -16,8 +16,8 @@ from lasp.parallel.layout import LAYOUTS, house_slices
 BOUNDS = (0, 1, 10, 10, 31, 37)
 
 
-def on_rank(rank: int, layout: str = "contiguous") -> SimpleNamespace:
-    return SimpleNamespace(rank=rank, layout=layout)
+def on_rank(rank: int, layout: str = "contiguous", size: int = 4) -> SimpleNamespace:
+    return SimpleNamespace(rank=rank, layout=layout, size=size)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -34,7 +34,7 @@ def test_a_rank_knows_the_positions_of_its_tokens(layout: str, bounds: tuple[int
 
 
 def test_what_follows_is_made_once() -> None:
-    cut = lasp.Cut(on_rank(1), (3, 0, 5), (0, 4, 8))
+    cut = lasp.Cut(on_rank(1, size=3), (3, 0, 5), (0, 4, 8))
     assert cut.plan() is cut.plan()
     assert cut.plan(2) is cut.plan(2)
     assert cut.plan(2).local_runs == ((0, 0),)
@@ -45,7 +45,7 @@ def test_what_follows_is_made_once() -> None:
 
 
 def test_equal_facts_are_equal_cuts() -> None:
-    group = on_rank(0)
+    group = on_rank(0, size=2)
     cut = lasp.Cut(group, (3, 5), (0, 8))
     cut.plan()
     assert cut == lasp.Cut(group, (3, 5), (0, 8)) != lasp.Cut(group, (3, 5))
@@ -57,12 +57,15 @@ def test_equal_facts_are_equal_cuts() -> None:
         ("must end at the whole sequence's length 8, got 9", "contiguous", (3, 5), (0, 9)),
         ("must never decrease", "contiguous", (3, 5), (0, 5, 4, 8)),
         ("must begin with 0", "contiguous", (3, 5), (1, 8)),
+        ("one number of tokens per rank, 2 of them", "contiguous", (3, 4, 1), None),
+        ("one number of tokens per rank, 2 of them", "contiguous", (9, -1), None),
+        ("one number of tokens per rank, 2 of them", "contiguous", [3, 5], None),
         (r"cut as \[4, 4\], but the ranks hold \[3, 5\]", "zigzag", (3, 5), None),
     ],
 )
 def test_no_cut(words: str, layout: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None) -> None:
     with pytest.raises(ValueError, match=words):
-        lasp.Cut(on_rank(0, layout), lengths, bounds)
+        lasp.Cut(on_rank(0, layout, 2), lengths, bounds)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +91,22 @@ def test_documents_of_another_cut_are_refused() -> None:
     for others in ([0, 4, 8], [0, 8]):
         with pytest.raises(ValueError, match="others than those of the batch's cut"):
             cut.check_documents(torch.tensor(others))
+
+
+def test_torch_hands_a_cut_on_as_it_is() -> None:
+    """FSDP and the mixed precision of DDP rebuild what they find in the arguments of a module."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    cut = lasp.Cut(None, (8,), (0, 3, 8))
+    assert _apply_to_tensors(lambda x: x, {"cut": cut})["cut"] is cut
+    with pytest.raises(AttributeError, match="never changed"):
+        cut.lengths = (9,)
+
+
+def test_what_is_kept_outlives_the_mode_of_who_asked_first() -> None:
+    cut = lasp.Cut(None, (8,), (0, 3, 8))
+    with torch.inference_mode():
+        cut.positions()
+        cut.cu_seqlens()
+    assert not cut.positions().is_inference()
+    assert not cut.cu_seqlens().is_inference()
