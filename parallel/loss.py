@@ -30,11 +30,11 @@ def cross_entropy(
     """Mean cross-entropy over the whole sequence's valid tokens. It never shifts.
 
     logits [..., vocabulary], labels [...], both local. cut: of the batch, in the place of group; labels are [..., T]
-    then. num_items: the denominator, where it is not the number of valid
-    tokens of this batch (gradient accumulation). The value is the same on every rank; the gradient is that of this
-    rank's tokens, and the ranks' gradients sum to the whole. Computed in fp32 (fp64 for fp64 logits). Without a single
-    valid token in the whole sequence the result is nan, as torch's. Raises ValueError on every rank for bad shapes or
-    labels.
+    then. num_items: the denominator, where it is not the number of valid tokens of this batch (gradient accumulation),
+    the same on every rank. The value is the same on every rank; the gradient is that of this rank's tokens, and the
+    ranks' gradients sum to the whole. Computed in fp32 (fp64 for fp64 logits). Without a single valid token in the
+    whole sequence the result is nan, as torch's. Raises ValueError for bad shapes or labels, on every rank of a group,
+    with a cut on the rank that has them; and on all of them for num_items that differ (with a cut, on CPU).
     """
 
     def check() -> Arguments:
