@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from lasp.functional.checks import check_documents, is_packed
+from lasp.functional.options import SequenceOptions
 from lasp.kernels.arguments import check_choice, check_flags, check_tensors
 from lasp.kernels.conv import causal_convolution
 from lasp.kernels.precision import exact
@@ -23,6 +24,36 @@ Activation = Literal["silu"]
 ACTIVATIONS: tuple[Activation | None, ...] = (None, *get_args(Activation))
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output_final_state: Literal[False] = False,
+    activation: Activation | None = None,
+    **options: Unpack[SequenceOptions],
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output_final_state: Literal[True],
+    activation: Activation | None = None,
+    **options: Unpack[SequenceOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output_final_state: bool,
+    activation: Activation | None = None,
+    **options: Unpack[SequenceOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @untraced
 def causal_conv1d(
     x: Tensor,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from lasp.functional.checks import check_documents, check_tokens, is_packed
 from lasp.functional.documents import short_documents
+from lasp.functional.options import RecurrenceOptions
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -34,6 +35,39 @@ from lasp.parallel.scan import ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[RecurrenceOptions],
+) -> Tensor: ...
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[RecurrenceOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: bool,
+    **options: Unpack[RecurrenceOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @untraced
 def delta_rule(
     q: Tensor,
@@ -73,6 +107,39 @@ def delta_rule(
     return _delta("delta_rule", Inputs(q, k, v, log_decay, beta), 1, options)
 
 
+@overload
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[RecurrenceOptions],
+) -> Tensor: ...
+@overload
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[RecurrenceOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: bool,
+    **options: Unpack[RecurrenceOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @untraced
 def delta_product(
     q: Tensor,

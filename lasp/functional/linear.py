@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
 from lasp.functional.checks import check_documents, check_tokens, is_packed
 from lasp.functional.documents import short_documents
+from lasp.functional.options import RecurrenceOptions
 from lasp.functional.recurrence import (
     by_document,
     check_options,
@@ -33,6 +34,39 @@ from lasp.parallel.scan import ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: Literal[False] = False,
+    causal: bool = True,
+    **options: Unpack[RecurrenceOptions],
+) -> Tensor: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: Literal[True],
+    causal: bool = True,
+    **options: Unpack[RecurrenceOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    output_final_state: bool,
+    causal: bool = True,
+    **options: Unpack[RecurrenceOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @untraced
 def linear_attention(
     q: Tensor,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from lasp.functional.checks import check_beside, check_documents, is_packed
+from lasp.functional.options import SequenceOptions
 from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
@@ -20,6 +21,33 @@ from lasp.parallel.scan import ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
+@overload
+def logcumsumexp(
+    x: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    exclusive: bool = False,
+    scan: ScanName = "auto",
+    **options: Unpack[SequenceOptions],
+) -> Tensor: ...
+@overload
+def logcumsumexp(
+    x: Tensor,
+    *,
+    output_final_state: Literal[True],
+    exclusive: bool = False,
+    scan: ScanName = "auto",
+    **options: Unpack[SequenceOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def logcumsumexp(
+    x: Tensor,
+    *,
+    output_final_state: bool,
+    exclusive: bool = False,
+    scan: ScanName = "auto",
+    **options: Unpack[SequenceOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @untraced
 def logcumsumexp(
     x: Tensor,

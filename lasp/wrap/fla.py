@@ -80,7 +80,6 @@ def gla(
     assert gates is not None, "one of the two functions"
     log_decay = gates.to(compute_dtype(gates)).clamp(max=0)
     output = linear_attention(q.to(v.dtype), k.to(v.dtype), v, log_decay, scale=scale, **call.recurrence)
-    assert isinstance(output, Tensor)
     return output, None
 
 
@@ -150,7 +149,6 @@ def convolution(
     """`causal_conv1d`. x [B, T, D], weight [D, W], bias [D]."""
     check_keywords("causal_conv1d", others)
     y = causal_conv1d(x, weight, bias, **call.sequence)
-    assert isinstance(y, Tensor)
     return (y if activation is None else F.silu(y)), None
 
 

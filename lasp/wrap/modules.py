@@ -35,7 +35,6 @@ def lightning(
         qkv = (qkv * attention_mask.unsqueeze(-1)).to(qkv.dtype)
     q, k, v = qkv.unflatten(2, (module.num_attention_heads, 3, module.head_dim)).unbind(3)
     output = linear_attention(q, k, v, -module.slope_rate.flatten(), scale=1.0, **call.recurrence)
-    assert isinstance(output, Tensor)
     return module.out_proj(module.output_gate(hidden_states).sigmoid() * module.norm(output.flatten(2))), None
 
 
@@ -61,14 +60,12 @@ def _running(call: LayerCall, x: Tensor, log_decay: Tensor) -> Tensor:
     """`h_t = exp(log_decay_t)·h_{t-1} + x_t` of x, log_decay [B, T, D]."""
     ones = x.new_ones(*x.shape[:2], 1, 1)
     output = linear_attention(ones, ones, x.unsqueeze(-1), log_decay, scale=1.0, **call.recurrence)
-    assert isinstance(output, Tensor)
     return output.squeeze(-1)
 
 
 def depthwise(call: LayerCall, module: nn.Conv1d, x: Tensor) -> Tensor:
     """A depthwise `nn.Conv1d` whose caller drops what its padding adds at the end. x [B, D, T]."""
     y = causal_conv1d(x.mT, module.weight.squeeze(1), module.bias, **call.sequence)
-    assert isinstance(y, Tensor)
     return y.mT
 
 
@@ -76,9 +73,7 @@ def previous(call: LayerCall, x: Tensor, steps: int = 1) -> Tensor:
     """The token `steps` before each, [B, T, D]; 0 before a document's first."""
     weight = x.new_zeros(x.shape[2], steps + 1)
     weight[:, 0] = 1
-    y = causal_conv1d(x, weight, **call.sequence)
-    assert isinstance(y, Tensor)
-    return y
+    return causal_conv1d(x, weight, **call.sequence)
 
 
 def time_shift(call: LayerCall, module: nn.Module, x: Tensor) -> Tensor:
@@ -103,7 +98,6 @@ def wkv(
     k, v, w, u = (x.double() for x in (key, value, time_decay.exp(), time_first))  # k + t·w grows with the sequence
     steps = _running(call, torch.ones_like(k[..., :1]), torch.zeros_like(k[..., :1])) - 1  # tokens before, [B, T, 1]
     z = logcumsumexp(k + steps * w, **call.sequence)
-    assert isinstance(z, Tensor)
     z = z - steps * w
     before = previous(call, torch.cat([z, torch.ones_like(z)], -1))
     z_before, exists = before.chunk(2, -1)
@@ -144,7 +138,6 @@ def mlstm(
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     v = nn.functional.pad(v, (0, 1), value=1.0) * log_input.exp().unsqueeze(-1)
     output = linear_attention(q, k, v, log_decay, **call.recurrence)
-    assert isinstance(output, Tensor)
     h, norm = output[..., :-1], output[..., -1:]
     h = h / (torch.maximum(norm.abs(), (-highest).exp().unsqueeze(-1)) + module.config.eps)
     return h.transpose(1, 2).to(value.dtype), None
@@ -159,7 +152,6 @@ def compressed_convolution(
     heads, shared, dim = module.num_attention_heads, module.num_key_value_groups, module.head_dim
     queries, keys = module.q_proj(hidden_states), module.k_proj(hidden_states)
     mixed = causal_conv1d(torch.cat([queries, keys], -1), module.conv_qk_depthwise.weight.squeeze(1), **call.sequence)
-    assert isinstance(mixed, Tensor)
     first, second = module.conv_qk_depthwise, module.conv_qk_grouped
     # The second convolution sees the first one's bias before the sequence begins, so that joins behind the halo.
     taps = [previous(call, mixed, i) if i else mixed for i in reversed(range(module.grouped_kernel_size))]

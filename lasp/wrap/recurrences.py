@@ -25,7 +25,6 @@ def convolution(
 
     check_keywords("causal_conv1d_fn", others)
     y = causal_conv1d(x.to(weight.dtype).mT, weight, bias, **call.sequence)
-    assert isinstance(y, Tensor)
     return (y if activation is None else ACT2FN[activation](y)).mT.to(x.dtype)
 
 
@@ -47,7 +46,6 @@ def gated_delta_rule(
     if use_qk_l2norm_in_kernel:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     output = delta_rule(q, k, v, rates, gates.clamp(max=0), **call.recurrence)
-    assert isinstance(output, Tensor)
     return output.to(query.dtype), None
 
 
@@ -78,7 +76,6 @@ def chunk_scan(
     step = _step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit).to(dtype)
     decay = (A.to(dtype) * step).clamp(max=0)
     output = linear_attention(C, B, x * step.unsqueeze(-1), decay, scale=1.0, **call.recurrence)
-    assert isinstance(output, Tensor)
     return output if D is None else output + D.unsqueeze(-1) * x
 
 
@@ -106,7 +103,6 @@ def selective_scan(
     v = (step * u.mT).to(dtype).unsqueeze(-1)
     decay = (step.unsqueeze(-1) * A).to(dtype).clamp(max=0)
     output = linear_attention(q, k, v, decay, scale=1.0, **call.recurrence)
-    assert isinstance(output, Tensor)
     y = output.squeeze(-1).mT.to(u.dtype)
     y = y if D is None else y + u * D.unsqueeze(-1)
     return y if z is None else y * F.silu(z)
