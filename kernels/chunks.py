@@ -55,11 +55,16 @@ def chunk_table(runs: tuple[tuple[int, int], ...], chunk_size: int, block_chunks
     return ChunkTable(slots, tuple(blocks), slots[-1][1] + 1)
 
 
+def ceil_div(size: int, tile: int) -> int:
+    """How many tiles of one size it takes to cover another."""
+    return -(-size // tile)
+
+
 def state_slots(runs: tuple[tuple[int, int], ...], chunk_size: int) -> tuple[tuple[int, int], ...]:
     """The slots (first, last) of each run's states: arithmetic alone, for lengths may be unknown when it is traced."""
     slots, slot = [], 0
     for _, length in runs:
-        last = slot + -(-length // chunk_size)
+        last = slot + ceil_div(length, chunk_size)
         slots.append((slot, last))
         slot = last + 1
     return tuple(slots)

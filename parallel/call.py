@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lasp.parallel.agreement import Call
-from lasp.parallel.cut import Cut, check_cut, house_lengths
+from lasp.parallel.cut import Cut, check_cut, even_lengths
 
 if TYPE_CHECKING:
     from lasp.parallel.group import SequenceGroup
@@ -107,7 +107,7 @@ def begin_call(
 
     Whatever `check` raises is raised as ValueError on every rank of the group. A group without checks compares nothing:
     an error stays on its own rank, and only the numbers of tokens are exchanged, unless the arguments tell the whole
-    sequence's length and so the house's cut. Given a cut, nothing is exchanged: the arguments must fit it, and an error
+    sequence's length and so the even cut. Given a cut, nothing is exchanged: the arguments must fit it, and an error
     stays on its own rank.
     """
     if cut is not None:
@@ -174,13 +174,13 @@ def _trusted(group: SequenceGroup, operation: str, arguments: Arguments) -> Call
     if total is None:
         lengths = group.agree(operation, {}, tokens=arguments.tokens)
         return lambda: Cut(group, tuple(lengths.wait()))
-    house = Cut(group, house_lengths(total, group.size, group.layout), arguments.bounds)
-    if house.tokens != arguments.tokens:
+    even = Cut(group, even_lengths(total, group.size, group.layout), arguments.bounds)
+    if even.tokens != arguments.tokens:
         raise ValueError(
-            f"without checks, rank {group.rank} of {group.size} should hold {house.tokens} of {total} "
+            f"without checks, rank {group.rank} of {group.size} should hold {even.tokens} of {total} "
             f"tokens in the {group.layout} layout, but holds {arguments.tokens}"
         )
-    return lambda: house
+    return lambda: even
 
 
 def modes() -> dict[str, Any]:

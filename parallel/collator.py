@@ -11,7 +11,7 @@ from torch.utils.data import default_collate, get_worker_info
 
 from lasp.parallel.batch import AGREEMENT, as_tensor, complete, fingerprint, write_agreement
 from lasp.parallel.group import SequenceGroup
-from lasp.parallel.layout import house_slices
+from lasp.parallel.layout import even_slices
 from lasp.parallel.sharding import agree_and_cut, cut_batch
 
 # What torch, numpy and transformers say of rows that are no tensor.
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     def slices(self, length: int) -> list[slice]:
         """As of the group."""
-        return house_slices(length, self.rank, self.size, self.layout)
+        return even_slices(length, self.rank, self.size, self.layout)
 
 
 class ShardedCollator:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lasp.kernels.arguments import told
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.values import check_values, may_look_at
-from lasp.parallel.layout import Layout, Piece, Plan, house_pieces, make_plan, pieces_of
+from lasp.parallel.layout import Layout, Piece, Plan, even_pieces, make_plan, pieces_of
 
 if TYPE_CHECKING:
     from lasp.parallel.group import SequenceGroup
@@ -193,9 +193,9 @@ def check_cut(cut: Any, tokens: int, what: str) -> None:
         )
 
 
-def house_lengths(total: int, ranks: int, layout: Layout) -> tuple[int, ...]:
-    """Every rank's number of tokens in the house's cut of a sequence."""
+def even_lengths(total: int, ranks: int, layout: Layout) -> tuple[int, ...]:
+    """Every rank's number of tokens in the even cut of a sequence."""
     lengths = [0] * ranks
-    for piece in house_pieces(total, ranks, layout):
+    for piece in even_pieces(total, ranks, layout):
         lengths[piece.rank] += piece.stop - piece.start
     return tuple(lengths)

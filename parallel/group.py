@@ -26,8 +26,8 @@ from lasp.kernels.documents import document_bounds
 from lasp.parallel import collectives
 from lasp.parallel.agreement import Agreement, Call, Channel, Refused, part
 from lasp.parallel.call import Arguments, begin_call, modes
-from lasp.parallel.cut import Cut, house_lengths
-from lasp.parallel.layout import LAYOUTS, Layout, house_slices
+from lasp.parallel.cut import Cut, even_lengths
+from lasp.parallel.layout import LAYOUTS, Layout, even_slices
 
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
 MODEL_AXES = ("tp", "pp")
@@ -66,7 +66,7 @@ class SequenceGroup:
         """The ranks along one axis of a mesh (`lasp.init_mesh`). Every rank of the mesh calls this.
 
         layout: "contiguous" or "zigzag". checks: True or "calls" to begin every call that is given the group with a
-        header that all ranks compare; False or "off" trusts that the ranks hold the house's cut of the sequence. heads:
+        header that all ranks compare; False or "off" trusts that the ranks hold the even cut of the sequence. heads:
         how many neighbouring ranks exchange heads in `softmax_attention(method="ulysses_ring")`, while the rest of the
         group is a ring; it divides the size. Raises ValueError, on every rank of the mesh, for an unknown axis or
         layout, or where the ranks differ.
@@ -128,7 +128,7 @@ class SequenceGroup:
 
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
-        return house_slices(length, self.rank, self.size, self.layout)
+        return even_slices(length, self.rank, self.size, self.layout)
 
     def cut(
         self,
@@ -139,23 +139,23 @@ class SequenceGroup:
     ) -> Cut:
         """How the sequences of a batch lie on the ranks: every rank calls this, and one exchange of headers agrees.
 
-        length: of the whole sequence, cut as the house cuts (`slices`); or lengths: every rank's number of tokens, any
+        length: of the whole sequence, cut evenly (`slices`); or lengths: every rank's number of tokens, any
         in the contiguous layout. cu_seqlens: bounds of packed documents [documents + 1]. Raises ValueError, on every
         rank, for what is no cut, and where the ranks differ, also in autocast and in whether gradients are recorded.
         """
 
         def check() -> Arguments:
-            made = self._cut(length, lengths, cu_seqlens)
+            made = self._make_cut(length, lengths, cu_seqlens)
             fields = {"lengths": _in_short(made.lengths), **modes()}
             return Arguments(fields, made.tokens, made.bounds)
 
-        return begin_call(self, "cut", check)() if self.checks else self._cut(length, lengths, cu_seqlens)
+        return begin_call(self, "cut", check)() if self.checks else self._make_cut(length, lengths, cu_seqlens)
 
-    def _cut(self, length: Any, lengths: Any, cu_seqlens: Any) -> Cut:
+    def _make_cut(self, length: Any, lengths: Any, cu_seqlens: Any) -> Cut:
         """The cut that this rank is told."""
         if (length is None) == (lengths is None):
             raise ValueError(f"a cut needs a length or lengths, got {length} and {lengths}")
-        own = self._house(length) if lengths is None else tuple(lengths)
+        own = self._even(length) if lengths is None else tuple(lengths)
         if len(own) != self.size:
             raise ValueError(f"lengths must be one per rank, {self.size} of them, got {len(own)}")
         for tokens in own:
@@ -169,9 +169,9 @@ class SequenceGroup:
         one, two = ((g.process_group, g.layout, g.heads) for g in (self, other))
         return one == two or self.size == other.size == 1
 
-    def _house(self, length: Any) -> tuple[int, ...]:
+    def _even(self, length: Any) -> tuple[int, ...]:
         check_integer("the length of a cut", length, 1)
-        return house_lengths(length, self.size, self.layout)
+        return even_lengths(length, self.size, self.layout)
 
     @cached_property
     def replicas(self) -> SequenceGroup:

@@ -82,35 +82,35 @@ class Plan:
         return tuple((run.offset, run.length) for run in self.runs)
 
 
-def cut(length: int, pieces: int) -> tuple[int, ...]:
+def even_bounds(length: int, pieces: int) -> tuple[int, ...]:
     """The bounds of `pieces` pieces of length // pieces tokens, the first length % pieces of them one longer."""
     size, longer = length // pieces, length % pieces
     return tuple(i * size + min(i, longer) for i in range(pieces + 1))
 
 
-def house_pieces(length: int, ranks: int, layout: str) -> tuple[Piece, ...]:
+def even_pieces(length: int, ranks: int, layout: str) -> tuple[Piece, ...]:
     """The pieces of a whole sequence in order, cut as evenly as the layout allows."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if length < ranks:
         raise ValueError(f"a sequence of {length} tokens cannot be cut over {ranks} ranks: fewer tokens than ranks")
     owners = list(range(ranks)) if layout == "contiguous" else [*range(ranks), *reversed(range(ranks))]
-    bounds, filled, pieces = cut(length, len(owners)), [0] * ranks, []
+    bounds, filled, pieces = even_bounds(length, len(owners)), [0] * ranks, []
     for order, rank in enumerate(owners):
         pieces.append(Piece(order, rank, bounds[order], bounds[order + 1], filled[rank]))
         filled[rank] += bounds[order + 1] - bounds[order]
     return tuple(pieces)
 
 
-def house_slices(length: int, rank: int, ranks: int, layout: str) -> list[slice]:
+def even_slices(length: int, rank: int, ranks: int, layout: str) -> list[slice]:
     """The token ranges of one rank, in local order."""
-    return [slice(piece.start, piece.stop) for piece in house_pieces(length, ranks, layout) if piece.rank == rank]
+    return [slice(piece.start, piece.stop) for piece in even_pieces(length, ranks, layout) if piece.rank == rank]
 
 
 @remembered
 def pieces_of(lengths: tuple[int, ...], layout: str) -> tuple[Piece, ...]:
-    """The pieces in order, given every rank's number of tokens. Contiguous takes any cut, zigzag only the house's."""
-    pieces = house_pieces(sum(lengths), len(lengths), layout)
+    """The pieces in order, given every rank's number of tokens. Contiguous takes any cut, zigzag only the even one."""
+    pieces = even_pieces(sum(lengths), len(lengths), layout)
     if layout == "contiguous" or len(lengths) == 1:  # on one rank the pieces of a zigzag follow one another
         starts = [sum(lengths[:rank]) for rank in range(len(lengths) + 1)]
         return tuple(Piece(r, r, starts[r], starts[r + 1], 0) for r in range(len(lengths)))

@@ -36,14 +36,14 @@ def shard(x: Tensor, group: SequenceGroup | None = None, dim: int = 1, *, cut: C
     """
     _check_dim(x, dim)
     if cut is None:
-        return _cut(x, group, dim)
+        return _own_tokens(x, group, dim)
     if not isinstance(cut, Cut) or group is not None or x.shape[dim] != cut.total:
         wanted = f"the {cut.total} tokens of its cut" if isinstance(cut, Cut) else "a lasp.Cut"
         raise ValueError(f"shard takes {wanted} and no group, got {x.shape[dim]} tokens, {told(cut)}, {told(group)}")
     return torch.cat([x.narrow(dim, start, stop - start) for start, stop in cut.parts], dim)
 
 
-def _cut(x: Tensor, group: Slices | None, dim: int) -> Tensor:
+def _own_tokens(x: Tensor, group: Slices | None, dim: int) -> Tensor:
     if group is None:
         return x
     return torch.cat([x[(slice(None),) * (dim % x.dim()) + (part,)] for part in group.slices(x.shape[dim])], dim)
@@ -158,10 +158,12 @@ def agree_and_cut(make: Callable[[], Mapping[str, Any]], group: SequenceGroup | 
 def cut_batch(whole: Mapping[str, Tensor], group: Slices | None) -> dict[str, Tensor]:
     """This rank's part of a completed batch."""
     dims = {key: token_dim(key) for key in whole}
-    cut = {key: x if (dim := dims[key]) is None else _cut(x, group, dim).contiguous() for key, x in whole.items()}
-    if "labels" in cut:
-        cut["shift_labels"] = cut["labels"]
-    return cut
+    own = {
+        key: x if (dim := dims[key]) is None else _own_tokens(x, group, dim).contiguous() for key, x in whole.items()
+    }
+    if "labels" in own:
+        own["shift_labels"] = own["labels"]
+    return own
 
 
 def settle(agreement: Tensor | None, group: SequenceGroup | None) -> None:

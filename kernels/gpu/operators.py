@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.chunks import ceil_div
 from lasp.kernels.gpu import decay, delta
 from lasp.kernels.gpu.tuning import Tiling, Work, tiling
 from lasp.kernels.operators import operator
@@ -74,7 +75,7 @@ def sum_gates(log_decay: Tensor, chunks: Tensor, size: int) -> Iterator[Tensor]:
     yield sums
     constants = {"H": heads, "D": dim, "C": size, "K": dim, "V": dim}
     tile = sized(decay.sum_gates, constants)
-    grid = (tiles(dim, tile.key) * len(chunks), batch * heads)
+    grid = (ceil_div(dim, tile.key) * len(chunks), batch * heads)
     launch(decay.sum_gates, tile, grid, (log_decay, sums, chunks), length, **constants)
 
 
@@ -130,7 +131,7 @@ def _carried(
 def _carriers(ends: Tensor, tile: Tiling) -> tuple[int, int, int]:
     """The programs that carry states [segments, B, H, K, V]."""
     segments, batch, heads, key_dim, value_dim = ends.shape
-    return segments, tiles(key_dim, tile.key) * tiles(value_dim, tile.value), batch * heads
+    return segments, ceil_div(key_dim, tile.key) * ceil_div(value_dim, tile.value), batch * heads
 
 
 @operator
@@ -145,7 +146,7 @@ def attend(
     constants = setting.constants(q, k, v, v.shape[3])
     flags = {"STRICT": setting.strict, "INSIDE": inside, "READ": states is not None, "ADD": before is not None}
     tile = sized(decay.attend, constants)
-    grid = (tiles(v.shape[3], tile.value) * len(setting.chunks), q.shape[0] * heads)
+    grid = (ceil_div(v.shape[3], tile.value) * len(setting.chunks), q.shape[0] * heads)
     tensors = (q, k, v, setting.sums, states, before, output, setting.chunks)
     launch(decay.attend, tile, grid, tensors, *q.shape[:2], setting.scale, **constants, **flags)
 
@@ -159,7 +160,7 @@ def grad_values(
     yield dv
     constants = setting.constants(q, k, None, grad.shape[3])
     tile = sized(decay.grad_values, constants)
-    grid = (tiles(grad.shape[3], tile.value) * len(setting.chunks), q.shape[0] * setting.heads)
+    grid = (ceil_div(grad.shape[3], tile.value) * len(setting.chunks), q.shape[0] * setting.heads)
     flags = {"INSIDE": inside, "CARRIED": grad_states is not None}
     tensors = (q, k, grad, setting.sums, grad_states, dv, setting.chunks)
     launch(decay.grad_values, tile, grid, tensors, *q.shape[:2], setting.scale, **constants, **flags)
@@ -183,7 +184,7 @@ def grad_keys(
     yield dq, dk, dgates
     constants = setting.constants(q, k, v, v.shape[3])
     tile = sized(decay.grad_keys, constants)
-    across = tiles(k.shape[3], tile.key)
+    across = ceil_div(k.shape[3], tile.key)
     parts = _parts(dgates, across if constants["GATES"] == 1 else 1)
     flags = {"STRICT": setting.strict, "INSIDE": setting.causal and grad is not None, "READ": grad is not None}
     flags |= {"CARRIED": grad_states is not None, "TRAINED": setting.trained}
@@ -223,7 +224,7 @@ def grad_solve(
     constants = {"HB": beta.shape[2], "H": heads, "V": value_dim, "K": value_dim, "C": inverse.shape[3]}
     constants |= numerics(grad_written.dtype)
     tile = sized(delta.grad_solve, constants)
-    parts = _parts(dbeta, tiles(value_dim, tile.value))
+    parts = _parts(dbeta, ceil_div(value_dim, tile.value))
     grid = (len(parts) * len(chunks), batch * heads)
     tensors = (inverse, beta, grad_written, error, dv, parts, chunks)
     launch(delta.grad_solve, tile, grid, tensors, batch, length, **constants)
@@ -238,11 +239,6 @@ MOST_PROGRAMS = 65535
 
 MOST_REGISTERS = 255
 """What a thread can have."""
-
-
-def tiles(size: int, tile: int) -> int:
-    """How many tiles of a size it takes."""
-    return -(-size // tile)
 
 
 def _parts(total: Tensor, count: int) -> Tensor:

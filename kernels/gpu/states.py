@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.chain import Pass, SegmentChain
+from lasp.kernels.chunks import ceil_div
 from lasp.kernels.gpu import operators
 from lasp.kernels.gpu.operators import Setting
 from lasp.kernels.gpu.table import DeviceTable, device_table
@@ -32,7 +33,7 @@ class Arranged:
     def __init__(self, inputs: Inputs, recurrence: Recurrence, at_once: int) -> None:
         self.q, self.k, self.v = (x.contiguous() for x in inputs[:3])
         heads, size = recurrence.heads, min(recurrence.chunk_size, LONGEST_CHUNK)
-        programs = self.q.shape[0] * heads * -(-self.q.shape[3] // 64) * -(-self.v.shape[3] // 64)
+        programs = self.q.shape[0] * heads * ceil_div(self.q.shape[3], 64) * ceil_div(self.v.shape[3], 64)
         device = self.q.device
         self.table: DeviceTable = device_table(recurrence.runs, size, recurrence.causal, programs, at_once, device)
         self.setting = Setting(

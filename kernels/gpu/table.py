@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.chunks import chunk_table
+from lasp.kernels.chunks import ceil_div, chunk_table
 
 # Chunks that a segment has at least: fewer would spend more on joining segments than they save.
 LEAST_CHUNKS = 8
@@ -61,7 +61,7 @@ def processors(device: torch.device) -> int:
 
 def segment_counts(chunks: list[int], programs: int, processors: int) -> list[list[int]]:
     """Cut runs of so many chunks into segments of nearly equal length, until every processor has two programs."""
-    wanted = -(-2 * processors // programs)
+    wanted = ceil_div(2 * processors, programs)
     total = sum(chunks)
     cuts = []
     for count in chunks:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.parallel.layout import house_pieces, pieces_of
+from lasp.parallel.layout import even_pieces, pieces_of
 from tests.oracle import Problem, make_problem, solve
 
 LENGTH = 37
@@ -21,9 +21,9 @@ CASES = [(size, lengths) for size, cuts in CUTS.items() for lengths in cuts]
 DOCUMENTS = (0, 1, 10, 10, 21, 22, 36, 37, 37)
 
 
-def house_lengths(size: int, layout: str) -> tuple[int, ...]:
-    """How many of LENGTH tokens each rank holds in the house's cut."""
-    pieces = house_pieces(LENGTH, size, layout)
+def even_lengths(size: int, layout: str) -> tuple[int, ...]:
+    """How many of LENGTH tokens each rank holds in the even cut."""
+    pieces = even_pieces(LENGTH, size, layout)
     return tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(size))
 
 

@@ -15,7 +15,7 @@ from lasp.parallel.agreement import Call
 from lasp.parallel.call import Turn
 from lasp.parallel.cut import Cut
 from lasp.parallel.halo import Halo, bring_halo
-from lasp.parallel.layout import house_pieces, pieces_of
+from lasp.parallel.layout import even_pieces, pieces_of
 from tests.convolution import ConvProblem, largest_error, make_convolution, solve_convolution
 from tests.distributed.cutting import put_together
 
@@ -36,8 +36,8 @@ def case(**options: Any) -> tuple[ConvProblem, dict[str, torch.Tensor]]:
     return problem, solve_convolution(problem)
 
 
-def house_lengths(length: int, group: lasp.SequenceGroup) -> tuple[int, ...]:
-    pieces = house_pieces(length, group.size, group.layout)
+def even_lengths(length: int, group: lasp.SequenceGroup) -> tuple[int, ...]:
+    pieces = even_pieces(length, group.size, group.layout)
     return tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(group.size))
 
 
@@ -68,7 +68,7 @@ def test_parity(group_of, size: int, layout: str, lengths: tuple[int, ...] | Non
     if (group := group_of(size, layout=layout)) is None:
         return
     problem, expected = case(width=width, cu_seqlens=cu_seqlens)
-    assert largest_error(solve_cut(problem, group, lengths or house_lengths(37, group)), expected) < 1e-10
+    assert largest_error(solve_cut(problem, group, lengths or even_lengths(37, group)), expected) < 1e-10
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -77,7 +77,7 @@ def test_pieces_of_one_token_and_none(group_of, layout: str, length: int) -> Non
     """On the zigzag layout 4 tokens are 4 pieces of one token and 4 of none: a halo gathers tokens of three ranks."""
     group = group_of(4, layout=layout)
     problem, expected = case(length=length, activation=None)
-    assert largest_error(solve_cut(problem, group, house_lengths(length, group)), expected) < 1e-10
+    assert largest_error(solve_cut(problem, group, even_lengths(length, group)), expected) < 1e-10
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -85,7 +85,7 @@ def test_pieces_of_one_token_and_none(group_of, layout: str, length: int) -> Non
 def test_lower_precision(group_of, dtype: torch.dtype, limit: float, layout: str) -> None:
     group = group_of(4, layout=layout, checks=False)
     problem, expected = case(dtype=dtype)
-    found = solve_cut(problem, group, house_lengths(37, group))
+    found = solve_cut(problem, group, even_lengths(37, group))
     assert {x.dtype for x in found.values()} == {dtype}
     assert largest_error(found, expected) < limit
 

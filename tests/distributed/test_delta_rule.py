@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 import lasp
 from lasp.parallel.scan import SCANS, Flight
-from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
+from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, even_lengths, solve_cut
 from tests.oracle import assert_close, make_problem
 
 pytestmark = pytest.mark.mpi
@@ -38,7 +38,7 @@ def test_zigzag(group_of, size: int, decay: str, scan: str, cu_seqlens) -> None:
     if (group := group_of(size, layout="zigzag")) is None:
         return
     problem, expected = case(decay, cu_seqlens=cu_seqlens, beta=2.0)
-    assert_close(solve_cut(problem, group, house_lengths(size, "zigzag"), scan), expected, problem, 1e-10)
+    assert_close(solve_cut(problem, group, even_lengths(size, "zigzag"), scan), expected, problem, 1e-10)
 
 
 @pytest.mark.parametrize("decay", DECAYS[1:])
@@ -119,7 +119,7 @@ def test_autograd_saves_the_transfers_of_later_links(group_of, layout: str, cu_s
     """What the gather saves more than the ring, which keeps none: checkpointing and offloading see it."""
     group = group_of(4, layout=layout)
     problem = make_problem("token", 37, beta=2.0, cu_seqlens=cu_seqlens, initial=False)
-    local = cut_problem(problem, group, house_lengths(4, layout))
+    local = cut_problem(problem, group, even_lengths(4, layout))
     k = local.k.requires_grad_()
     shapes, grads = {}, {}
     for scan in ("ring", "gather"):

@@ -144,7 +144,7 @@ def test_fewer_tokens_than_ranks(world, group_of) -> None:
         lasp.shard(torch.zeros(1, 3), group_of(4))
 
 
-def test_zigzag_takes_only_the_house_cut(world, group_of) -> None:
+def test_zigzag_takes_only_the_even_cut(world, group_of) -> None:
     arguments = {name: x[:, : 6 - (world.rank == 1)] for name, x in good(world.rank).items()}
     message = told(world, group_of(4, layout="zigzag"), arguments)
     assert "are cut as [5, 6, 6, 6], but the ranks hold [6, 5, 6, 6]" in message

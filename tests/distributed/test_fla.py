@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cutting import case, house_lengths, solve_cut
+from tests.distributed.cutting import case, even_lengths, solve_cut
 from tests.fla_operators import in_place_of_fla
 from tests.oracle import assert_close
 
@@ -40,7 +40,7 @@ def fla() -> Iterator[None]:
 def test_parity(group_of, decay: str, lengths: tuple[int, ...] | None, scan: str, options: dict[str, Any]) -> None:
     """lengths: of the ranks' contiguous parts, None for two ranks on zigzag."""
     layout = "zigzag" if lengths is None else "contiguous"
-    lengths = lengths or house_lengths(2, layout)
+    lengths = lengths or even_lengths(2, layout)
     if (group := group_of(len(lengths), layout)) is None:
         return
     problem, expected = case(decay, dtype=torch.float32, **options)

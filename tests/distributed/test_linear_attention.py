@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp.kernels import reference
 from lasp.parallel.scan import SCANS
-from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, house_lengths, solve_cut
+from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, even_lengths, solve_cut
 from tests.oracle import DECAYS, assert_close, errors, make_problem, solve
 
 pytestmark = pytest.mark.mpi
@@ -37,7 +37,7 @@ def test_two_runs_per_rank(group_of, size: int, decay: str, scan: str, cu_seqlen
     """The zigzag layout: two links of the chain on every rank."""
     if (group := group_of(size, layout="zigzag")) is None:
         return
-    lengths = house_lengths(size, "zigzag")
+    lengths = even_lengths(size, "zigzag")
     problem, expected = case(decay, cu_seqlens=cu_seqlens)
     assert_close(solve_cut(problem, group, lengths, scan), expected, problem, 1e-10)
 
@@ -81,7 +81,7 @@ def test_grouped_heads(group_of, heads: tuple[int, int, int, int]) -> None:
 def test_unchecked_group_gives_the_same(group_of, layout: str) -> None:
     """37 tokens do not divide: what cu_seqlens do not tell, the ranks tell one another."""
     group = group_of(4, layout=layout, checks=False)
-    lengths = house_lengths(4, layout)
+    lengths = even_lengths(4, layout)
     for cu_seqlens in (None, DOCUMENTS):
         problem, expected = case("head", cu_seqlens=cu_seqlens)
         with lasp.traffic() as ledger:

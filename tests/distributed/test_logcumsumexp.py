@@ -14,13 +14,13 @@ from lasp.functional import logcumsumexp
 from lasp.parallel.layout import pieces_of
 from lasp.parallel.scan import SCANS
 from tests.convolution import largest_error
-from tests.distributed.cutting import CUTS, DOCUMENTS, house_lengths, put_together
+from tests.distributed.cutting import CUTS, DOCUMENTS, even_lengths, put_together
 from tests.running_sums import SumProblem, make_sums, solve_sums
 
 pytestmark = pytest.mark.mpi
 
 CASES = [(size, "contiguous", lengths) for size, cuts in CUTS.items() for lengths in cuts]
-CASES += [(size, "zigzag", house_lengths(size, "zigzag")) for size in CUTS]
+CASES += [(size, "zigzag", even_lengths(size, "zigzag")) for size in CUTS]
 
 
 @lru_cache

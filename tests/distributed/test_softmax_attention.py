@@ -18,7 +18,7 @@ import lasp
 from lasp.kernels.softmax.blocks import BlockAttention
 from lasp.parallel import collectives, keys
 from lasp.parallel.collectives import Pending
-from lasp.parallel.layout import house_pieces, pieces_of
+from lasp.parallel.layout import even_pieces, pieces_of
 from lasp.parallel.softmax import check_method
 from tests.attention import AttentionProblem, largest_error, make_attention, solve_attention
 from tests.distributed.cutting import put_together
@@ -50,8 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 METHODS = ["ring", "gather", "ulysses", "ulysses_ring"]
 
 
-def house_lengths(length: int, size: int, layout: str) -> tuple[int, ...]:
-    pieces = house_pieces(length, size, layout)
+def even_lengths(length: int, size: int, layout: str) -> tuple[int, ...]:
+    pieces = even_pieces(length, size, layout)
     return tuple(sum(p.stop - p.start for p in pieces if p.rank == rank) for rank in range(size))
 
 
@@ -60,10 +60,10 @@ PLACES = {
     "1 zigzag": (1, "zigzag", (37,)),
     "2": (2, "contiguous", (19, 18)),
     "2 uneven": (2, "contiguous", (37, 0)),
-    "2 zigzag": (2, "zigzag", house_lengths(LENGTH, 2, "zigzag")),
+    "2 zigzag": (2, "zigzag", even_lengths(LENGTH, 2, "zigzag")),
     "4": (4, "contiguous", (10, 9, 9, 9)),
     "4 uneven": (4, "contiguous", (1, 20, 0, 16)),
-    "4 zigzag": (4, "zigzag", house_lengths(LENGTH, 4, "zigzag")),
+    "4 zigzag": (4, "zigzag", even_lengths(LENGTH, 4, "zigzag")),
 }
 
 
@@ -131,7 +131,7 @@ def test_long_shards(cached_group_of, layout: str, method: str) -> None:
     problem = make_attention(2603, dtype=torch.float32, **options)
     # In fp32 and uncut, too: the reference would write out all scores.
     expected = solve_attention(problem, lasp.softmax_attention)
-    found = solve_cut(problem, group, house_lengths(2603, 4, layout), method)
+    found = solve_cut(problem, group, even_lengths(2603, 4, layout), method)
     assert largest_error(found, {name: x.double() for name, x in expected.items()}) < 1e-5
 
 

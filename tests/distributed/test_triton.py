@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import tests.interpreter  # noqa: F401 - mends Triton's interpreter
-from tests.distributed.cutting import case, house_lengths, solve_cut
+from tests.distributed.cutting import case, even_lengths, solve_cut
 from tests.oracle import assert_close
 
 pytestmark = pytest.mark.mpi
@@ -38,6 +38,6 @@ def test_two_ranks(group_of, decay: str, lengths: tuple[int, int] | None, scan: 
     if (group := group_of(2, layout)) is None:
         return
     problem, expected = case(decay, **SMALL | options)
-    lengths = lengths or house_lengths(2, layout)
+    lengths = lengths or even_lengths(2, layout)
     seen = solve_cut(problem, group, lengths, scan, chunk_size=16, backend="triton")
     assert_close(seen, expected, problem, 1e-4)

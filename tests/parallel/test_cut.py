@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lasp
-from lasp.parallel.cut import house_lengths
-from lasp.parallel.layout import LAYOUTS, house_slices
+from lasp.parallel.cut import even_lengths
+from lasp.parallel.layout import LAYOUTS, even_slices
 
 BOUNDS = (0, 1, 10, 10, 31, 37)
 
@@ -26,8 +26,8 @@ def test_a_rank_knows_the_positions_of_its_tokens(layout: str, bounds: tuple[int
     ends = [0, 37] if bounds is None else list(bounds)
     whole = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])
     for rank in range(4):
-        cut = lasp.Cut(on_rank(rank, layout), house_lengths(37, 4, layout), bounds)
-        slices = house_slices(37, rank, 4, layout)
+        cut = lasp.Cut(on_rank(rank, layout), even_lengths(37, 4, layout), bounds)
+        slices = even_slices(37, rank, 4, layout)
         assert cut.positions().tolist() == torch.cat([whole[part] for part in slices]).tolist()
         assert cut.parts == tuple((part.start, part.stop) for part in slices)
         assert (cut.tokens, cut.total, cut.size, cut.packed) == (len(cut.positions()), 37, 4, bounds is not None)

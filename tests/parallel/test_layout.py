@@ -5,7 +5,7 @@ import pytest
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.softmax.mask import Mask, tiles
 from lasp.parallel.keys import span
-from lasp.parallel.layout import house_pieces, make_plan
+from lasp.parallel.layout import even_pieces, make_plan
 
 
 def test_plan_of_a_document_over_three_ranks() -> None:
@@ -24,7 +24,7 @@ def test_plan_of_a_document_over_three_ranks() -> None:
 
 def pairs_of(length: int, layout: str) -> list[int]:
     """How many query-key pairs each of four ranks computes under a causal mask."""
-    mask, pieces = Mask((0, length)), house_pieces(length, 4, layout)
+    mask, pieces = Mask((0, length)), even_pieces(length, 4, layout)
     found = [0] * 4
     for own in pieces:
         for other in pieces:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lasp.parallel.layout import LAYOUTS, Piece, house_pieces
+from lasp.parallel.layout import LAYOUTS, Piece, even_pieces
 from lasp.parallel.rotation import make_rotation
 
 NEEDS = {
@@ -17,7 +17,7 @@ NEEDS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_keys_meet_their_queries_and_gradients_come_home(ranks: int, layout: str, needs: str) -> None:
-    pieces = house_pieces(2 * ranks + 1, ranks, layout)
+    pieces = even_pieces(2 * ranks + 1, ranks, layout)
     rotation = make_rotation(pieces, ranks, NEEDS[needs])
     met: set[tuple[int, Piece]] = set()
     for hop in range(1, rotation.hops + 1):
@@ -35,7 +35,7 @@ def test_keys_meet_their_queries_and_gradients_come_home(ranks: int, layout: str
 
 def test_late_pieces_of_a_causal_zigzag_stop_at_rank_0() -> None:
     """A quarter of the hops less than around the whole ring."""
-    rotation = make_rotation(house_pieces(8 * 10, 4, "zigzag"), 4, NEEDS["causal"])
+    rotation = make_rotation(even_pieces(8 * 10, 4, "zigzag"), 4, NEEDS["causal"])
     routes = sorted(route for own in rotation.routes for route in own)
     assert [(route.piece.order, route.last) for route in routes] == list(enumerate((3, 3, 3, 3, 3, 2, 1, 0)))
     assert {route.step for route in routes if route.last} == {-1}
