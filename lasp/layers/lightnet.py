@@ -38,6 +38,7 @@ class LightNet(RecurrentMixer):
             exclusive=True,
             initial_state=None if state is None else state.log_sum,
             output_final_state=context.output_final_state,
+            scan=self.scan,
             **context.sequence,
         )
         before, log_sum = found if isinstance(found, tuple) else (found, None)

@@ -11,6 +11,7 @@ from lasp.functional import linear_attention
 from lasp.layers.context import Context
 from lasp.layers.mixer import Mixer
 from lasp.layers.state import State
+from lasp.parallel.scan import ScanName
 
 
 class RecurrentMixer(Mixer):
@@ -23,6 +24,7 @@ class RecurrentMixer(Mixer):
     """
 
     scale: ClassVar[float | None] = None  # of the queries; None: one over the root of their dim
+    scan: ScanName = "auto"  # how ranks share their states, as in `linear_attention`
     normalise: bool = False  # divide by q·Σk, which one more column of values sums up
 
     def log_decay(self, x: Tensor) -> Tensor | None:
@@ -55,6 +57,7 @@ class RecurrentMixer(Mixer):
             scale=self.scale,
             initial_state=context.state,
             output_final_state=context.output_final_state,
+            scan=self.scan,
             **context.sequence,
             **arguments,
         )

@@ -11,6 +11,7 @@ from lasp.layers.context import Context
 from lasp.layers.mixer import Mixer
 from lasp.layers.rotary import Rotary
 from lasp.layers.state import KeyValues
+from lasp.parallel.softmax import Method
 
 
 class SoftmaxAttention(Mixer):
@@ -30,6 +31,7 @@ class SoftmaxAttention(Mixer):
     """
 
     output_norm = False
+    method: Method = "auto"  # how ranks share keys and values, as in `softmax_attention`
 
     def __init__(self, *args: Any, window: int | None = None, rope_theta: float = 500_000.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,6 +52,7 @@ class SoftmaxAttention(Mixer):
                 causal=self.causal,
                 window=self.window,
                 key_mask=context.attention_mask,
+                method=self.method,
                 **context.sequence,
             )
         if known is None or not context.output_final_state:

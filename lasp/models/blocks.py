@@ -9,6 +9,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lasp.kernels.documents import document_bounds
 from lasp.layers import Mixer, State, mixer_class
+from lasp.layers.recurrent import RecurrentMixer
+from lasp.layers.softmax import SoftmaxAttention
 from lasp.models.config import MixerConfig
 from lasp.parallel.batch import AGREEMENT, read_agreement
 from lasp.parallel.call import Arguments, begin_call, modes
@@ -63,7 +65,7 @@ def build_mixer(config: MixerConfig, layer_idx: int) -> Mixer:
     """
     name = config.layer_mixers[layer_idx]
     build: Callable[..., Mixer] = mixer_class(name)
-    return build(
+    mixer = build(
         config.hidden_size,
         config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -74,6 +76,29 @@ def build_mixer(config: MixerConfig, layer_idx: int) -> Mixer:
         num_layers=config.num_hidden_layers,
         **config.options_of(name),
     )
+    _choose(mixer, config.scan, config.attention)
+    return mixer
+
+
+class Exchanging:
+    """A model of mixers in which one can choose how the ranks exchange, after it was made."""
+
+    def choose_exchange(self: Any, scan: str = "auto", attention: str = "auto") -> None:
+        """Let all mixers use this scan and this method of softmax attention; "auto": what the configuration says."""
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                _choose(
+                    module,
+                    self.config.scan if scan == "auto" else scan,
+                    self.config.attention if attention == "auto" else attention,
+                )
+
+
+def _choose(mixer: Mixer, scan: Any, attention: Any) -> None:
+    if isinstance(mixer, RecurrentMixer):
+        mixer.scan = scan
+    elif isinstance(mixer, SoftmaxAttention):
+        mixer.method = attention
 
 
 def tokens_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -5,7 +5,10 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from lasp.kernels.arguments import check_choice
 from lasp.layers import MIXERS, mixer_class
+from lasp.parallel.scan import check_scan
+from lasp.parallel.softmax import METHODS
 
 # Shapes of "160m" and "410m" after Pythia (arXiv 2304.01373), of "1b" after LASP-2 (arXiv 2502.07563) with the
 # vocabulary of Llama 3; "tiny" is for tests and demonstrations, with a byte per token.
@@ -54,6 +57,8 @@ class MixerConfig(PreTrainedConfig):
         mixer: the linear mixer, a name in `lasp.layers.MIXERS`.
         pattern: which mixer each layer has, repeated until num_hidden_layers: a string of L (the linear mixer) and N
             (softmax attention) such as "LLLN", or a list of mixer names.
+        scan: how ranks share the states of linear mixers, as in `lasp.linear_attention`.
+        attention: how they share the keys and values of softmax attention: the method of `lasp.softmax_attention`.
         mixer_options: further keywords of a mixer by its name, such as `{"softmax": {"window": 4096}}`.
         tie_word_embeddings: whether the head is the transposed embedding.
         initializer_range: standard deviation of the initial weights.
@@ -76,6 +81,8 @@ class MixerConfig(PreTrainedConfig):
     head_dim: int | None = None
     mixer: str = "lightning"
     pattern: str | list[str] = "L"
+    scan: str = "auto"
+    attention: str = "auto"
     mixer_options: dict[str, dict[str, Any]] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -115,6 +122,8 @@ class MixerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        check_scan(self.scan)
+        check_choice("attention", self.attention, METHODS)
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
         if not isinstance(self.pattern, str | list | tuple):

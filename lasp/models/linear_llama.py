@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from lasp.layers import State
-from lasp.models.blocks import build_blocks, take_cut, token_mask, tokens_of
+from lasp.models.blocks import Exchanging, build_blocks, take_cut, token_mask, tokens_of
 from lasp.models.cache import NAME, NAMES, RecurrentCache, one_cache
 from lasp.models.config import LinearLlamaConfig
 from lasp.parallel.batch import AGREEMENT
@@ -23,7 +23,7 @@ from lasp.parallel.loss import cross_entropy
 IGNORE_INDEX = -100
 
 
-class LinearLlamaPreTrainedModel(PreTrainedModel):
+class LinearLlamaPreTrainedModel(Exchanging, PreTrainedModel):
     """What transformers wants to know of the family."""
 
     config_class = LinearLlamaConfig

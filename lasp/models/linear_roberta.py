@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from lasp.models.blocks import build_blocks, take_cut, token_mask, tokens_of
+from lasp.models.blocks import Exchanging, build_blocks, take_cut, token_mask, tokens_of
 from lasp.models.config import MixerConfig
 from lasp.parallel.batch import AGREEMENT
 from lasp.parallel.cut import Cut
@@ -47,7 +47,7 @@ class LinearRobertaConfig(MixerConfig):
         return {"rope_theta": self.rope_theta, **super().options_of(name)}
 
 
-class LinearRobertaPreTrainedModel(PreTrainedModel):
+class LinearRobertaPreTrainedModel(Exchanging, PreTrainedModel):
     """What transformers wants to know of the family."""
 
     config_class = LinearRobertaConfig

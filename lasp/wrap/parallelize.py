@@ -42,7 +42,7 @@ def parallelize(
     as cu_seqlens and are isolated, also where transformers lets them leak. All ranks of the group call it. Returns the
     model. Raises ValueError, on every rank, for a model not known to be exact (docs/models.md), naming the modules, and
     for ranks that do not call it with the same model and options. The models of `lasp.models` are given the group at
-    every call, and choose by themselves how they exchange.
+    every call; "auto" is what their configuration says.
     """
     target = base_model(model)
 
@@ -51,14 +51,13 @@ def parallelize(
             raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
         check_scan(scan)
         check_choice("attention", attention, softmax.METHODS)
-        if takes_group(target) and (attention, scan) != ("auto", "auto"):
-            raise ValueError(f"{type(target).__name__} takes no attention={attention!r} and scan={scan!r}")
         check_model(target)
         check_adapters(model)
         return Arguments({"model": outline(target), "attention": attention, "scan": scan}, 1)
 
     begin_call(group, "parallelize", check)()
     if takes_group(target):
+        target.choose_exchange(scan, attention)
         _bind(target, group)
     else:
         wire(target, group, attention, scan)
@@ -74,6 +73,8 @@ def unparallelize(model: Model) -> Model:
     if before is not None:
         target.set_attn_implementation(before)
         _choose_attention(target, before)
+    if takes_group(target):
+        target.choose_exchange()
     if getattr(vars(target).get("_loss_function"), "func", None) is loss:
         del target._loss_function
     for module in target.modules():

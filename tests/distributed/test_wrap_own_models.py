@@ -55,11 +55,33 @@ def test_equal_to_one_device(group_of: GroupOf, kind: str) -> None:
         torch.testing.assert_close(restored(**whole).loss, expected.loss, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("told", ["by the configuration", "to parallelize"])
+def test_how_ranks_exchange_is_chosen(group_of: GroupOf, told: str) -> None:
+    model, group = make("lightnet"), group_of(2)
+    expected = copy.deepcopy(model)(input_ids=IDS, labels=IDS).loss
+    if group is None:
+        return
+    options = {"scan": "ring", "attention": "gather"}
+    if told == "by the configuration":
+        model = LinearLlamaForCausalLM(LinearLlamaConfig(**SIZES, mixer="lightnet", pattern="LN", **options)).double()
+        model.load_state_dict(make("lightnet").state_dict())
+        options = {}
+    own = lasp.parallelize(model, group, **options)
+    with lasp.traffic() as ledger:
+        loss = own(**lasp.shard_batch({"input_ids": IDS, "labels": IDS}, group)).loss
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+    found = [record.op for record in ledger.records if record.phase == "forward"]
+    assert found.count("ring") == 2, "of LightNet's stabiliser, and of its states"
+    lasp.unparallelize(own)
+    said = "ring" if told == "by the configuration" else "auto"
+    assert {m.scan for m in own.modules() if hasattr(m, "scan")} == {said}
+
+
 def test_what_is_refused(group_of: GroupOf) -> None:
     group, model = group_of(4), make("gla")
     assert group is not None
-    for options in ({"attention": "ring"}, {"scan": "ring"}):
-        with pytest.raises(ValueError, match="LinearLlamaForCausalLM takes no attention="):
+    for options in ({"attention": "star"}, {"scan": "star"}):
+        with pytest.raises(ValueError, match=r"must be one of auto, .* got 'star'"):
             lasp.parallelize(copy.deepcopy(model), group, **options)
     foreign = copy.deepcopy(model)
     foreign.model.layers[0].mlp = torch.nn.Conv1d(32, 32, 3)
