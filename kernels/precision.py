@@ -14,6 +14,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear layer multiplies x now: its own, or autocast's, which leaves fp64 alone."""
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device) and x.dtype != torch.float64
+    follows = known and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if follows else x.dtype
+
+
 def exact(x: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast away from what is computed on x's device: the same precision in both directions of a call."""
     known = torch.amp.is_autocast_available(x.device.type)

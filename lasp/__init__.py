@@ -11,7 +11,7 @@ from lasp.parallel.cut import Cut
 from lasp.parallel.data_parallel import data_parallel
 from lasp.parallel.gradients import clip_grad_norm_, sync_gradients
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
-from lasp.parallel.loss import cross_entropy
+from lasp.parallel.loss import cross_entropy, linear_cross_entropy, token_log_probs
 from lasp.parallel.sharding import shard, shard_batch, unshard
 from lasp.verify import verify
 from lasp.wrap.parallelize import parallelize, unparallelize
@@ -34,12 +34,14 @@ __all__ = [
     "delta_rule",
     "init_mesh",
     "linear_attention",
+    "linear_cross_entropy",
     "parallelize",
     "shard",
     "shard_batch",
     "shutdown",
     "softmax_attention",
     "sync_gradients",
+    "token_log_probs",
     "traffic",
     "unparallelize",
     "unshard",

@@ -171,6 +171,19 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy": Operation(
         lasp.cross_entropy, _cross_entropy, {"logits": (B, T, V), "labels": (B, T)}, outputs=("loss",)
     ),
+    "linear_cross_entropy": Operation(
+        lasp.linear_cross_entropy,
+        lambda hidden, weight, labels, bias: _cross_entropy(F.linear(hidden, weight, bias), labels),
+        {"hidden": (B, T, K), "weight": (V, K), "labels": (B, T), "bias": (V,)},
+        whole=("weight", "bias"),
+        outputs=("loss",),
+    ),
+    "token_log_probs": Operation(
+        lasp.token_log_probs,
+        lambda hidden, weight, labels: F.linear(hidden, weight).log_softmax(-1).gather(-1, labels[..., None])[..., 0],
+        {"hidden": (B, T, K), "weight": (V, K), "labels": (B, T)},
+        whole=("weight",),
+    ),
     "shard": Operation(lasp.shard, lambda x: x, {"x": (B, T, K)}, whole=("x",)),
     "unshard": Operation(lasp.unshard, lambda x: x, {"x": (B, T, K)}, outputs=("whole",)),
 }

@@ -30,6 +30,41 @@ def test_cross_entropy_is_the_mean_over_the_whole_sequence(world, group_of, cut:
     torch.testing.assert_close(local.grad, whole[:, part], rtol=0, atol=1e-16)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_the_fused_loss_and_log_probabilities_are_those_of_logits(group_of, size: int, layout: str) -> None:
+    if (group := group_of(size, layout)) is None:
+        return
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=rng, requires_grad=True)
+        for shape in ((2, 13, 5), (11, 5), (11,))
+    )
+    labels = torch.randint(11, (2, 13), generator=rng)
+    labels[:, :8] = -100  # contiguous: nothing on the first ranks
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    rows = -F.cross_entropy(logits.mT, labels, reduction="none")
+    scores = torch.linspace(0, 1, 26, dtype=torch.float64).view(2, 13)
+    cut = group.cut(13)
+    local, targets, factors = (lasp.shard(x.detach(), cut=cut) for x in (hidden, labels, scores))
+    local.requires_grad_()
+    for whole, told in ((expected, {"group": group}), (expected, {"cut": cut}), ((rows * scores).sum(), {"cut": cut})):
+        if whole is expected:
+            found = lasp.linear_cross_entropy(local, weight, targets, bias=bias, **told)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+        else:
+            own = lasp.token_log_probs(local, weight, targets, bias=bias, **told)
+            torch.testing.assert_close(lasp.unshard(own.detach(), group), rows.detach(), rtol=0, atol=1e-13)
+            found = (own * factors).sum()
+        reference = torch.autograd.grad(whole, (hidden, weight, bias), retain_graph=True)
+        grads = torch.autograd.grad(found, (local, weight, bias))
+        torch.testing.assert_close(lasp.unshard(grads[0], group), reference[0], rtol=0, atol=1e-13)
+        for part, total in zip(grads[1:], reference[1:], strict=True):  # the ranks' parts sum to the whole
+            summed = lasp.unshard(part.unsqueeze(0).contiguous(), group, 0).sum(0)
+            torch.testing.assert_close(summed, total, rtol=0, atol=1e-12)
+
+
 def test_num_items_is_the_denominator_of_accumulated_steps(group_of) -> None:
     group = group_of(4)
     rng = torch.Generator().manual_seed(0)

@@ -53,6 +53,8 @@ TAKES = {  # what each operation takes besides its tensors
     "causal_conv1d": ("activation", "output_final_state", "cu_seqlens"),
     "logcumsumexp": ("exclusive", "output_final_state", "cu_seqlens", "scan"),
     "cross_entropy": ("ignore_index", "num_items"),
+    "linear_cross_entropy": ("ignore_index", "num_items"),
+    "token_log_probs": ("ignore_index",),
     "shard": ("dim",),
     "unshard": ("dim",),
 }
@@ -73,7 +75,7 @@ def wrong_values(operation: str, name: str) -> Iterator[Any]:
     yield from (
         x for x in TENSORS.values() if not (cut and isinstance(x, torch.Tensor) and not x.is_sparse and x.dim())
     )
-    if name not in OPTIONAL:
+    if name not in OPTIONAL and (operation, name) != ("token_log_probs", "weight"):  # without one, of logits
         yield None
 
 
