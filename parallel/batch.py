@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.documents import document_bounds
+from lasp.parallel.cut import Cut
 
 IGNORE_INDEX = -100
 CUT = "cut"  # how the batch lies on the ranks
@@ -72,6 +73,18 @@ def id_range(whole: Mapping[str, Tensor]) -> tuple[int, int] | None:
         return None
     least, largest = torch.stack(whole["input_ids"].aminmax()).tolist()
     return least, largest
+
+
+def check_ids(tokens: Tensor, vocabulary: int | None, cut: Cut | None) -> None:
+    """Raises ValueError for ids that an embedding of so many does not have, of a cut's batch where they are known.
+
+    The embedding would fail on the rank that holds the id alone, on a GPU without saying which.
+    """
+    if vocabulary is None or tokens.is_floating_point() or not tokens.numel():
+        return
+    found = id_range({"input_ids": tokens}) if cut is None else cut.ids
+    if found is not None and (found[0] < 0 or found[1] >= vocabulary):
+        raise ValueError(f"input_ids must be from 0 to {vocabulary - 1}, got {found[0] if found[0] < 0 else found[1]}")
 
 
 def write_agreement(fields: Mapping[str, str], error: str | None = None) -> Tensor:

@@ -166,6 +166,11 @@ class Cut:
         if may_look_at(given):
             check_values(given == own, lambda: wrong)
 
+    def check_mask(self, attention_mask: Tensor | None) -> None:
+        """Raises ValueError for an attention_mask that whoever made the cut of a batch had not: ranks may differ."""
+        if attention_mask is not None and self.keys is not None and "attention_mask" not in self.keys:
+            raise ValueError("the attention_mask is not of the batch that was cut: give it to lasp.shard_batch")
+
     def to(self, *args: Any, **kwargs: Any) -> Cut:
         """Itself: a batch is often moved value by value, and a cut is nowhere."""
         return self

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lasp.kernels.documents import document_bounds
@@ -12,7 +13,7 @@ from lasp.layers import Mixer, State, mixer_class
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.softmax import SoftmaxAttention
 from lasp.models.config import MixerConfig
-from lasp.parallel.batch import AGREEMENT, read_agreement
+from lasp.parallel.batch import AGREEMENT, check_ids, read_agreement
 from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -115,7 +116,7 @@ def tokens_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
 
 
 def take_cut(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokens: Tensor,
     group: SequenceGroup | None,
     cut: Cut | None,
@@ -133,8 +134,12 @@ def take_cut(
     """
 
     def check() -> Arguments:
-        if cut is not None and cu_seqlens is not None:
-            cut.check_documents(cu_seqlens)
+        if isinstance(cut, Cut):
+            cut.check_mask(told.get("attention_mask"))
+            if cu_seqlens is not None:
+                cut.check_documents(cu_seqlens)
+        if isinstance(cut, Cut) or (group is not None and group.size > 1):
+            check_ids(tokens, getattr(model.get_input_embeddings(), "num_embeddings", None), cut)
         if cut is not None and group is not None and not group.cuts_as(cut.group):
             raise ValueError("the batch was cut over another group than the model is given")
         given = {name: value for name, value in told.items() if value is not None}

@@ -14,7 +14,7 @@ from lasp.kernels.arguments import told
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel import collectives
-from lasp.parallel.batch import AGREEMENT, CUT, read_agreement
+from lasp.parallel.batch import AGREEMENT, CUT, check_ids, read_agreement
 from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -140,9 +140,7 @@ def _check_cut(
         raise ValueError("the batch was cut over another group than the model is parallelised over")
     if documents is not None:
         cut.check_documents(documents)
-    unknown = cut.keys is not None and "attention_mask" not in cut.keys
-    if unknown and kwargs.get("attention_mask") is not None:
-        raise ValueError("the attention_mask is not of the batch that was cut: give it to lasp.shard_batch")
+    cut.check_mask(kwargs.get("attention_mask"))
     return cut.bounds
 
 
@@ -169,21 +167,11 @@ def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tok
 
 
 def _check_vocabulary(model: Any, tokens: Tensor, cut: Cut | None) -> None:
-    """An embedding would fail on the rank that holds the id alone, on a GPU without saying which."""
     try:
         ids = getattr(model.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:  # transformers does not find them
         return
-    if ids is None or tokens.is_floating_point() or not tokens.numel():
-        return
-    if cut is None:
-        least, most = torch.stack(tokens.aminmax()).tolist()
-    elif cut.ids is not None:
-        least, most = cut.ids
-    else:
-        return
-    if least < 0 or most >= ids:
-        raise ValueError(f"input_ids must be from 0 to {ids - 1}, got {least if least < 0 else most}")
+    check_ids(tokens, ids, cut)
 
 
 def _check_positions(given: Tensor | None, own: Tensor, wait: bool) -> Arguments:

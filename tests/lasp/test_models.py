@@ -342,3 +342,18 @@ def test_auto_classes_load_after_import(tmp_path: Path) -> None:
     assert type(loaded) is models.LinearLlamaForCausalLM
     assert loaded.dtype == torch.bfloat16
     assert type(transformers.AutoModel.from_pretrained(tmp_path)) is models.LinearLlamaModel
+
+
+@pytest.mark.parametrize("ids", [[3, 61, 5], [3, -1, 5]])
+def test_ids_beyond_the_vocabulary_are_told_by_the_cut(ids: list[int]) -> None:
+    model = small()
+    batch = lasp.shard_batch({"input_ids": torch.tensor([ids])}, None)
+    with pytest.raises(ValueError, match=f"input_ids must be from 0 to 60, got {ids[1]}"):
+        model(**batch)
+
+
+def test_a_mask_that_the_cut_batch_had_not() -> None:
+    model = small()
+    batch = lasp.shard_batch({"input_ids": torch.tensor([[1, 2, 3]])}, None)
+    with pytest.raises(ValueError, match="the attention_mask is not of the batch that was cut"):
+        model(**batch, attention_mask=torch.ones(1, 3))
