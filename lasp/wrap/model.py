@@ -161,9 +161,9 @@ def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tok
         raise ValueError("logits_to_keep counts from the end of every rank's part: take them from all logits")
     if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: a parallelised model keeps no attention weights")
-    mask = kwargs.get("attention_mask")
-    if type(model).__name__.startswith("OPT") and mask is not None and not mask.all():
-        raise ValueError("OPT counts positions by its attention_mask: leave that out, with padding at the end only")
+    family = getattr(model, WIRING).family
+    if family is not None:
+        family.check_inputs(kwargs)
 
 
 def _check_vocabulary(model: Any, tokens: Tensor, cut: Cut | None) -> None:

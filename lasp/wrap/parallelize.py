@@ -17,15 +17,15 @@ from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.parameters import outline
 from lasp.parallel.scan import ScanName, check_scan
-from lasp.wrap import fla
 from lasp.wrap.attention import NAME, attention, describe_mask
 from lasp.wrap.checkpointing import bind_checkpoints, release_checkpoints
 from lasp.wrap.dropout import drops, functional, swap_joined, swap_randomness
+from lasp.wrap.families import family_of
+from lasp.wrap.family import Family
 from lasp.wrap.guard import check_unchanged
 from lasp.wrap.model import balance, check_loss, loss, prepare
-from lasp.wrap.modules import METHODS
-from lasp.wrap.recurrences import FUNCTIONS
-from lasp.wrap.refusal import check_adapters, check_model, family, takes_group
+from lasp.wrap.refusal import check_adapters, check_model, takes_group
+from lasp.wrap.rotation import swap_rotation
 from lasp.wrap.swap import Function, calling_undecorated, calls, rebind_telling, restore, swap
 from lasp.wrap.wiring import WIRING, LayerCall, Wiring
 
@@ -90,22 +90,22 @@ def base_model(model: Any) -> Any:
 
 
 def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, scan: str) -> None:
-    """`parallelize` without asking whether a foreign model is known."""
+    """`parallelize` for a foreign model that is known."""
+    family = family_of(model)
+    assert family is not None, "checked"
     _own_config(model)
     switches = model._can_set_attn_implementation()
-    wiring = Wiring(group, attention, scan, model.config._attn_implementation if switches else None, model)
+    wiring = Wiring(group, attention, scan, model.config._attn_implementation if switches else None, model, family)
     if switches:
         _switch_attention(model)
     for module in model.modules():
         module.__dict__[WIRING] = wiring
     for module in list(model.modules()):
         if module is not model:
-            _swap_functions(module)
-            _swap_methods(module)
-            _swap_rotation(module)
+            _swap_functions(family, module)
+            swap_rotation(module)
+        _swap_methods(family, module)
     model.loss_function = partial(loss, wiring)
-    if family(model) in fla.MODELS:
-        swap(model, "_compute_logits_and_loss", torch.compiler.disable(fla.logits_and_loss))
     _swap_whole(model)
 
 
@@ -164,12 +164,10 @@ def _own_config(model: Any) -> None:
             module.config = copies.setdefault(id(module.config), copy.deepcopy(module.config))
 
 
-def _swap_functions(module: nn.Module) -> None:
+def _swap_functions(family: Family, module: nn.Module) -> None:
     """Methods that call a known recurrence call ours."""
-    theirs = type(module).__module__.startswith("fla.")
-    functions = fla.FUNCTIONS if theirs else FUNCTIONS
-    for method, original, names in calls(module, functions):
-        swap(module, method, _with_functions(original, {name: functions[name] for name in names}))
+    for method, original, names in calls(module, family.functions):
+        swap(module, method, _with_functions(original, {name: family.functions[name] for name in names}))
 
 
 def _with_functions(original: Any, functions: dict[str, Function]) -> Function:
@@ -187,14 +185,16 @@ def use_pytorch(model: nn.Module) -> None:
 
     flash-linear-attention needs a GPU, and transformers calls it without one too.
     """
+    family = family_of(model)
+    functions = {} if family is None else family.functions
     for module in model.modules():
-        for method, original, names in calls(module, FUNCTIONS):
+        for method, original, names in calls(module, functions):
             swap(module, method, calling_undecorated(original, names))
 
 
-def _swap_methods(module: nn.Module) -> None:
+def _swap_methods(family: Family, module: nn.Module) -> None:
     """Modules that mix tokens in code of their own get a method of ours."""
-    for path, function in (METHODS | fla.METHODS).get(type(module).__name__, {}).items():
+    for path, function in family.methods.get(type(module).__name__, {}).items():
         *child, method = path.split(".")
         swap(module.get_submodule(".".join(child)), method, _with_call(function))
 
@@ -205,25 +205,6 @@ def _with_call(function: Function) -> Function:
         return function(LayerCall.of(self, kwargs.pop("cu_seqlens", None)), self, *args, **kwargs)
 
     return run
-
-
-def _swap_rotation(module: Any) -> None:
-    """RoPE whose frequencies depend on the longest position sees that of the whole sequence."""
-    kinds = getattr(module, "rope_type", None)
-    if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-        return
-    original = type(module).forward
-
-    @torch.compiler.disable
-    def run(self: nn.Module, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        cut = LayerCall.of(self, None).known_cut
-        if cut.packed:
-            raise ValueError(f"rope_type {kinds!r} depends on one length, and packed documents have several")
-        last = position_ids.new_full((*position_ids.shape[:-1], 1), cut.total - 1)
-        rotations = original(self, x, torch.cat([position_ids, last], -1), *args, **kwargs)
-        return tuple(rotation[:, :-1] for rotation in rotations)
-
-    swap(module, "forward", run)
 
 
 def _swap_forward(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which models are refused: all that were not run and compared, parameter by parameter, with one device."""
+"""Which models are refused: all whose family has no record, and of the others what their record does not know."""
 
 from __future__ import annotations
 
@@ -8,27 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lasp.wrap import fla
-from lasp.wrap.modules import METHODS
-from lasp.wrap.recurrences import FUNCTIONS
+from lasp.wrap.families import RECURRENCES, family_of
+from lasp.wrap.family import Family, folder_of
 from lasp.wrap.swap import calls
 
-# Folders of transformers/models; `make test-slow` compares the causal language models of each with one device.
-VERIFIED = (
-    "afmoe", "apertus", "arcee", "aria", "axk1", "bailing_hybrid", "bamba", "beam", "bert", "bert_generation",
-    "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3",
-    "diffllama", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1",
-    "falcon_mamba", "flex_olmo", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "glm", "glm4",
-    "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa",
-    "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jamba", "jetmoe", "kimi_linear",
-    "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama", "longcat_flash", "mamba", "mamba2", "mellum",
-    "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "minimax_m3_vl", "ministral", "ministral3", "mistral",
-    "mixtral", "modernbert_decoder", "moshi", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3",
-    "olmo_hybrid", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5",
-    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "recurrent_gemma", "roc_bert", "rwkv", "seed_oss", "smollm3",
-    "solar_open", "stablelm", "starcoder2", "vaultgemma", "xlstm", "youtu", "zamba", "zamba2", "zaya",
-)  # fmt: skip
 # Modules of torch that treat every token by itself.
 _TOKENWISE = {
     nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
@@ -73,30 +56,44 @@ def _check_own(model: Any) -> None:
 
 
 def _check_foreign(model: Any) -> None:
-    name, folder = type(model).__name__, family(model)
-    if folder not in (*VERIFIED, *fla.MODELS):
+    name, family = type(model).__name__, family_of(model)
+    if family is None:
         own = sorted({type(m).__name__ for m in model.modules() if not _tokenwise(type(m))} - {name})
         raise ValueError(
             f"{name} ({type(model).__module__}) is not verified: of its modules {', '.join(own)} any may mix tokens "
-            "unseen. docs/models.md lists what is. It needs an adapter in lasp/wrap where it mixes tokens, a line in "
-            "lasp/wrap/refusal.py, and lasp.verify"
+            "unseen. docs/models.md lists what is. It needs a record in lasp/wrap/families, which says what stands in "
+            "for what mixes tokens (docs/huggingface.md), and lasp.verify"
         )
-    if name not in (_causal_language_models() if folder in VERIFIED else {fla.MODELS[folder]}):
+    if name not in (_causal_language_models() if family.model is None else {family.model}):
         raise ValueError(f"{name}: only causal language models are sequence-parallel")
-    foreign = [f"{path} ({type(m).__qualname__})" for path, m in model.named_modules() if not _known(model, path, m)]
+    foreign = [
+        f"{path} ({type(m).__qualname__})" for path, m in model.named_modules() if not _known(family, model, path, m)
+    ]
     if foreign:
         raise ValueError(
-            f"modules that may mix tokens and are not known in {name}: {', '.join(foreign)}. Each needs an adapter in "
-            "lasp/wrap; what treats every token by itself can be built from torch.nn's layers"
+            f"modules that may mix tokens and are not known in {name}: {', '.join(foreign)}. Each needs a stand-in in "
+            "the record of its family, in lasp/wrap/families; what treats every token by itself can be built from "
+            "torch.nn's layers"
         )
-    if folder in fla.MODELS:
-        fla.check_options(model)
+    _check_recurrences(family, model)
+    family.check_options(model)
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True replaces whole modules; load the model without it")
     if "_loss_function" in vars(model):
         raise ValueError(
             f"{name} has a loss_function of its own, which would see a rank's part: del model._loss_function"
         )
+
+
+def _check_recurrences(family: Family, model: nn.Module) -> None:
+    """What one family calls under a name, another may call under the same, and mean something else."""
+    others = dict.fromkeys(RECURRENCES - family.functions.keys())
+    for path, module in model.named_modules():
+        for method, _, names in calls(module, others):
+            raise ValueError(
+                f"{path} ({type(module).__qualname__}) calls {', '.join(sorted(names))} in {method}, for which the "
+                f"record of {family.folder!r} in lasp/wrap/families has no stand-in"
+            )
 
 
 def check_forwards(modules: Iterable[nn.Module]) -> None:
@@ -150,21 +147,14 @@ def _causal_language_models() -> set[str]:
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
-def family(module: Any) -> str | None:
-    """The folder of transformers/models, or "fla." and that of fla/models, that a module's class comes from."""
-    package, *parts = type(module).__module__.split(".")
-    if package not in ("transformers", "fla") or len(parts) < 2 or parts[0] != "models":
-        return None
-    return parts[1] if package == "transformers" else f"fla.{parts[1]}"
-
-
-def _known(model: nn.Module, path: str, module: nn.Module) -> bool:
+def _known(family: Family, model: nn.Module, path: str, module: nn.Module) -> bool:
     cls = type(module)
-    if (family(model) in fla.MODELS and fla.is_known(module)) or family(module) == family(model) or _tokenwise(cls):
+    if family.knows(cls) or folder_of(module) == family.folder or _tokenwise(cls):
         return "Indexer" not in cls.__name__
     # Convolutions and the like belong to the mixer around them, if that is one that we know.
     mixer = model.get_submodule(path.rpartition(".")[0])
-    return cls.__module__.startswith("torch.nn.") and _mixes_known(mixer) and family(mixer) == family(model)
+    mixes = type(mixer).__name__ in family.methods or any(calls(mixer, family.functions))
+    return cls.__module__.startswith("torch.nn.") and mixes and folder_of(mixer) == family.folder
 
 
 def is_tokenwise(module: nn.Module) -> bool:
@@ -183,8 +173,3 @@ def _plain_class(module: nn.Module) -> type:
 
 def _tokenwise(cls: type) -> bool:
     return cls in _TOKENWISE or (cls not in _MIXING and cls.__module__.startswith(_TRUSTED))
-
-
-def _mixes_known(module: nn.Module) -> bool:
-    """Whether a module mixes tokens in a way that has an adapter."""
-    return type(module).__name__ in METHODS or any(calls(module, FUNCTIONS))

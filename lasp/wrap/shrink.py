@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lasp.wrap.families import family_of
+
 _HIDDEN, _INNER, _HEADS, _KEY_HEADS, _HEAD_DIM, _EXPERTS = 32, 48, 4, 2, 16, 4
 # By the names that configurations of transformers give them.
 _SIZES: dict[str, Any] = {
@@ -43,35 +45,14 @@ _SIZES: dict[str, Any] = {
     "is_decoder": True,
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-# What one kind of model needs besides, where sizes must fit each other.
-_SHARED = {
-    "num_hidden_layers": 4, "num_key_value_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64,
-    "layers_block_type": ["linear_attention", "hybrid"] * 2,
-}  # fmt: skip
-_TYPES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "helium": {"head_dim": 8},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
-    "lfm2": {"full_attn_idxs": [1]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
-    "ministral": {"head_dim": 16},
-    "nemotron": {"num_key_value_heads": 2},
-    "nemotron_h": {"n_groups": 2},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2, "num_blocks": 2},
-    "zamba": {"n_mamba_heads": 2} | _SHARED,
-    "zamba2": {"num_mem_blocks": 1, "hybrid_layer_ids": [1, 3]} | _SHARED,
-    "zaya": {"num_experts_per_tok": 1},
-}
 _DERIVED = ("model_type", "transformers_version", "per_layer_config")
 
 
 def shrink(config: Any) -> Any:
     """A text configuration of the same kind and options with 32 channels, and of every kind of layer one.
 
-    config: a PretrainedConfig of transformers, left as it is. A size with a name not known here stays.
+    config: a PretrainedConfig of transformers, left as it is. A size with a name not known here stays, unless the
+    record of its family says what it should be (`Family.tiny`).
     """
     config = config.get_text_config(decoder=True)
     options = {key: value for key, value in config.to_dict().items() if value is not None and key not in _DERIVED}
@@ -91,7 +72,8 @@ def shrink(config: Any) -> Any:
         options["rope_parameters"] = rope | {k: _SIZES[k] for k in rope if k in _SIZES}
         if "mrope_section" in rope:
             options["head_dim"], options["rope_parameters"]["mrope_section"] = 32, [2, 1, 1]
-    return type(config)(**options | _TYPES.get(config.model_type, {}))
+    family = family_of(config)
+    return type(config)(**options | ({} if family is None else dict(family.tiny)))
 
 
 def _kinds_of_layers(options: dict[str, Any], layers: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.softmax import Method
+from lasp.wrap.family import Family
 
 WIRING = "_lasp_wiring"
 OUTSIDE = (
@@ -41,20 +42,27 @@ class Forward:
 class Wiring:
     """Shared by all modules of one model; a deep copy of the model shares the process group, which cannot be copied.
 
-    before: the attention implementation to restore, None where nothing was switched. Nothing of a batch is kept here:
+    before: the attention implementation to restore, None where nothing was switched. family: the record of a foreign
+    model's, None for a model of ours. Nothing of a batch is kept here:
     `running` is what this thread is in the middle of.
     """
 
     def __init__(
-        self, group: SequenceGroup | None, method: Method, scan: str, before: str | None, model: nn.Module | None = None
+        self,
+        group: SequenceGroup | None,
+        method: Method,
+        scan: str,
+        before: str | None,
+        model: nn.Module | None = None,
+        family: Family | None = None,
     ) -> None:
-        self.group, self.method, self.scan, self.before = group, method, scan, before
+        self.group, self.method, self.scan, self.before, self.family = group, method, scan, before, family
         self._model = None if model is None else weakref.ref(model)
         self._thread = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
         model = None if self._model is None else self._model()
-        copied = Wiring(self.group, self.method, self.scan, self.before, memo.get(id(model), model))
+        copied = Wiring(self.group, self.method, self.scan, self.before, memo.get(id(model), model), self.family)
         memo[id(self)] = copied
         return copied
 

@@ -12,7 +12,7 @@ from lasp.wrap.wiring import LayerCall
 
 pytest.importorskip("transformers")
 
-from tests.hf_models import FAMILIES, make_single
+from tests.hf_models import FAMILIES, kinds, make_single
 
 GroupOf = Callable[..., lasp.SequenceGroup | None]
 # Where the first module that mixes tokens leaves off: its output is the first that can differ.
@@ -46,19 +46,7 @@ def test_passes(group_of: GroupOf, name: str) -> None:
 
 
 # One of each kind of mixing; the other families with the slow tests.
-KINDS = {
-    "llama",
-    "qwen3_5",
-    "kimi_linear",
-    "bamba",
-    "mamba",
-    "minimax",
-    "recurrent_gemma",
-    "rwkv",
-    "xlstm",
-    "lfm3",
-    "zaya",
-}
+KINDS = {"llama", *kinds()}
 
 
 @pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])

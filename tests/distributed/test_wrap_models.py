@@ -16,7 +16,7 @@ import lasp
 
 pytest.importorskip("transformers")
 
-from tests.hf_models import FAMILIES, VOCABULARY, make
+from tests.hf_models import FAMILIES, VOCABULARY, kinds, make
 
 GroupOf = Callable[..., lasp.SequenceGroup | None]
 # Both sizes and both layouts always; the other two pairs with the slow tests.
@@ -99,8 +99,8 @@ def test_equals_one_device(group_of: GroupOf, once, name: str, cuts: list[tuple[
 
 
 # Families that have a recurrence or a convolution of each kind.
-KINDS = ["qwen3_5", "kimi_linear", "bamba", "mamba", "minimax", "recurrent_gemma", "rwkv", "lfm3", "zaya"]
-DOCUMENTS = ["mistral", "nemotron_h", *KINDS]
+KINDS = kinds()
+DOCUMENTS = ["mistral", "nemotron_h", *(name for name in KINDS if name != "xlstm")]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow)])

@@ -6,38 +6,31 @@ what it knows of the sequence, cu_seqlens too; it returns the output and, in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lasp.functional import causal_conv1d, linear_attention
 from lasp.kernels.precision import compute_dtype
+from lasp.wrap.family import Family
 from lasp.wrap.model import loss
 from lasp.wrap.recurrences import gated_delta_rule
-from lasp.wrap.wiring import WIRING, LayerCall, check_keywords
+from lasp.wrap.swap import Function
+from lasp.wrap.wiring import LayerCall, check_keywords
 
-# By folder of fla/models, the classes whose every layer is known, of these.
-MODELS = {
-    "fla.gla": "GLAForCausalLM",
-    "fla.delta_net": "DeltaNetForCausalLM",
-    "fla.gated_deltanet": "GatedDeltaNetForCausalLM",
-    "fla.kda": "KDAForCausalLM",
-    "fla.retnet": "RetNetForCausalLM",
-}
-MIXERS = {
+_MIXERS = {
     "GatedLinearAttention", "DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "MultiScaleRetention",
     "ShortConvolution", "RotaryEmbedding",
 }  # fmt: skip
-TOKENWISE = {"RMSNorm", "LayerNorm", "FusedRMSNormGated", "FusedRMSNormSwishGate", "GatedMLP", "SwiGLULinear"}
+_TOKENWISE = {"RMSNorm", "LayerNorm", "FusedRMSNormGated", "FusedRMSNormSwishGate", "GatedMLP", "SwiGLULinear"}
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether a module of flash-linear-attention treats every token by itself, or mixes them as is known here."""
-    cls = type(module)
-    return cls.__module__.startswith(("fla.layers.", "fla.modules.")) and cls.__name__ in MIXERS | TOKENWISE
+def knows(cls: type) -> bool:
+    """The layers, which all of its models share, stand in folders of their own."""
+    return cls.__module__.startswith(("fla.layers.", "fla.modules.")) and cls.__name__ in _MIXERS | _TOKENWISE
 
 
 def check_options(model: Any) -> None:
@@ -47,6 +40,7 @@ def check_options(model: Any) -> None:
 
 
 def logits_and_loss(
+    call: LayerCall,
     model: Any,
     hidden_states: Tensor,
     labels: Tensor | None = None,
@@ -59,7 +53,7 @@ def logits_and_loss(
     logits = model.lm_head(hidden_states)
     if labels is None:
         return None, logits
-    return loss(getattr(model, WIRING), logits, labels, logits.shape[-1], num_items_in_batch, labels), logits
+    return loss(call.wiring, logits, labels, logits.shape[-1], num_items_in_batch, labels), logits
 
 
 def gla(
@@ -190,25 +184,37 @@ def not_unpadded(
     return hidden_states, None, cu_seqlens
 
 
-# By the name that the layers call them by, and by class and method.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "chunk_gla": gla,
-    "fused_chunk_gla": gla,
-    "fused_recurrent_gla": gla,
-    "chunk_retention": retention,
-    "fused_chunk_retention": retention,
-    "parallel_retention": retention,
-    "fused_recurrent_retention": retention,
-    "chunk_delta_rule": delta,
-    "fused_recurrent_delta_rule": delta,
-    "chunk_gated_delta_rule": gated_delta,
-    "fused_recurrent_gated_delta_rule": gated_delta,
-    "chunk_kda": gated_delta,
-    "fused_recurrent_kda": gated_delta,
-    "causal_conv1d": convolution,
-    "unpad_hidden_states": not_unpadded,
-}
-METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "ShortConvolution": {"forward": short_convolution},
-    "RotaryEmbedding": {"forward": rotation},
-}
+def _family(folder: str, model: str, functions: Mapping[str, Function]) -> Family:
+    return Family(
+        f"fla.{folder}",
+        {"causal_conv1d": convolution, "unpad_hidden_states": not_unpadded, **functions},
+        methods={
+            "ShortConvolution": {"forward": short_convolution},
+            "RotaryEmbedding": {"forward": rotation},
+            model: {"_compute_logits_and_loss": logits_and_loss},
+        },
+        model=model,
+        knows=knows,
+        check_options=check_options,
+    )
+
+
+FAMILIES = (
+    _family("gla", "GLAForCausalLM", dict.fromkeys(("chunk_gla", "fused_chunk_gla", "fused_recurrent_gla"), gla)),
+    _family(
+        "retnet",
+        "RetNetForCausalLM",
+        dict.fromkeys(
+            ("chunk_retention", "fused_chunk_retention", "parallel_retention", "fused_recurrent_retention"), retention
+        ),
+    ),
+    _family(
+        "delta_net", "DeltaNetForCausalLM", dict.fromkeys(("chunk_delta_rule", "fused_recurrent_delta_rule"), delta)
+    ),
+    _family(
+        "gated_deltanet",
+        "GatedDeltaNetForCausalLM",
+        dict.fromkeys(("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"), gated_delta),
+    ),
+    _family("kda", "KDAForCausalLM", dict.fromkeys(("chunk_kda", "fused_recurrent_kda"), gated_delta)),
+)

@@ -1,0 +1,62 @@
+"""Mamba (arXiv:2312.00752), by itself or with softmax attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.functional import linear_attention
+from lasp.kernels.precision import compute_dtype
+from lasp.wrap.family import Family
+from lasp.wrap.recurrences import convolution, not_fused, step_sizes
+from lasp.wrap.swap import Function
+from lasp.wrap.wiring import LayerCall, check_keywords
+
+
+def selective_scan(
+    call: LayerCall,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    use_mambapy: bool = False,
+    use_associative_scan: bool = False,
+    **others: Any,
+) -> Tensor:
+    """`selective_scan_fn`. u, dt, z [B, I, T], A [I, N], B, C [B, N, T], D, delta_bias [I]; returns [B, I, T]. Every
+    channel is a head of one value and a decay per state: `linear_attention` with V = 1."""
+    check_keywords("the selective scan", others)
+    step = step_sizes(dt, None if delta_bias is None else delta_bias.unsqueeze(-1), delta_softplus).mT
+    dtype = compute_dtype(u)
+    q, k = (x.to(dtype).mT.unsqueeze(2) for x in (C, B))
+    v = (step * u.mT).to(dtype).unsqueeze(-1)
+    decay = (step.unsqueeze(-1) * A).to(dtype).clamp(max=0)
+    output = linear_attention(q, k, v, decay, scale=1.0, **call.recurrence)
+    y = output.squeeze(-1).mT.to(u.dtype)
+    y = y if D is None else y + u * D.unsqueeze(-1)
+    return y if z is None else y * F.silu(z)
+
+
+_FUNCTIONS: dict[str, Function] = {"causal_conv1d_fn": convolution, "mamba_selective_scan": selective_scan}
+_FUSED = _FUNCTIONS | {"mamba_inner_fn": not_fused}
+
+FAMILIES = (
+    Family("mamba", _FUSED),
+    Family("falcon_mamba", _FUSED),
+    Family("jamba", _FUNCTIONS),
+    Family(
+        "zamba",
+        _FUNCTIONS,
+        tiny={
+            "n_mamba_heads": 2, "num_hidden_layers": 4, "num_key_value_heads": 4, "attention_head_dim": 16,
+            "attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        },
+    ),
+)  # fmt: skip
