@@ -127,8 +127,23 @@ def _mean(turn: Turn, local: Tensor, valid: Tensor, num_items: Items) -> Tensor:
             check_values(alike, lambda: f"the ranks give other num_items, this one {num_items}")
     denominator = sums[1] if given is None else given
     own = local / denominator.to(local.dtype)
-    # Exactly the same value on every rank, with the gradient of this rank's part.
-    return (sums[0] / denominator).to(own.dtype) + (own - own.detach())
+    whole: Tensor = _Worth.apply(own, (sums[0] / denominator).to(own.dtype))
+    return whole
+
+
+class _Worth(torch.autograd.Function):
+    """Exactly the same value on every rank, with the gradient of this rank's part; infinite ones too.
+
+    own, value [] -> value []; the gradient is own's. No exchange in either direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _as_all(total: Tensor, own: Tensor, ranks: int) -> Tensor:

@@ -30,6 +30,25 @@ def test_cross_entropy_is_the_mean_over_the_whole_sequence(world, group_of, cut:
     torch.testing.assert_close(local.grad, whole[:, part], rtol=0, atol=1e-16)
 
 
+def test_an_infinite_loss_is_infinite_on_every_rank(world, group_of) -> None:
+    """A label that is ruled out on one rank: torch's value, and its gradients, which are finite."""
+    logits = torch.randn(1, 8, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8).view(1, 8)
+    logits[0, 5, 5] = -torch.inf
+    whole = logits.clone().requires_grad_()
+    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten())
+    expected.backward()
+    part = slice(2 * world.rank, 2 * world.rank + 2)
+    local = logits[:, part].clone().requires_grad_()
+    loss = lasp.cross_entropy(local, labels[:, part], group=group_of(4))
+    loss.backward()
+    assert loss.item() == expected.item() == torch.inf
+    torch.testing.assert_close(local.grad, whole.grad[:, part], rtol=0, atol=1e-16)
+    alone = logits.clone().requires_grad_()
+    lasp.cross_entropy(alone, labels).backward()
+    torch.testing.assert_close(alone.grad, whole.grad, rtol=0, atol=1e-16)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_the_fused_loss_and_log_probabilities_are_those_of_logits(group_of, size: int, layout: str) -> None:
