@@ -2,7 +2,7 @@
 
 Ranks start from the same seed, so that what they draw alike (layers, samples) is alike; torch's dropout would then give
 the k-th token of every rank the same mask. Here the global generator gives one number per call, which activation
-checkpointing brings back; with the number of a block of positions it is the seed of that block's mask.
+checkpointing brings back; 64 positions share a seed: that number, and which 64 they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lasp.parallel.untraced import outside
 from lasp.wrap.swap import Function, calls, is_swapped, rebind_telling, swap, undecorated
 from lasp.wrap.wiring import OUTSIDE, WIRING, Wiring
 
-BLOCK = 64  # positions that are drawn at once
+PER_SEED = 64  # positions
 
 
 @outside
@@ -49,21 +49,21 @@ def _dropped(wiring: Wiring, seed: int, x: Tensor, p: float) -> Tensor:
 
 def _by_position(cut: Cut, seed: int, x: Tensor, p: float) -> Tensor:
     """Which numbers of x [B, T, ...] are 0."""
-    shape = (x.shape[0], BLOCK, *x.shape[2:])
+    shape = (x.shape[0], PER_SEED, *x.shape[2:])
     drawn = [
-        _draw(seed + block, shape, x.device)[:, start - block * BLOCK : stop - block * BLOCK] < p
-        for block, start, stop in _blocks(cut)
+        _draw(seed + number, shape, x.device)[:, start - number * PER_SEED : stop - number * PER_SEED] < p
+        for number, start, stop in _by_seed(cut)
     ]
     return torch.cat(drawn, 1)
 
 
-def _blocks(cut: Cut) -> Iterator[tuple[int, int, int]]:
-    """This rank's tokens by blocks of positions: block, start, stop."""
+def _by_seed(cut: Cut) -> Iterator[tuple[int, int, int]]:
+    """This rank's tokens that share a seed: its number, their start and stop."""
     for start, stop in cut.parts:
-        borders = range((start // BLOCK + 1) * BLOCK, stop, BLOCK)
+        borders = range((start // PER_SEED + 1) * PER_SEED, stop, PER_SEED)
         for a, b in pairwise((start, *borders, stop)):
             if a < b:
-                yield a // BLOCK, a, b
+                yield a // PER_SEED, a, b
 
 
 def _draw(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -33,7 +33,8 @@ def check_unchanged(model: Any, wiring: Wiring) -> None:
             raise ValueError(f"{path} ({type(module).__name__}) joined since lasp.parallelize; {_AGAIN}")
     if wiring.before is not None:
         _check_attention(modules.values())
-    if not takes_group(model) and not is_swapped(model, "_compute_logits_and_loss"):
+    has_loss = model is wiring.model and not takes_group(model)
+    if has_loss and not is_swapped(model, "_compute_logits_and_loss"):
         _check_loss(model)
 
 

@@ -219,9 +219,10 @@ def _swap_forward(model: Any) -> None:
         wiring: Wiring = getattr(self, WIRING)
         if wiring.running is not None:
             return forward(self, *args, **kwargs)
-        under_way, kwargs = begin(self, partial(check_unchanged, wiring.model, wiring), wiring, args, kwargs)
-        swap_joined(wiring.model, wiring)
-        bind_checkpoints(wiring.model, wiring)
+        model = self if wiring.model is None else wiring.model
+        under_way, kwargs = begin(self, partial(check_unchanged, model, wiring), wiring, args, kwargs)
+        swap_joined(model, wiring)
+        bind_checkpoints(model, wiring)
         # A layer, a hook or a user's interrupt may end it on one rank: the next header of the others tells them.
         with wiring.within(under_way), _telling(wiring.group, f"the forward of {type(self).__name__}"):
             output = forward(self, *args, **kwargs)

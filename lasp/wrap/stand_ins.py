@@ -1,6 +1,6 @@
-"""Recurrences and convolutions that several families share, over a group.
+"""What stands in for recurrences and convolutions that several families share, over a group.
 
-What stands in for a function of theirs takes its arguments, after what it knows of the sequence.
+Each takes the arguments of the function that it stands in for, after what is known of the sequence.
 """
 
 from __future__ import annotations

@@ -61,17 +61,15 @@ class Wiring:
         self._thread = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
-        model = None if self._model is None else self._model()
-        copied = Wiring(self.group, self.method, self.scan, self.before, memo.get(id(model), model), self.family)
+        whole = memo.get(id(self.model))
+        copied = Wiring(self.group, self.method, self.scan, self.before, whole, self.family)
         memo[id(self)] = copied
         return copied
 
     @property
-    def model(self) -> nn.Module:
-        """The whole model, of which the caller holds a part."""
-        model = None if self._model is None else self._model()
-        assert model is not None, "the model of its own layers"
-        return model
+    def model(self) -> nn.Module | None:
+        """The whole model that was wired; None where only a part of it is left, or was copied."""
+        return None if self._model is None else self._model()
 
     @property
     def running(self) -> Forward | None:

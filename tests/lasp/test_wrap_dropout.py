@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lasp
-from lasp.wrap.dropout import BLOCK, dropout, functional
+from lasp.wrap.dropout import PER_SEED, dropout, functional
 from lasp.wrap.wiring import Forward, Wiring
 
 pytest.importorskip("transformers")
@@ -19,7 +19,7 @@ import transformers
 
 from tests.hf_models import make_single
 
-LENGTH = 5 * BLOCK + 7
+LENGTH = 5 * PER_SEED + 7
 
 
 def dropped(parts: tuple[tuple[int, int], ...], *shape: int, p: float = 0.25) -> torch.Tensor:
@@ -34,7 +34,9 @@ def within(parts: tuple[tuple[int, int], ...], sequences: int, x: torch.Tensor, 
         return dropout(wiring, x, p, True)
 
 
-@pytest.mark.parametrize("parts", [((0, 1),), ((3, BLOCK),), ((BLOCK, 2 * BLOCK + 1),), ((5, 70), (200, LENGTH))])
+@pytest.mark.parametrize(
+    "parts", [((0, 1),), ((3, PER_SEED),), ((PER_SEED, 2 * PER_SEED + 1),), ((5, 70), (200, LENGTH))]
+)
 def test_a_part_has_the_masks_of_its_positions(parts: tuple[tuple[int, int], ...]) -> None:
     whole = dropped(((0, LENGTH),), 2, LENGTH, 8)
     tokens = torch.cat([torch.arange(*part) for part in parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,23 @@ def fused_loss(self, input_ids=None, position_ids=None, labels=None, shift_label
 
 def scaled(self, hidden_states, *args, **kwargs):
     return 2 * hidden_states
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_a_part_outlives_the_whole(name: str) -> None:
+    """The base model kept, the head and the loss forgotten: as exact as before, and as guarded."""
+    model = make_single(name)
+    before = model.model(IDS).last_hidden_state
+    part = lasp.parallelize(model, None).model
+    apart = copy.deepcopy(part)
+    del model
+    gc.collect()
+    for left in (part, apart):
+        torch.testing.assert_close(left(IDS).last_hidden_state, before)
+        left.set_attn_implementation("eager")
+        refused(left, "attention was set to eager", input_ids=IDS)
+        left.set_attn_implementation("lasp")
+    assert lasp.unparallelize(part)(IDS, use_cache=True).past_key_values is not None
 
 
 # Attention

@@ -14,7 +14,7 @@ import lasp
 from lasp.wrap.families.mamba import selective_scan
 from lasp.wrap.families.mamba2 import chunk_scan
 from lasp.wrap.families.xlstm import mlstm
-from lasp.wrap.recurrences import gated_delta_rule
+from lasp.wrap.stand_ins import gated_delta_rule
 from lasp.wrap.wiring import LayerCall, Wiring
 
 CALL = LayerCall(Wiring(None, "auto", "auto", "eager"), None, None)

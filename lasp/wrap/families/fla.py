@@ -17,7 +17,7 @@ from lasp.functional import causal_conv1d, linear_attention
 from lasp.kernels.precision import compute_dtype
 from lasp.wrap.family import Family
 from lasp.wrap.model import loss
-from lasp.wrap.recurrences import gated_delta_rule
+from lasp.wrap.stand_ins import gated_delta_rule
 from lasp.wrap.swap import Function
 from lasp.wrap.wiring import LayerCall, check_keywords
 

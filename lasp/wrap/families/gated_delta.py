@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lasp.wrap.family import Family
-from lasp.wrap.recurrences import convolution, gated_delta_rule
+from lasp.wrap.stand_ins import convolution, gated_delta_rule
 from lasp.wrap.swap import Function
 
 _FUNCTIONS: dict[str, Function] = {"causal_conv1d_fn": convolution, "torch_chunk_gated_delta_rule": gated_delta_rule}

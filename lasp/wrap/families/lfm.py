@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lasp.wrap.family import Family
-from lasp.wrap.recurrences import convolution
+from lasp.wrap.stand_ins import convolution
 from lasp.wrap.swap import Function
 
 _FUNCTIONS: dict[str, Function] = {"causal_conv1d_fn": convolution}

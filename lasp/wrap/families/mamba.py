@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp.functional import linear_attention
 from lasp.kernels.precision import compute_dtype
 from lasp.wrap.family import Family
-from lasp.wrap.recurrences import convolution, not_fused, step_sizes
+from lasp.wrap.stand_ins import convolution, not_fused, step_sizes
 from lasp.wrap.swap import Function
 from lasp.wrap.wiring import LayerCall, check_keywords
 

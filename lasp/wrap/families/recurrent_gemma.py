@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lasp.functional import causal_conv1d
 from lasp.kernels.precision import compute_dtype
 from lasp.wrap.family import Family
-from lasp.wrap.recurrences import running_sum
+from lasp.wrap.stand_ins import running_sum
 from lasp.wrap.wiring import LayerCall
 
 

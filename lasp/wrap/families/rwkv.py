@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lasp.functional.logcumsumexp import logcumsumexp
 from lasp.wrap.family import Family
-from lasp.wrap.recurrences import previous, running_sum
+from lasp.wrap.stand_ins import previous, running_sum
 from lasp.wrap.wiring import LayerCall
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import conv1d
 
 from lasp.functional import causal_conv1d
 from lasp.wrap.family import Family
-from lasp.wrap.recurrences import previous
+from lasp.wrap.stand_ins import previous
 from lasp.wrap.wiring import LayerCall
 
 
