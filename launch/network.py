@@ -1,0 +1,108 @@
+"""A network of its own for the ranks of one machine, as slow as one likes: Linux network namespaces and a token bucket.
+
+Every rank gets a namespace with one interface, all of them on one bridge; what a rank sends leaves at the given rate
+(`tc-tbf(8)`). It needs root, and `ip` and `tc` of iproute2. There is no delay but that of the bucket.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_QUEUE = 0.02
+"""Seconds of sending that wait at an interface before TCP is told to slow down."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Namespaces of so many ranks. name: of all of them; rate: bits per second that each rank may send."""
+
+    name: str
+    ranks: int
+    rate: float
+
+    def command(self, rank: int) -> list[str]:
+        """What goes ahead of the command of a rank."""
+        return ["ip", "netns", "exec", self._space(rank)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What lets its libraries find the interface."""
+        return {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}
+
+    def _space(self, place: int | str) -> str:
+        return f"{self.name}-{place}"
+
+    def make(self) -> None:
+        """Make the bridge, the namespaces and their interfaces."""
+        switch = self._space("switch")
+        _run("ip", "netns", "add", switch)
+        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+        for rank in range(self.ranks):
+            space, port = self._space(rank), f"port{rank}"
+            _run("ip", "netns", "add", space)
+            _run("ip", "-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
+            _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            _run("ip", "-n", space, "address", "add", f"10.99.0.{rank + 1}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                _run("ip", "-n", space, "link", "set", device, "up")
+            burst = max(int(self.rate / 8 * 1e-3), 64 << 10)  # a millisecond's; at least one segment of 64 KiB
+            queue = burst + int(self.rate / 8 * _QUEUE)
+            shape = ("tbf", "rate", f"{int(self.rate)}bit", "burst", str(burst), "limit", str(queue))
+            _run("tc", "-n", space, "qdisc", "add", "dev", "eth0", "root", *shape)
+
+    def remove(self) -> None:
+        """Remove what there is of it."""
+        for place in ("switch", *range(self.ranks)):
+            subprocess.run(["ip", "netns", "delete", self._space(place)], check=False, capture_output=True)
+
+
+@contextmanager
+def network(ranks: int, rate: float) -> Iterator[Network]:
+    """A network that is gone afterwards. Raises ValueError where this machine cannot make one, saying why."""
+    if reason := lacking():
+        raise ValueError(f"no network can be emulated here: {reason}")
+    made = Network(f"lasp{os.getpid()}", ranks, rate)
+    try:
+        made.make()
+        yield made
+    finally:
+        made.remove()
+
+
+def lacking() -> str | None:
+    """Why no network can be emulated on this machine; None where one can."""
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        return f"{' and '.join(missing)} of iproute2 missing"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = Network(f"lasp{os.getpid()}probe", 1, 1e9)
+    try:
+        probe.make()
+    except ValueError as error:
+        return str(error)
+    finally:
+        probe.remove()
+    return None
+
+
+def bits_per_second(text: str) -> float:
+    """The rate that "200mbit" or "1gbit" stands for. Raises ValueError for anything else, a delay too."""
+    found = re.fullmatch(r"(?:rate=)?(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
+    if found is None:
+        raise ValueError(f"a network is emulated by its rate alone, such as rate=1gbit or rate=200mbit, got {text!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"`{' '.join(command)}` said: {done.stderr.strip()}")
