@@ -32,14 +32,16 @@ _KEEP_BUFFERS: dict[str, Any] = {
 }
 
 
-def data_parallel(model: nn.Module, group: SequenceGroup, kind: Kind = "ddp") -> nn.Module:
+def data_parallel(
+    model: nn.Module, group: SequenceGroup, kind: Kind = "ddp", *, reduce_dtype: torch.dtype | None = None
+) -> nn.Module:
     """Make backward itself sum gradients over sp and average them over dp; call the module that comes back.
 
     kind: "ddp" wraps the model in DistributedDataParallel, which sends rank 0's parameters and buffers to every rank;
     "fsdp2" shards its parameters in place over the mesh's dp x sp ranks, one unit per entry of its outermost module
     lists (the layers) and one for the rest; tensor parallelism over the mesh's "tp" may come before. In both, a rank
     whose tokens miss a parameter that others use (an expert) is a case for `sync_gradients`; fsdp2 takes it from torch
-    2.13 on.
+    2.13 on. reduce_dtype: in which gradients travel and are summed; None leaves them as they are.
 
     Raises ValueError on every rank for another kind, for models that differ between ranks (under fsdp2 by value too:
     every parameter is read once), for a model whose backward reduces already, and for what a kind cannot take: sparse
@@ -47,12 +49,14 @@ def data_parallel(model: nn.Module, group: SequenceGroup, kind: Kind = "ddp") ->
     """
     ranks = replicas_of(group)
     named = agree_on_parameters(
-        ranks, "data_parallel", lambda: Parameters(_reducible(model, ranks, kind), {"kind": kind})
+        ranks,
+        "data_parallel",
+        lambda: Parameters(_reducible(model, ranks, kind), {"kind": kind, "dtype": str(reduce_dtype)}),
     )
     if kind == "ddp":
-        return _replicate(model, ranks, ranks.size // group.size)
+        return _replicate(model, ranks, ranks.size // group.size, reduce_dtype)
     compare_values(ranks, named)
-    return _fully_shard(model, ranks, ranks.size // group.size)
+    return _fully_shard(model, ranks, ranks.size // group.size, reduce_dtype)
 
 
 def _reducible(model: nn.Module, ranks: SequenceGroup, kind: str) -> dict[str, Tensor]:
@@ -91,12 +95,14 @@ def _of_another_dtype(model: nn.Module, named: dict[str, Tensor]) -> list[str]:
     return found
 
 
-def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int) -> nn.Module:
+def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: torch.dtype | None) -> nn.Module:
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=ranks.process_group, **_KEEP_BUFFERS)
 
     def sum_then_average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         # DDP's own reduction divides by dp x sp: the sum over sp would be off by a factor that is not always exact.
-        return collectives.all_reduce_future(bucket.buffer(), ranks.process_group, "gradients", replicas)
+        sent = bucket.buffer() if dtype is None else bucket.buffer().to(dtype)
+        summed = collectives.all_reduce_future(sent, ranks.process_group, "gradients", replicas)
+        return summed if dtype is None else summed.then(lambda done: bucket.buffer().copy_(done.value()))
 
     wrapped.register_comm_hook(None, sum_then_average)
     for parameter in model.parameters():
@@ -105,14 +111,14 @@ def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int) -> nn.Modu
     return wrapped
 
 
-def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard  # takes a second to import
+def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: torch.dtype | None) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second to import
 
     device = next(model.parameters()).device.type
     # A part of the whole mesh where there is one: parameters that tensor parallelism sharded lie on another part.
     mesh = ranks.mesh or DeviceMesh.from_group(ranks.process_group, device)
     for module in [*_outermost_layers(model), model]:
-        unit = fully_shard(module, mesh=mesh)
+        unit = fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=dtype))
         unit.set_gradient_divide_factor(replicas)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no average, and no product before a sum
         if hasattr(unit, "set_reduce_scatter_unused_params"):

@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from lasp.train.source import MicroBatch
+
 
 @lru_cache(maxsize=2)
 def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -32,7 +34,10 @@ class Batches:
     """The ranges of the sequence that this rank holds."""
 
     batch_size: int = 1
-    """Sequences per step of one data-parallel rank."""
+    """Sequences per micro-batch of one data-parallel rank."""
+
+    accumulation: int = 1
+    """Micro-batches per step."""
 
     dp_rank: int = 0
     """This rank's place on the data-parallel axis."""
@@ -43,28 +48,29 @@ class Batches:
     seed: int = 0
     """Decides the order of the windows."""
 
-    def windows(self, step: int) -> list[int]:
-        """The windows that this rank reads at a step (0-based); windows start at multiples of `seq_len`."""
+    def windows(self, step: int, micro: int = 0) -> list[int]:
+        """The windows that this rank reads in a micro-batch of a step (both 0-based); they start at multiples of
+        `seq_len`."""
         count = (len(self.tokens) - 1) // self.seq_len  # the last token of a window needs a target
-        first = (step * self.dp_size + self.dp_rank) * self.batch_size
+        first = ((step * self.accumulation + micro) * self.dp_size + self.dp_rank) * self.batch_size
         epochs = (divmod(first + i, count) for i in range(self.batch_size))
         return [int(_shuffled(count, self.seed, epoch)[place]) for epoch, place in epochs]
 
-    def read(self, step: int) -> dict[str, torch.Tensor]:
-        """The batch of a step, T being the number of tokens that this rank holds.
+    def read(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step."""
+        return [self._batch(self.windows(step, micro)) for micro in range(self.accumulation)]
 
-        Returns `input_ids`, `shift_labels` (the token after each) and `position_ids` (places in the whole sequence),
-        all `[B, T]` int64.
-        """
-        pieces = [[self._read(window, piece) for piece in self.slices] for window in self.windows(step)]
+    def _batch(self, windows: list[int]) -> MicroBatch:
+        pieces = [[self._read(window, piece) for piece in self.slices] for window in windows]
         input_ids = np.stack([np.concatenate([piece[:-1] for piece in row]) for row in pieces])
         shift_labels = np.stack([np.concatenate([piece[1:] for piece in row]) for row in pieces])
         places = np.concatenate([np.arange(piece.start, piece.stop) for piece in self.slices])
-        return {
+        tensors = {
             "input_ids": torch.from_numpy(input_ids),
             "shift_labels": torch.from_numpy(shift_labels),
             "position_ids": torch.from_numpy(places).expand(self.batch_size, -1),
         }
+        return MicroBatch(tensors, self.seq_len)
 
     def _read(self, window: int, piece: slice) -> np.ndarray:
         """A slice of a window and the one token after it, the target of its last."""

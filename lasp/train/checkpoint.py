@@ -2,7 +2,7 @@
 
 checkpoints/step-000150/
     config.json, model.safetensors   the model, as `from_pretrained` reads it
-    training.pt                      optimizer state and the number of steps done
+    training.pt                      what the optimizer keeps of each parameter, and the number of steps done
     run.json                         the configuration of the run, for the reader
 """
 
@@ -11,16 +11,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
+from lasp.models import LinearLlamaConfig
 from lasp.train.config import TrainConfig
+from lasp.train.engines.engine import Engine, State
+from lasp.train.ranks import Ranks
 
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\d+")
@@ -87,41 +89,61 @@ def check_checkpoint(path: Path, config: LinearLlamaConfig) -> None:
         raise ValueError(f"checkpoint {str(path)!r} is of another model: {'; '.join(differing)}")
 
 
-def save_checkpoint(
-    config: TrainConfig, step: int, model: LinearLlamaForCausalLM, optimizer: torch.optim.Optimizer
-) -> Path:
-    """Write the state after `step` steps and return its folder. One rank calls this; its peers hold the same values."""
+class Checkpointer(Protocol):
+    """Keeps the states of a run. All ranks call every method together."""
+
+    def save(self, step: int, engine: Engine) -> None:
+        """Keep the state after `step` steps."""
+
+    def load(self, path: Path, engine: Engine) -> int:
+        """Put a state into an engine that has done nothing; returns the steps behind it. ValueError, on every rank,
+        when it cannot be read or is of something else; then nothing of it was loaded."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A folder per state, written by the main rank and read by all."""
+
+    config: TrainConfig
+    """Says where, and is written down beside each state."""
+
+    ranks: Ranks
+    """Who takes part."""
+
+    def save(self, step: int, engine: Engine) -> None:
+        state = engine.state()
+        if self.ranks.is_main:
+            _write(self.config, step, engine.model, state)
+        self.ranks.barrier()
+
+    def load(self, path: Path, engine: Engine) -> int:
+        state = self.ranks.together(lambda: _read_state(path, engine.model))
+        self.ranks.together(lambda: engine.load(state, str(path)))
+        return checkpoint_step(path)
+
+
+def _write(config: TrainConfig, step: int, model: Any, state: State) -> None:
     path = checkpoint_path(config.output, step)
     _delete_partial(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        model.save_pretrained(partial)
-        torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "training.pt")
+        model.save_pretrained(partial, state_dict=state.weights)
+        torch.save({"step": step, "optimizer": state.optimizer}, partial / "training.pt")
         (partial / "run.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return path
 
 
-def load_checkpoint(path: Path, model: LinearLlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's state into a model of its configuration and that model's optimizer; return the steps done.
-
-    Nothing is loaded before all of it was compared, names, shapes and dtypes. ValueError when a file cannot be read,
-    and, naming what differs, when the checkpoint is of another model, another optimizer or another step.
-    """
+def _read_state(path: Path, model: Any) -> State:
+    """What a checkpoint holds, looked at as far as that needs no engine."""
     check_checkpoint(path, model.config)
-    parameters = dict(model.named_parameters())  # a tied weight is listed once, under the name it is saved by
     weights = _read(path / "model.safetensors", load_file)
-    _compare(path / "model.safetensors", weights, parameters)
     # weights_only: a checkpoint is data, and loading one must never run code.
     training = _read(path / "training.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
-    state = _optimizer_state(path / "training.pt", training, optimizer)
-    _put(weights, parameters)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return checkpoint_step(path)
+    return State(weights, _optimizer_state(path / "training.pt", training))
 
 
 def delete_checkpoints(output: str | Path) -> None:
@@ -156,52 +178,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _optimizer_state(path: Path, training: Any, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """The state of every parameter by its number, as AdamW keeps it, from what `path` held.
-
-    The optimizer writes as many numbers as its parameters have, whatever tensors it was given. So each is compared with
-    the one that AdamW makes itself, and copied. The settings of the groups are not the file's but the run's.
-    """
-    groups = optimizer.state_dict()["param_groups"]
+def _optimizer_state(path: Path, training: Any) -> dict[str, dict[str, Tensor]]:
+    """What `path` held of each parameter. The settings of the optimizer are not the file's but the run's."""
     try:
         step = int(training["step"])
-        numbers = [[int(number) for number in group["params"]] for group in training["optimizer"]["param_groups"]]
-        state = training["optimizer"]["state"].items()
-        saved = {f"{number}.{name}": value for number, entries in state for name, value in entries.items()}
+        state = {str(name): dict(kept.items()) for name, kept in training["optimizer"].items()}
     except Exception as error:  # what was written may be anything
         raise ValueError(f"{str(path)!r} is not the training state of a checkpoint") from error
     if step != checkpoint_step(path.parent):
         raise ValueError(f"{str(path)!r} is of step {step}, its folder of step {checkpoint_step(path.parent)}")
-    if numbers != [group["params"] for group in groups]:
-        raise ValueError(f"{str(path)!r} is of another optimizer: its groups hold other parameters")
-    own = {}
-    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        own[number] = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-        own[number]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    flat = {f"{number}.{name}": value for number, entries in own.items() for name, value in entries.items()}
-    _compare(path, saved, flat)
-    _put(saved, flat)
-    return own
-
-
-def _compare(path: Path, found: dict[str, Any], expected: dict[str, Tensor]) -> None:
-    """ValueError, naming the first that differ, unless a file has tensors of these names, shapes and dtypes."""
-    there, here = ({name: _described(value) for name, value in of.items()} for of in (found, expected))
-    if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
-        told = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing[:3])
-        raise ValueError(f"{str(path)!r} is of another model or dtype: {len(differing)} tensors differ: {told}")
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    if value.layout is not torch.strided or value.is_meta:
-        return f"{value.layout} on {value.device}"
-    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-
-
-@torch.no_grad()
-def _put(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Copy tensors into those of the same names, which keep their places in memory and their ties."""
-    for name, value in own.items():
-        value.copy_(found[name])
+    return state

@@ -4,10 +4,12 @@ The classes know nothing of files or command lines (`lasp.launch.train` fills th
 text under a field is its documentation.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Dtype = Literal["float32", "float64", "bfloat16"]
+EngineName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,7 +31,7 @@ class DataConfig:
     """Tokens of one whole sequence; the sp ranks hold seq_len / sp of them each."""
 
     batch_size: int = 1
-    """Sequences per step of one data-parallel rank; the whole batch holds dp times as many."""
+    """Sequences per micro-batch of one data-parallel rank; a step has dp x `accumulation` times as many."""
 
     cache: str | None = None
     """Folder of the token files; by default `tokens` in the output folder."""
@@ -42,16 +44,26 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, a linear warm-up, a cosine down to `min_lr`, and clipping of the global gradient norm."""
+    """The optimizer, its schedule, and clipping of the global gradient norm."""
+
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """"adamw"; "muon" for the matrices between embedding and head with AdamW for the rest; "adafactor"."""
 
     lr: float = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
 
     min_lr: float = 1e-4
-    """Learning rate of the last step."""
+    """Learning rate of the last step; of no meaning to the schedule "constant"."""
+
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """From the end of the warm-up to `min_lr`: half a cosine, a line, neither ("constant"), or `lr` until the last
+    `decay_steps` and then a line ("wsd", warm-up, stable, decay)."""
 
     warmup_steps: int = 10
     """Steps of the linear warm-up."""
+
+    decay_steps: int = 100
+    """Steps of the decay of schedule "wsd"."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
@@ -63,8 +75,11 @@ class OptimizerConfig:
     """Gradients whose global norm is larger are scaled down to it."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.min_lr <= self.lr, f"need 0 <= min_lr <= lr, got min_lr={self.min_lr} and lr={self.lr}")
+        _require(
+            0 <= self.min_lr <= self.lr < math.inf, f"need 0 <= min_lr <= lr, got min_lr={self.min_lr} and lr={self.lr}"
+        )
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
+        _require(self.decay_steps >= 1, f"optimizer.decay_steps must be at least 1, got {self.decay_steps}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), got {self.betas}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
         _require(self.clip > 0, f"optimizer.clip must be positive, got {self.clip}")
@@ -113,6 +128,17 @@ class TrainConfig:
     dtype: Dtype = "float32"
     """Of the computation. Weights and optimizer state have it too, except for bfloat16, where they stay float32."""
 
+    engine: EngineName = "ddp"
+    """How the dp x sp ranks hold the model: "ddp", each the whole of it; "fsdp2", each a share of parameters, gradients
+    and optimizer state; "zero1", "zero2", "zero3", DeepSpeed's shares of the optimizer state, of gradients too, of
+    parameters too (needs the extra `deepspeed`). The curve is the same."""
+
+    accumulation: int = 1
+    """Micro-batches per step: their gradients add up to those of one batch that is as many times larger."""
+
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """In which gradients are summed over the ranks; by default in their own dtype, which is that of the weights."""
+
     device: str | None = None
     """"cpu" or "cuda"; by default a GPU where there is one."""
 
@@ -142,6 +168,7 @@ class TrainConfig:
         _require(
             self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, got {self.save_every}"
         )
+        _require(self.accumulation >= 1, f"accumulation must be at least 1, got {self.accumulation}")
         _require(bool(self.output), 'output must name a folder, got ""')
         _require(0 <= self.seed < 1 << 64, f"seed must not be negative and less than 2^64, got {self.seed}")
         _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')

@@ -9,20 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from lasp.models import LinearLlamaForCausalLM
-from lasp.train.batches import Batches
-from lasp.train.checkpoint import checkpoint_path, delete_checkpoints, load_checkpoint, save_checkpoint
+from lasp.train.checkpoint import Checkpointer, Folders, checkpoint_path, delete_checkpoints
 from lasp.train.config import TrainConfig
-from lasp.train.corpus import open_corpus
+from lasp.train.engines import start_engine
+from lasp.train.engines.engine import Engine
 from lasp.train.metrics import MetricsFile, StepMetrics, plot_loss, read_metrics
-from lasp.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lasp.train.optimizer import learning_rate
 from lasp.train.progress import TrainingProgress
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
-
-_WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+from lasp.train.source import Source
 
 
 class StepError(Exception):
@@ -48,7 +45,7 @@ class Summary:
 
 @dataclass
 class Trainer:
-    """A model, its data and its optimizer: one training step after another."""
+    """An engine and its data: one training step after another."""
 
     config: TrainConfig
     """The run's settings."""
@@ -56,39 +53,26 @@ class Trainer:
     ranks: Ranks
     """This process's place among the ranks."""
 
-    batches: Batches
+    source: Source
     """What this rank reads."""
 
-    model: LinearLlamaForCausalLM
-    """The model itself, as a checkpoint holds it."""
+    engine: Engine
+    """The model and its optimizer."""
 
-    parallel: nn.Module
-    """The same model; its backward pass also reduces the gradients over the ranks."""
-
-    optimizer: torch.optim.Optimizer
-    """Of the model's parameters."""
+    checkpoints: Checkpointer
+    """Where states are kept."""
 
     steps_done: int = 0
-    """Steps behind the state of model and optimizer."""
+    """Steps behind the state of the engine."""
 
     @classmethod
     def start(cls, run: Run, ranks: Ranks) -> "Trainer":
         """A trainer at the beginning of a run, or where its checkpoint left off."""
         config = run.config
-        model = _initial_model(run).to(ranks.device, _WEIGHT_DTYPES[config.dtype])
-        optimizer = build_optimizer(model, config.optimizer)
-        path = run.checkpoint
-        done = 0 if path is None else ranks.together(lambda: load_checkpoint(path, model, optimizer))
-        batches = Batches(
-            open_corpus(run.corpus),
-            config.data.seq_len,
-            ranks.sequence.slices(config.data.seq_len),
-            config.data.batch_size,
-            ranks.dp_rank,
-            ranks.dp_size,
-            config.seed,
-        )
-        return cls(config, ranks, batches, model.train(), ranks.parallel(model), optimizer, done)
+        engine = start_engine(run.build_model(ranks), config, ranks)
+        checkpoints = Folders(config, ranks)
+        done = 0 if run.checkpoint is None else checkpoints.load(run.checkpoint, engine)
+        return cls(config, ranks, run.open_source(ranks), engine, checkpoints, done)
 
     def step(self) -> StepMetrics:
         """Train on the next batch.
@@ -97,33 +81,24 @@ class Trainer:
         """
         config, started = self.config, time.perf_counter()
         lr = learning_rate(self.steps_done, config.steps, config.optimizer)
-        set_learning_rate(self.optimizer, lr)
         loss = self._backward()
-        # The reduced gradients are the same everywhere, and so is their norm: ranks agree without another exchange.
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        norm = self.engine.update(lr, config.optimizer.clip) if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
             raise FloatingPointError(f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}: cannot go on")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.steps_done += 1
-        tokens = config.data.batch_size * self.ranks.dp_size * config.data.seq_len
+        tokens = config.accumulation * config.data.batch_size * self.ranks.dp_size * config.data.seq_len
         return StepMetrics(self.steps_done, loss, lr, norm, tokens / (time.perf_counter() - started))
 
     def _backward(self) -> float:
-        """Gradients of the next batch; returns the loss of the whole batch, the same on every rank."""
-        device = self.ranks.device
-        batch = {name: tensor.to(device) for name, tensor in self.batches.read(self.steps_done).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            cut = self.ranks.sequence.cut(self.config.data.seq_len)
-            loss = self.parallel(**batch, cut=cut).loss
-        loss.backward()
-        return self.ranks.mean(loss.detach())
-
-    def save(self) -> None:
-        """Rank 0 writes a checkpoint, the others wait for it."""
-        if self.ranks.is_main:
-            save_checkpoint(self.config, self.steps_done, self.model, self.optimizer)
-        self.ranks.barrier()
+        """Gradients of the next batch; returns its mean loss over all targets of all ranks, the same on every rank."""
+        batches = self.source.read(self.steps_done)
+        # The mean over dp of sums over sp: divided by this, they add up to the mean over the targets of the step.
+        targets = self.ranks.total(sum(batch.targets for batch in batches)) / self.ranks.dp_size
+        losses = []
+        for number, batch in enumerate(batches):
+            inputs = {**self.ranks.place(batch), "num_items_in_batch": targets}
+            losses.append(self.engine.backward(inputs, last=number == len(batches) - 1))
+        return self.ranks.mean(torch.stack(losses).sum())
 
     def rest(self) -> Iterator[StepMetrics]:
         """Train and save until the run is over, one step per item. A ValueError of a step becomes a StepError."""
@@ -137,7 +112,7 @@ class Trainer:
                 raise StepError(f"step {self.steps_done + 1}: {told}") from error
             yield result
             if self.steps_done % every == 0 or self.steps_done == self.config.steps:
-                self.save()
+                self.checkpoints.save(self.steps_done, self.engine)
 
 
 def train(run: Run, ranks: Ranks) -> Summary:
@@ -162,10 +137,3 @@ def train(run: Run, ranks: Ranks) -> Summary:
     if ranks.is_main:
         plot_loss(read_metrics(metrics), plot)
     return Summary(losses, metrics, plot, checkpoint_path(run.config.output, run.config.steps))
-
-
-def _initial_model(run: Run) -> LinearLlamaForCausalLM:
-    """The model before its first step, the same on every rank and for every dtype."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.config.seed)
-        return LinearLlamaForCausalLM(run.model)

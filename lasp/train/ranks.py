@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel import collectives
-from lasp.parallel.data_parallel import data_parallel
 from lasp.parallel.group import SequenceGroup, init_mesh, join_world, shutdown
 from lasp.train.config import TrainConfig
+from lasp.train.source import MicroBatch
 
 T = TypeVar("T")
 
@@ -72,9 +72,17 @@ class Ranks:
         kind = self.mesh.device_type
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients summed over sp and averaged over dp by its backward pass."""
-        return data_parallel(model, self.sequence)
+    def place(self, batch: MicroBatch) -> dict[str, Any]:
+        """What a model is given of a micro-batch: its tensors where this rank computes, and its cut."""
+        tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        cut = self.sequence.cut(batch.length, cu_seqlens=batch.bounds)
+        return {**tensors, "labels": tensors["shift_labels"], "cut": cut}
+
+    def total(self, number: int) -> int:
+        """The sum of every rank's number."""
+        if self.everyone.size == 1:
+            return number
+        return int(collectives.all_reduce(torch.tensor([number]), self.everyone.control, "control").wait().item())
 
     def mean(self, value: Tensor) -> float:
         """The mean of a scalar over the data-parallel axis, the same on every rank when it is the same along sp."""

@@ -10,10 +10,16 @@ import torch
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import SequenceGroup
+from lasp.train.batches import Batches
 from lasp.train.checkpoint import check_checkpoint, checkpoint_step, find_checkpoint
 from lasp.train.config import TrainConfig
-from lasp.train.corpus import prepare_corpus
+from lasp.train.corpus import open_corpus, prepare_corpus
+from lasp.train.ranks import Ranks
+from lasp.train.source import Source
 from lasp.train.tokenizer import Tokenizer, load_tokenizer
+from lasp.wrap.parallelize import parallelize
+
+_WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,27 @@ class Run:
         everyone.agree("preparing the run", run._fingerprint() if run else {}, error).wait()
         assert run is not None  # or there was an error, and everyone has raised it
         return run
+
+    def build_model(self, ranks: Ranks) -> LinearLlamaForCausalLM:
+        """The model before its first step, the same on every rank and for every dtype, its sequences cut over sp."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            model = LinearLlamaForCausalLM(self.model)
+        return parallelize(model.to(ranks.device, _WEIGHT_DTYPES[self.config.dtype]).train(), ranks.sequence)
+
+    def open_source(self, ranks: Ranks) -> Source:
+        """What this rank reads."""
+        data = self.config.data
+        return Batches(
+            open_corpus(self.corpus),
+            data.seq_len,
+            ranks.sequence.slices(data.seq_len),
+            data.batch_size,
+            self.config.accumulation,
+            ranks.dp_rank,
+            ranks.dp_size,
+            self.config.seed,
+        )
 
     @classmethod
     def _attempt(cls, config: TrainConfig) -> tuple[Self | None, str | None]:

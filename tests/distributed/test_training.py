@@ -16,7 +16,7 @@ from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
 from lasp.train.corpus import open_corpus
 from lasp.train.loop import Trainer, train
 from lasp.train.metrics import read_metrics
-from lasp.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lasp.train.optimizer import build_optimizers, learning_rate
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 
@@ -47,13 +47,15 @@ def plain_losses(run: Run) -> list[float]:
     config, dtype = run.config, getattr(torch, run.config.dtype)
     torch.manual_seed(config.seed)
     model = LinearLlamaForCausalLM(run.model).to(dtype)
-    optimizer = build_optimizer(model, config.optimizer)
+    (optimizer,) = build_optimizers(model, config.optimizer)
     seq_len = config.data.seq_len
     batches = Batches(open_corpus(run.corpus), seq_len, [slice(0, seq_len)], batch_size=4, seed=config.seed)
     losses = []
     for step in range(config.steps):
-        set_learning_rate(optimizer, learning_rate(step, config.steps, config.optimizer))
-        loss = model(**batches.read(step)).loss
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.optimizer)
+        (batch,) = batches.read(step)
+        loss = model(**batch.tensors).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
@@ -122,6 +124,6 @@ def test_a_loss_that_is_not_finite_stops_every_rank(config, world):
     trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
     if world.rank == 1:
         with torch.no_grad():
-            trainer.model.lm_head.weight[0, 0] = torch.nan
+            trainer.engine.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="step 1: loss nan"):
         trainer.step()

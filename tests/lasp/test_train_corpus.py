@@ -148,9 +148,9 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path):
 
 def test_slices_of_all_ranks_are_the_batch_of_one_process():
     tokens = np.arange(1000, dtype=np.uint16)
-    whole = Batches(tokens, seq_len=13, slices=[slice(0, 13)], batch_size=3, seed=5).read(4)
+    whole = Batches(tokens, seq_len=13, slices=[slice(0, 13)], batch_size=3, seed=5).read(4)[0].tensors
     zigzag = [[slice(0, 4), slice(10, 13)], [slice(4, 7), slice(7, 10)]]
-    parts = [Batches(tokens, seq_len=13, slices=cut, batch_size=3, seed=5).read(4) for cut in zigzag]
+    parts = [Batches(tokens, seq_len=13, slices=cut, batch_size=3, seed=5).read(4)[0].tensors for cut in zigzag]
     order = [i for cut in zigzag for piece in cut for i in range(piece.start, piece.stop)]
     for name in ("input_ids", "shift_labels", "position_ids"):
         assert torch.equal(torch.cat([part[name] for part in parts], dim=1), whole[name][:, order])
@@ -166,7 +166,7 @@ def test_a_rank_reads_its_slices_and_one_target_each():
 
 def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
     tokens = np.zeros(10 * 8 + 1, dtype=np.uint16)
-    batches = [Batches(tokens, 8, [slice(0, 8)], 1, dp_rank, 2, seed=3) for dp_rank in range(2)]
+    batches = [Batches(tokens, 8, [slice(0, 8)], 1, dp_rank=dp_rank, dp_size=2, seed=3) for dp_rank in range(2)]
     seen = [window for step in range(10) for rank in batches for window in rank.windows(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
 from lasp.train.metrics import MetricsFile, StepMetrics, plot_loss, read_metrics
-from lasp.train.optimizer import build_optimizer, learning_rate
+from lasp.train.optimizer import build_optimizers, learning_rate
 from lasp.train.progress import TrainingProgress
 
 
@@ -63,7 +63,7 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum():
 
 def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    groups = build_optimizer(model, OptimizerConfig(weight_decay=0.1)).param_groups
+    groups = build_optimizers(model, OptimizerConfig(weight_decay=0.1))[0].param_groups
     assert [(group["weight_decay"], [p.dim() for p in group["params"]]) for group in groups] == [
         (0.1, [2]),
         (0.0, [1, 1, 1]),

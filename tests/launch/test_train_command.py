@@ -154,13 +154,13 @@ def test_a_crafted_checkpoint_is_one_line(recipe, tmp_path, capsys):
     assert main([recipe]) == 0
     path = tmp_path / "run" / "checkpoints" / "step-000004" / "training.pt"
     training = torch.load(path, weights_only=True)
-    for state in training["optimizer"]["state"].values():
+    for state in training["optimizer"].values():
         state["exp_avg"] = torch.zeros(3)
     torch.save(training, path)
     capsys.readouterr()
     assert main([recipe, "--steps=8", "--resume=latest"]) == 2
     stderr = capsys.readouterr().err
-    assert re.fullmatch(r"lasp: error: '.*training.pt' is of another model .*\n", stderr), stderr
+    assert re.fullmatch(r"lasp: error: '.*step-000004' is of another model .*\n", stderr), stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp_path, capsys):

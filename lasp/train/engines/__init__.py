@@ -1,0 +1,20 @@
+"""Engines: one file for each way in which parameters, gradients and optimizer state lie on the ranks."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lasp.train.config import TrainConfig
+from lasp.train.engines.ddp import Replicated
+from lasp.train.engines.engine import Engine
+from lasp.train.engines.fsdp2 import FullySharded
+from lasp.train.engines.zero import Zero, check_deepspeed
+from lasp.train.ranks import Ranks
+
+__all__ = ["Engine", "check_deepspeed", "start_engine"]
+
+
+def start_engine(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Engine:
+    """The engine that `config.engine` names, holding a model that is the same on every rank, and its optimizer."""
+    engines: dict[str, Callable[..., Engine]] = {"ddp": Replicated, "fsdp2": FullySharded}
+    return engines.get(config.engine, Zero)(model, config, ranks)

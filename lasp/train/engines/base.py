@@ -1,0 +1,130 @@
+"""What engines of PyTorch's own share: the optimizer is torch's, and parameters are tensors or DTensors."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lasp.parallel.gradients import clip_grad_norm_
+from lasp.train.config import TrainConfig
+from lasp.train.engines.engine import Batch, State, autocast, compare
+from lasp.train.optimizer import build_optimizers
+from lasp.train.ranks import Ranks
+
+
+class TorchEngine:
+    """Forward and backward through `module`, which reduces the gradients by itself; then the optimizers."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
+        self.reduce_dtype = None if config.reduce_dtype is None else getattr(torch, config.reduce_dtype)
+        self.module: Any = self._prepare()
+        self.optimizers = build_optimizers(model, config.optimizer)
+
+    def _prepare(self) -> nn.Module:
+        """What to call in the model's place."""
+        raise NotImplementedError
+
+    def _gathering(self, last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch: whether its gradients are reduced with those of later ones."""
+        return nullcontext()
+
+    def backward(self, batch: Batch, last: bool) -> Tensor:
+        with self._gathering(last):
+            with autocast(self.config, self.ranks):
+                loss: Tensor = self.module(**batch).loss
+            loss.backward()
+        return loss.detach()
+
+    def update(self, lr: float, max_norm: float) -> float:
+        # The reduced gradients are the same everywhere, and so is their norm: ranks agree without another exchange.
+        norm = clip_grad_norm_(self.model, max_norm).item()
+        if math.isfinite(norm):
+            self._step(lr)
+        return norm
+
+    def _step(self, lr: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        self.module.eval()
+        try:
+            with autocast(self.config, self.ranks):
+                loss: Tensor = self.module(**batch).loss
+        finally:
+            self.module.train()
+        return loss
+
+    def state(self) -> State:
+        main = self.ranks.is_main
+        weights = {name: to_cpu(value, main) for name, value in tensors_of(self.model).items()}
+        kept = {name: {key: to_cpu(value, main) for key, value in own.items()} for name, own in self._kept().items()}
+        return State(weights, kept) if main else State({}, {})
+
+    def load(self, state: State, source: str) -> None:
+        weights = tensors_of(self.model)
+        compare(source, state.weights, weights)
+        before = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        try:
+            self._make_state()
+            kept = flatten(self._kept())
+            compare(source, flatten(state.optimizer), kept)
+        except ValueError:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+            assert not any(before), "nothing was trained before"
+            raise
+        _put(state.weights, weights)
+        _put(flatten(state.optimizer), kept)
+
+    def _kept(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizers keep of each parameter."""
+        states: dict[Tensor, dict[str, Any]] = {p: s for o in self.optimizers for p, s in o.state.items()}
+        named = {name: states.get(p, {}) for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: {k: v for k, v in own.items() if isinstance(v, Tensor)} for name, own in named.items()}
+
+    def _make_state(self) -> None:
+        """Let the optimizers make what they keep: a step of rate 0 without gradients moves nothing."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+        self._step(lr=0.0)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones under their first name."""
+    named: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(named.items())}
+    return {name: value for name, value in named.items() if first[id(value)] == name}
+
+
+def to_cpu(value: Tensor, main: bool) -> Tensor:
+    """The whole of a tensor, which all ranks may have to put together, on the CPU of the main rank."""
+    whole: Tensor = value.detach()
+    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    return whole.cpu() if main else torch.empty(0)
+
+
+def flatten(kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What an optimizer keeps, in one table."""
+    return {f"{name}: {key}": value for name, own in kept.items() for key, value in own.items()}
+
+
+@torch.no_grad()
+def _put(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, each rank its part; they keep their places in memory and ties."""
+    for name, value in own.items():
+        if isinstance(value, DTensor):
+            whole = found[name].to(value.device)
+            value.copy_(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
+        else:
+            value.copy_(found[name])

@@ -1,0 +1,14 @@
+"""fsdp2: every rank holds its share of parameters, gradients and optimizer state."""
+
+from torch import nn
+
+from lasp.parallel.data_parallel import data_parallel
+from lasp.train.engines.base import TorchEngine
+
+
+class FullySharded(TorchEngine):
+    """PyTorch's `fully_shard`: parameters meet layer by layer. Each micro-batch reduces its gradients, so that no rank
+    ever holds those of the whole model."""
+
+    def _prepare(self) -> nn.Module:
+        return data_parallel(self.model, self.ranks.sequence, "fsdp2", reduce_dtype=self.reduce_dtype)

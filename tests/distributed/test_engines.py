@@ -1,0 +1,116 @@
+"""Every engine on 2 x 2 ranks, with two micro-batches a step, has the curve of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch.distributed.tensor import DTensor
+
+from lasp.parallel.group import SequenceGroup
+from lasp.train.checkpoint import Folders, checkpoint_path
+from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
+from lasp.train.engines import start_engine
+from lasp.train.loop import Trainer, train
+from lasp.train.ranks import Ranks
+from lasp.train.run import Run
+
+pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(120)]
+zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+HYBRID = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "pattern": ["gated_deltanet", "softmax"],
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def config(world: MPI.Comm, tmp_path: Path) -> TrainConfig:
+    folder = Path(world.bcast(str(tmp_path)))
+    if world.rank == 0:
+        (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 100)
+    world.barrier()
+    return TrainConfig(
+        output=str(folder / "run"),
+        device="cpu",
+        steps=10,
+        sp=2,
+        accumulation=2,
+        model=HYBRID,
+        data=DataConfig(str(folder / "text.txt"), seq_len=37, batch_size=1, cache=str(folder)),
+        optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+    )
+
+
+class Alone(Ranks):
+    """Rank 0 as the only one: what it computes, the others are told."""
+
+    is_main, dp_rank, dp_size, device = True, 0, 1, torch.device("cpu")
+
+    @classmethod
+    def make(cls, subgroups: dict[int, Any]) -> Alone:
+        group = SequenceGroup.from_group(subgroups[1])
+        return cls(None, group, group)
+
+
+def curve_of_one_process(config: TrainConfig, subgroups: dict[int, Any]) -> list[float]:
+    whole = replace(config, sp=1, accumulation=1, data=replace(config.data, batch_size=4))
+    ranks, run = Alone.make(subgroups), Run.prepare(whole)
+    engine = start_engine(run.build_model(ranks), replace(whole, engine="ddp"), ranks)
+    trainer = Trainer(whole, ranks, run.open_source(ranks), engine, Folders(whole, ranks))
+    return [trainer.step().loss for _ in range(whole.steps)]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.usefixtures("own_groups")
+def test_the_curve_is_that_of_one_process_also_after_a_resume(config, once, subgroups, engine):
+    compare_with_one_process(config, once, subgroups, engine)
+
+
+@zero
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_the_curve_of_deepspeed_is_that_of_one_process_also_after_a_resume(config, once, subgroups, engine):
+    """It keeps the process groups that it makes: they do not end with a test."""
+    compare_with_one_process(config, once, subgroups, engine)
+
+
+def compare_with_one_process(config, once, subgroups, engine):
+    expected = once(curve_of_one_process, config, subgroups)
+    config = replace(config, engine=engine, save_every=6)
+    ranks = Ranks.join(config)
+    summary = train(Run.prepare_together(config, ranks.everyone), ranks)
+    assert summary.losses == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < expected[0] - 1
+    again = replace(config, output=config.output + "-again", resume=str(checkpoint_path(config.output, 6)))
+    resumed = train(Run.prepare_together(again, ranks.everyone), ranks)
+    assert resumed.losses == pytest.approx(summary.losses[6:], rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[zero, pytest.mark.slow])])
+def test_a_rank_holds_its_share_of_parameters_and_optimizer_state(config, engine):
+    config = replace(config, engine=engine)
+    ranks = Ranks.join(config)
+    trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
+    trainer.step()
+    parameters = list(trainer.engine.model.parameters())
+    if engine == "fsdp2":
+        held = sum(parameter.to_local().numel() for parameter in parameters)
+        whole = sum(parameter.numel() for parameter in parameters)
+        kept = [value for o in trainer.engine.optimizers for state in o.state.values() for value in state.values()]
+        moments = sum(value.to_local().numel() for value in kept if isinstance(value, DTensor))
+    else:
+        held = sum(parameter.ds_tensor.numel() for parameter in parameters)
+        whole = sum(parameter.ds_numel for parameter in parameters)
+        states = trainer.engine.deepspeed.optimizer.optimizer.state.values()
+        moments = sum(value.numel() for state in states for value in state.values() if value.dim())
+    assert 0 < held < 0.27 * whole
+    assert 0 < moments < 2 * 0.27 * whole
