@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.kernels.backend import backend_report
+from lasp.memory.checkpoints import checkpoint_activations
+from lasp.memory.fused_loss import fuse_loss
+from lasp.memory.tiles import tile_mlp
 from lasp.parallel.collator import PackingCollator, ShardedCollator
 from lasp.parallel.collectives import traffic
 from lasp.parallel.cut import Cut
@@ -28,10 +31,12 @@ __all__ = [
     "ShardedCollator",
     "backend_report",
     "causal_conv1d",
+    "checkpoint_activations",
     "clip_grad_norm_",
     "cross_entropy",
     "data_parallel",
     "delta_rule",
+    "fuse_loss",
     "init_mesh",
     "linear_attention",
     "linear_cross_entropy",
@@ -41,6 +46,7 @@ __all__ = [
     "shutdown",
     "softmax_attention",
     "sync_gradients",
+    "tile_mlp",
     "token_log_probs",
     "traffic",
     "unparallelize",

@@ -85,7 +85,7 @@ def _of_another_dtype(model: nn.Module, named: dict[str, Tensor]) -> list[str]:
     """The trained parameters whose dtype is not that of most in their unit of FSDP2, each with its dtype."""
     seen: set[Tensor] = set()
     found = []
-    for module in [*_outermost_layers(model), model]:
+    for module in [*outermost_layers(model), model]:
         unit = {
             name: p for name, p in named.items() if p.requires_grad and p not in seen and p in set(module.parameters())
         }
@@ -117,7 +117,7 @@ def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: t
     device = next(model.parameters()).device.type
     # A part of the whole mesh where there is one: parameters that tensor parallelism sharded lie on another part.
     mesh = ranks.mesh or DeviceMesh.from_group(ranks.process_group, device)
-    for module in [*_outermost_layers(model), model]:
+    for module in [*outermost_layers(model), model]:
         unit = fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=dtype))
         unit.set_gradient_divide_factor(replicas)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no average, and no product before a sum
@@ -126,7 +126,7 @@ def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: t
     return model
 
 
-def _outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
+def outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The entries of module lists that are in no other list: layers, but not the experts inside them."""
     for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else _outermost_layers(child)
+        yield from child if isinstance(child, nn.ModuleList) else outermost_layers(child)

@@ -115,6 +115,18 @@ def swap(module: nn.Module, method: str, replacement: Function) -> None:
     module.__dict__.setdefault(_SWAPPED, {})[method] = replacement
 
 
+def surround(module: nn.Module, method: str, around: Function) -> None:
+    """Let this instance call `around(function, module, ...)`, where `function(module, ...)` is what it calls now.
+
+    The compiler leaves `around` alone, and compiles the function.
+    """
+    present = module.__dict__.get(method)
+    function = getattr(type(module), method) if present is None else getattr(present, "__func__", None)
+    if function is None:
+        raise ValueError(f"the {method} of {type(module).__name__} was replaced by another library")
+    swap(module, method, torch.compiler.disable(functools.partial(around, function), recursive=False))
+
+
 def replaced(module: nn.Module) -> list[str]:
     """The methods that were swapped and are others now. A decorator around ours (autocast) leaves it ours."""
     swapped = module.__dict__.get(_SWAPPED, {})

@@ -24,6 +24,8 @@ CASES = [
     *product(["LinearLlama", "qwen3_5"], KINDS),
     ("qwen3_5", "accelerate"),
     ("qwen3_5 with LoRA", "plain"),
+    *product(["LinearLlama", "qwen3_5 with LoRA"], ["fsdp2, less memory"]),
+    pytest.param("qwen3_5", "ddp, less memory", marks=pytest.mark.slow),
     *(pytest.param("bamba", kind, marks=pytest.mark.slow) for kind in KINDS),
     *(pytest.param("qwen3_5 with LoRA", kind, marks=pytest.mark.slow) for kind in KINDS[1:]),
 ]
@@ -64,6 +66,9 @@ def curve(model: nn.Module, loss_of: Callable[[Tensor], Tensor], backward: Backw
 
 def distribute(model: Any, group: lasp.SequenceGroup, kind: str) -> tuple[nn.Module, Backward]:
     """What to call in the model's place, and what to do with its loss."""
+    kind, less, _ = kind.partition(", less memory")
+    if less:
+        model = lasp.checkpoint_activations(lasp.tile_mlp(lasp.fuse_loss(model), tokens=5), offload=True)
     if kind in ("ddp", "fsdp2"):
         return lasp.data_parallel(model, group, kind), Tensor.backward
     if kind == "accelerate":
@@ -103,9 +108,9 @@ def test_has_the_curve_of_one_process(world, once, group: lasp.SequenceGroup, na
     assert losses.mean(0).tolist() == pytest.approx([loss for loss, _ in expected], abs=1e-9)
     assert [norm for _, norm in seen] == pytest.approx([norm for _, norm in expected], abs=1e-9)
     for parameter, right in zip(own.parameters(), trained, strict=True):
-        whole = parameter.full_tensor() if kind == "fsdp2" else parameter
+        whole = parameter.full_tensor() if "fsdp2" in kind else parameter
         torch.testing.assert_close(whole, right, rtol=0, atol=1e-9)
-    if kind == "fsdp2":
+    if "fsdp2" in kind:
         held = sum(parameter.to_local().numel() for parameter in own.parameters())
         assert held < 0.3 * sum(parameter.numel() for parameter in model.parameters())
 

@@ -1,0 +1,1 @@
+"""Memory outside the mixers: three levers on a model, in any combination (docs/memory.md)."""
