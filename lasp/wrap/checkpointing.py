@@ -5,7 +5,7 @@ Checkpoints call a layer's function a second time, when the model is maybe at an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -34,9 +34,9 @@ class Checkpoint:
         return self.original(within, *args, **kwargs)
 
 
-def bind_checkpoints(model: nn.Module, wiring: Wiring) -> None:
-    """Let everything in a model that checkpoints do so within the forward; a user may have switched it on since."""
-    for module in model.modules():
+def bind_checkpoints(modules: Iterable[nn.Module], wiring: Wiring) -> None:
+    """Let all modules of a model that checkpoint do so within the forward; a user may have switched it on since."""
+    for module in modules:
         for name in _NAMES:
             found = vars(module).get(name)
             if found is not None and getattr(found, "wiring", None) is not wiring:

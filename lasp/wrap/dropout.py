@@ -7,7 +7,7 @@ checkpointing brings back; 64 positions share a seed: that number, and which 64 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -92,9 +92,9 @@ def swap_randomness(module: nn.Module) -> None:
         swap(module, "forward", _with_own_noise(type(module).forward))
 
 
-def swap_joined(model: nn.Module, wiring: Wiring) -> None:
-    """Dropout that has joined the model since it was wired (LoRA)."""
-    for module in model.modules():
+def swap_joined(modules: Iterable[nn.Module], wiring: Wiring) -> None:
+    """Dropout that has joined a model since it was wired (LoRA)."""
+    for module in modules:
         if type(module) is nn.Dropout and vars(module).get(WIRING) is not wiring:
             module.__dict__[WIRING] = wiring
             swap_randomness(module)

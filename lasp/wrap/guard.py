@@ -5,44 +5,48 @@ Nothing here sends anything; the model's header tells the other ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 from lasp.wrap.attention import NAME, attention
 from lasp.wrap.model import loss
-from lasp.wrap.refusal import check_forwards, check_noise, has_own_forward, is_tokenwise, takes_group
+from lasp.wrap.refusal import check_forwards, check_noise, has_own_forward, is_tokenwise, path_to, takes_group
 from lasp.wrap.swap import is_swapped, replaced
 from lasp.wrap.wiring import WIRING, Wiring
 
 _AGAIN = "change a model before lasp.parallelize, or between lasp.unparallelize and it"
 
 
-def check_unchanged(model: Any, wiring: Wiring) -> None:
-    """Raises ValueError where a part of the model is no longer what `parallelize` made of it, or has joined since.
+def check_unchanged(model: Any, modules: Sequence[nn.Module], wiring: Wiring) -> None:
+    """Raises ValueError where one of a model's modules is no longer what `parallelize` made of it, or has joined since.
 
     What treats every token by itself may join or be exchanged: LoRA, a resized embedding.
     """
-    modules = dict(model.named_modules())
-    check_forwards(modules.values())
-    check_noise(model)
-    for path, module in modules.items():
+    check_forwards(modules)
+    check_noise(model, modules)
+    for module in modules:
         for method in replaced(module):
-            raise ValueError(f"{_named(path, method)} was replaced since lasp.parallelize; {_AGAIN}")
+            raise ValueError(f"{_named(module, model, method)} was replaced since lasp.parallelize; {_AGAIN}")
         if has_own_forward(module) and not is_swapped(module, "forward"):
-            raise ValueError(f"{_named(path, 'forward')} is not that of its class; {_AGAIN}")
+            raise ValueError(f"{_named(module, model, 'forward')} is not that of its class; {_AGAIN}")
         if vars(module).get(WIRING) is not wiring and not is_tokenwise(module):
-            raise ValueError(f"{path} ({type(module).__name__}) joined since lasp.parallelize; {_AGAIN}")
+            joined = f"{path_to(module, model)} ({type(module).__name__})"
+            raise ValueError(f"{joined} joined since lasp.parallelize; {_AGAIN}")
     if wiring.before is not None:
-        _check_attention(modules.values())
+        _check_attention(modules)
     has_loss = model is wiring.model and not takes_group(model)
     if has_loss and not is_swapped(model, "_compute_logits_and_loss"):
         _check_loss(model)
 
 
-def _named(path: str, method: str) -> str:
+def _named(module: nn.Module, model: nn.Module, method: str) -> str:
+    path = path_to(module, model)
     return f"{path}.{method}" if path else f"the model's {method}"
 
 
-def _check_attention(modules: Any) -> None:
+def _check_attention(modules: Sequence[nn.Module]) -> None:
     from transformers import AttentionInterface
 
     chosen = {id(c): c._attn_implementation for m in modules if (c := vars(m).get("config")) is not None}

@@ -27,7 +27,7 @@ from lasp.wrap.model import balance, check_loss, loss, prepare
 from lasp.wrap.refusal import check_adapters, check_model, takes_group
 from lasp.wrap.rotation import swap_rotation
 from lasp.wrap.swap import Function, calling_undecorated, calls, rebind_telling, restore, swap
-from lasp.wrap.wiring import WIRING, LayerCall, Wiring
+from lasp.wrap.wiring import WIRING, Forward, LayerCall, Wiring
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -213,16 +213,13 @@ def _swap_forward(model: Any) -> None:
     others = {"load_balancing_loss_func": balance} | ({"nn.functional.dropout": functional} if drops(original) else {})
     forward = rebind_telling(original, others, lambda module, *_: getattr(module, WIRING))
 
-    begin, end = torch.compiler.disable(prepare), torch.compiler.disable(check_loss)
+    begin, end = torch.compiler.disable(_begin), torch.compiler.disable(check_loss)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         wiring: Wiring = getattr(self, WIRING)
         if wiring.running is not None:
             return forward(self, *args, **kwargs)
-        model = self if wiring.model is None else wiring.model
-        under_way, kwargs = begin(self, partial(check_unchanged, model, wiring), wiring, args, kwargs)
-        swap_joined(model, wiring)
-        bind_checkpoints(model, wiring)
+        under_way, kwargs = begin(self, wiring, args, kwargs)
         # A layer, a hook or a user's interrupt may end it on one rank: the next header of the others tells them.
         with wiring.within(under_way), _telling(wiring.group, f"the forward of {type(self).__name__}"):
             output = forward(self, *args, **kwargs)
@@ -231,3 +228,15 @@ def _swap_forward(model: Any) -> None:
         return output
 
     swap(model, "forward", torch.compiler.disable(run, recursive=False))
+
+
+def _begin(
+    part: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Forward, dict[str, Any]]:
+    """A forward, and what it is called with, once all of the model has been looked at."""
+    model = part if wiring.model is None else wiring.model
+    modules = list(model.modules())
+    forward, kwargs = prepare(part, partial(check_unchanged, model, modules, wiring), wiring, args, kwargs)
+    swap_joined(modules, wiring)
+    bind_checkpoints(modules, wiring)
+    return forward, kwargs

@@ -34,8 +34,9 @@ def takes_group(model: Any) -> bool:
 
 def check_model(model: Any) -> None:
     """Raises ValueError where the model, a module in it or an option of it is not known to be exact."""
-    check_forwards(model.modules())
-    check_noise(model)
+    modules = list(model.modules())
+    check_forwards(modules)
+    check_noise(model, modules)
     own = [path for path, m in model.named_modules() if has_own_forward(m)]
     if own:
         raise ValueError(f"the forward of {own[0] or type(model).__name__} is not that of its class, and not known")
@@ -121,17 +122,24 @@ def _written_in(function: Any) -> str:
     return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
 
 
-def check_noise(model: Any) -> None:
+def check_noise(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Raises ValueError for noise that a rank's part would get otherwise than the whole sequence."""
-    for path, module in model.named_modules():
-        for hook in module._forward_hooks.values():
+    for module in modules:
+        own = vars(module)  # what is not there takes `getattr` long, and all of them are asked at every forward
+        for hook in own["_forward_hooks"].values():
             if getattr(hook, "__name__", "") == "neftune_post_forward_hook":
+                path = path_to(module, model)
                 raise ValueError(f"neftune_noise_alpha: the noise on {path} is scaled by the length of a rank's part")
-        if getattr(module, "layerdrop", 0):
-            raise ValueError(f"layerdrop={module.layerdrop}: every rank would leave out other layers, set it to 0")
-        variants = getattr(module, "lora_variant", {})
-        if any(type(variant).__name__.startswith("ALora") for variant in variants.values()):
+        if own.get("layerdrop"):
+            raise ValueError(f"layerdrop={own['layerdrop']}: every rank would leave out other layers, set it to 0")
+        if any(type(variant).__name__.startswith("ALora") for variant in own.get("lora_variant", {}).values()):
+            path = path_to(module, model)
             raise ValueError(f"alora_invocation_tokens: {path} looks for them in a rank's part alone")
+
+
+def path_to(module: nn.Module, model: nn.Module) -> str:
+    """Where in a model a module is, for a message; the first of its names."""
+    return next((path for path, other in model.named_modules() if other is module), "")
 
 
 def check_adapters(model: Any) -> None:
