@@ -22,6 +22,19 @@ class LogSum:
         """z after the stretch, given the one before it."""
         return torch.logaddexp(incoming, self.state)
 
+    def then(self, later: LogSum) -> LogSum:
+        """This stretch followed by `later`, as one stretch."""
+        return LogSum(later(self.state))
+
+    @property
+    def dim(self) -> int:
+        """Of a state [..., channels, 1], the one along which it may be cut into blocks."""
+        return -2
+
+    def block(self, index: int, blocks: int) -> LogSum:
+        """What the map does to one of so many blocks of a state."""
+        return LogSum(self.state.tensor_split(blocks, self.dim)[index])
+
 
 def running(x: Tensor, entering: Tensor) -> Tensor:
     """z_0 .. z_T [B, T + 1, ...] of x [B, T, ...] behind z_0 = entering [B, ...]."""

@@ -32,6 +32,19 @@ class Segment:
         """This stretch followed by `later`, as one stretch."""
         return Segment(compose(later.transfer, self.transfer), later(self.state))
 
+    @property
+    def dim(self) -> int:
+        """Of a state, the one along which it may be cut into parts that do not meet: rows where the transfer is
+        diagonal, columns where it is dense (ZeCO, arXiv:2507.01004)."""
+        return -2 if self.transfer.shape[-1] == 1 else -1
+
+    def block(self, index: int, blocks: int) -> Segment:
+        """What the map does to one of so many blocks of a state, cut along `dim`."""
+        state = self.state.tensor_split(blocks, self.dim)[index]
+        if self.dim == -1 or self.transfer.shape[-2] == 1:
+            return Segment(self.transfer, state)
+        return Segment(self.transfer.tensor_split(blocks, -2)[index], state)
+
     def adjoint(self, grad: Tensor) -> Segment:
         """The map of gradients, `dS_end -> A^T·dS_end + grad`; it runs backwards in time."""
         return Segment(transpose(self.transfer), grad)

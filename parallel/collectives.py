@@ -28,7 +28,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Record(NamedTuple):
     """One exchange as this rank saw it."""
 
-    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "all_to_all" | "ring" | "barrier"
+    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "all_to_all" | "barrier" | that of a scan or "ring"
     phase: str  # "forward" | "backward" | "gradients" | "control"
     bytes: int  # received by this rank, as a bandwidth-optimal algorithm would
     steps: int  # messages that wait for one another, over all ranks
@@ -86,12 +86,18 @@ class Pending(Generic[T]):
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
     """Start gathering equal tensors [...] into [W, ...], in order of rank."""
+    if (size := dist.get_world_size(group)) > 1:
+        record("all_gather", phase, (size - 1) * tensor.nbytes, 1)
+    return gather(tensor, group)
+
+
+def gather(tensor: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
+    """The same, where the caller counts."""
     size = dist.get_world_size(group)
     tensor = tensor.contiguous()
     if size == 1:
         return Pending([], tensor.unsqueeze(0))
     result = tensor.new_empty(size, *tensor.shape)
-    record("all_gather", phase, (size - 1) * tensor.nbytes, 1)
     # Flat on both sides: gloo wants the input's dims to match the output's.
     work = _all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)
     return Pending([work], result, sent=[tensor])
@@ -146,15 +152,14 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pend
 
 
 def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
-    """Start sending to a rank of the group. The caller counts: a ring is one exchange of many messages."""
+    """Start sending to a rank of the group. The caller counts: a scan is one exchange of many messages."""
     tensor = tensor.contiguous()
-    return Pending([dist.isend(tensor, group=group, group_dst=to, tag=tag)], tensor)
+    return Pending([dist.isend(tensor, group=group, group_dst=to, tag=tag)] if tensor.numel() else [], tensor)
 
 
-def receive(like: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
-    """Start receiving a tensor shaped like `like` from a rank of the group."""
-    buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return Pending([dist.irecv(buffer, group=group, group_src=source, tag=tag)], buffer)
+def receive(buffer: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
+    """Start receiving into a contiguous buffer from a rank of the group."""
+    return Pending([dist.irecv(buffer, group=group, group_src=source, tag=tag)] if buffer.numel() else [], buffer)
 
 
 class Message(NamedTuple):

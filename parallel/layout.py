@@ -50,6 +50,8 @@ class Link(NamedTuple):
     place: int  # among the links of its rank
     length: int
     reset: bool  # a document begins in it: nothing passes through
+    opens: bool = False  # one begins with its first token: nothing enters
+    closes: bool = False  # one ends with its last token: no gradient enters its end
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def make_plan(
                 place=links_per_rank[piece.rank],
                 length=piece.stop - piece.start,
                 reset=any(run.reset for run in found),
+                opens=found[0].reset,
+                closes=found[-1].last,
             )
         )
         links_per_rank[piece.rank] += 1

@@ -29,10 +29,11 @@ from lasp.kernels.recurrence import Recurrence
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
+from lasp.parallel.exchange import Direction, Exchange, enter_ends, enter_runs, given_back
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Affine
-from lasp.parallel.scan import SCANS, Direction, enter_ends, enter_runs, given_back
+from lasp.parallel.scan import Scan
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Call:
     recurrence: Recurrence
     plan: Callable[[], Plan]
     turn: Turn
-    scan: str
+    scan: Scan
     final: bool
 
     @property
@@ -95,8 +96,8 @@ class _CausalRecurrence(torch.autograd.Function):
                 plan = call.plan()
                 initial = _initial(plan, initial_state)
                 maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
-                ctx.scan = SCANS[call.scan](plan, call.group, trained)
-                flight = ctx.scan.start(maps, _affine(recurrence, inputs))
+                ctx.exchange = Exchange(call.scan, plan, call.group, trained)
+                flight = ctx.exchange.start(maps, _affine(recurrence, inputs))
                 inside = recurrence.inside(inputs, chain)
                 arrived, kept = flight.wait()
                 chain.enter(enter_runs(plan, arrived, initial))
@@ -117,7 +118,7 @@ class _CausalRecurrence(torch.autograd.Function):
             else:
                 adjoint = recurrence.adjoint(inputs, grad, entered)
                 maps = [_link_adjoint(link, plan, adjoint, ends) for link in plan.own_links]
-                flight = ctx.scan.start_back(maps, _affine(recurrence, inputs), kept)
+                flight = ctx.exchange.start_back(maps, _affine(recurrence, inputs), kept)
                 total = recurrence.grad_outputs(inputs, grad, entered)
                 adjoint.enter(enter_ends(plan, flight.wait().states, ends))
                 grads, starts = recurrence.grad_states(inputs, entered, adjoint, total), adjoint.leaving()
@@ -270,14 +271,14 @@ def _document_totals(call: Call, plan: Plan, own: list[Tensor], phase: str) -> l
     if call.group is None:
         return own
     one = torch.ones_like(own[0][..., :1, :1])
-    scan = SCANS[call.scan](plan, call.group, keeps=False)
+    exchange = Exchange(call.scan, plan, call.group, keeps=False)
     nothing: list[Tensor | None] = [None] * len(own)
     totals = list(own)
     ahead = [own[plan.runs_of(link)[-1]] for link in plan.own_links]
     back = [given_back(plan, link, own[plan.runs_of(link)[0]]) for link in plan.own_links]
     for reverse, states, enter in ((False, ahead, enter_runs), (True, back, enter_ends)):
         maps = [Segment(one, state) for state in states]
-        flight = scan.start(maps, Affine(lambda link: one), Direction(phase, reverse))
+        flight = exchange.start(maps, Affine(lambda link: one), Direction(phase, reverse))
         entering = enter(plan, flight.wait().states, nothing)
         totals = [total if more is None else total + more for total, more in zip(totals, entering, strict=True)]
     return totals

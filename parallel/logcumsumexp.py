@@ -15,12 +15,13 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.logcumsumexp import LogSum, ratio, running, suffix_sums
 from lasp.kernels.segment import Segment
 from lasp.parallel.call import Turn
+from lasp.parallel.exchange import Exchange, enter_ends, enter_runs, given_back
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import LogSums
-from lasp.parallel.scan import SCANS, enter_ends, enter_runs, given_back
+from lasp.parallel.scan import Scan
 
 
-def running_sums(plan: Plan, turn: Turn, scan: str, x: Tensor, initial: Tensor) -> list[Tensor]:
+def running_sums(plan: Plan, turn: Turn, scan: Scan, x: Tensor, initial: Tensor) -> list[Tensor]:
     """Of each run what enters it and what that is after each token, [B, run + 1, ...].
 
     x [B, T, ...] of this rank's tokens; initial [documents, B, ...], -inf where nothing came before.
@@ -39,7 +40,7 @@ class _LogCumSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, turn: Turn, scan: str, trained: bool, x: Tensor, initial: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: Plan, turn: Turn, scan: Scan, trained: bool, x: Tensor, initial: Tensor) -> Tensor:
         parts = [x[:, run.offset : run.offset + run.length] for run in plan.runs]
         starts: list[Tensor | None] = [initial[run.document].unsqueeze(-1) for run in plan.runs]
         arrived: list[Tensor | None] = [None] * len(plan.own_links)
@@ -47,8 +48,8 @@ class _LogCumSumExp(torch.autograd.Function):
         if turn.group is not None:
             with turn.forward():
                 maps = [_link_map(link, plan, parts, starts) for link in plan.own_links]
-                ctx.scan = SCANS[scan](plan, turn.group, trained)
-                arrived, kept = ctx.scan.start(maps, LogSums()).wait()
+                ctx.exchange = Exchange(scan, plan, turn.group, trained)
+                arrived, kept = ctx.exchange.start(maps, LogSums()).wait()
         nothing = torch.full_like(initial[0], -torch.inf)
         entering = [nothing if z is None else z.squeeze(-1) for z in enter_runs(plan, arrived, starts)]
         result = torch.cat([running(part, z) for part, z in zip(parts, entering, strict=True)], 1)
@@ -66,7 +67,7 @@ class _LogCumSumExp(torch.autograd.Function):
         if turn.group is not None:
             with turn.backward():
                 maps = [_link_adjoint(link, plan, rows, grads) for link in plan.own_links]
-                arrived = ctx.scan.start_back(maps, LogSums(), kept).wait().states
+                arrived = ctx.exchange.start_back(maps, LogSums(), kept).wait().states
             for i, later in enumerate(enter_ends(plan, arrived, [None] * len(plan.runs))):
                 if later is not None:
                     grads[i] = grads[i] + ratio(rows[i], rows[i][:, -1:]) * later.squeeze(-1).unsqueeze(1)

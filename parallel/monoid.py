@@ -9,45 +9,57 @@ where A is the derivative of its map there, its transfer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from lasp.kernels.logcumsumexp import LogSum, ratio
-from lasp.kernels.segment import Segment, transpose
+from lasp.kernels.segment import Segment, compose, transpose
 from lasp.parallel.layout import Link
-
-Sent = Mapping[Link, Sequence[Tensor]]  # what was sent of each link's map, in the order of a scan
 
 
 class Map(Protocol):
-    """What a link does to the state that enters it."""
+    """What a stretch of links does to the state that enters it."""
 
     @property
     def state(self) -> Tensor:
-        """What leaves the link where nothing enters it."""
+        """What leaves where nothing enters."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Of a state, the dim along which it may be cut into blocks that do not meet."""
         ...
 
     def __call__(self, incoming: Tensor) -> Tensor:
-        """What leaves it."""
+        """What leaves."""
+        ...
+
+    def then(self, later: Self) -> Self:
+        """This stretch and a later one, as one."""
+        ...
+
+    def block(self, index: int, blocks: int) -> Self:
+        """What it does to one of so many blocks of a state."""
         ...
 
 
 class Monoid(Protocol):
     """One kind of maps."""
 
-    def pack(self, own: Any) -> list[Tensor]:
-        """What another rank must be sent of a map, its state first."""
+    def transfer_sent(self, own: Any) -> Tensor | None:
+        """What must be sent of a map beside its state."""
         ...
 
-    def unpack(self, link: Link, parts: Sequence[Tensor]) -> Map:
-        """The map of a link that another rank packed."""
+    def unpack(self, links: Sequence[Link], state: Tensor, transfer: Tensor | None = None) -> Map:
+        """The map of consecutive links, in the order of the scan, that another rank sent; transfer: where it came."""
         ...
 
-    def transfers(self, links: Sequence[Link], sent: Sent) -> list[Tensor]:
-        """The transfers of some links, in the order of the chain; none if they need not be kept."""
+    def kept(self, own: Any, entering: Callable[[], Tensor]) -> Tensor | None:
+        """The transfer of a link that the way back will need, from its map and what enters it; None if it is known."""
         ...
 
     def adjoint(self, kept: Mapping[Link, Tensor]) -> Affine:
@@ -55,47 +67,45 @@ class Monoid(Protocol):
         ...
 
 
-def fold(sent: Sent, maps: Mapping[Link, Map]) -> Iterator[tuple[Link, Tensor | None]]:
-    """Each link with the state that enters it, None where nothing does. maps: of the links that let something pass."""
-    entering: Tensor | None = None
-    for link, (state, *_) in sent.items():
-        yield link, entering
-        entering = state if entering is None or link not in maps else maps[link](entering)
-
-
 @dataclass(frozen=True)
 class Affine:
-    """Maps `S -> A·S + U`. transfer: the A of any link through which something passes; None where A must be sent."""
+    """Maps `S -> A·S + U`. rule: the A of any link through which something passes; None where A must be sent, but for
+    those links of which it was `told`."""
 
-    transfer: Callable[[Link], Tensor] | None = None
+    rule: Callable[[Link], Tensor] | None = None
+    told: Mapping[Link, Tensor] = field(default_factory=dict)
 
-    def pack(self, own: Segment) -> list[Tensor]:
-        return [own.state, own.transfer] if self.transfer is None else [own.state]
+    def transfer_sent(self, own: Segment) -> Tensor | None:
+        return own.transfer if self.rule is None else None
 
-    def unpack(self, link: Link, parts: Sequence[Tensor]) -> Segment:
-        return Segment(parts[1] if self.transfer is None else self.transfer(link), parts[0])
+    def unpack(self, links: Sequence[Link], state: Tensor, transfer: Tensor | None = None) -> Segment:
+        if transfer is None:
+            known = map(self.rule or self.told.__getitem__, links)
+            transfer = reduce(lambda first, later: compose(later, first), known)
+        return Segment(transfer, state)
 
-    def transfers(self, links: Sequence[Link], sent: Sent) -> list[Tensor]:
-        return [sent[link][1] for link in links] if self.transfer is None else []
+    def kept(self, own: Segment, entering: Callable[[], Tensor]) -> Tensor | None:
+        return own.transfer if self.rule is None else None
 
     def adjoint(self, kept: Mapping[Link, Tensor]) -> Affine:
-        known = self.transfer or kept.__getitem__
-        return Affine(lambda link: transpose(known(link)))
+        rule = self.rule
+        back = None if rule is None else lambda link: transpose(rule(link))
+        return Affine(back, {link: transpose(transfer) for link, transfer in kept.items()})
 
 
 @dataclass(frozen=True)
 class LogSums:
     """Maps `z -> log(exp(z) + exp(u))` in every channel, of states [..., 1]."""
 
-    def pack(self, own: LogSum) -> list[Tensor]:
-        return [own.state]
+    def transfer_sent(self, own: LogSum) -> Tensor | None:
+        return None
 
-    def unpack(self, link: Link, parts: Sequence[Tensor]) -> LogSum:
-        return LogSum(parts[0])
+    def unpack(self, links: Sequence[Link], state: Tensor, transfer: Tensor | None = None) -> LogSum:
+        return LogSum(state)
 
-    def transfers(self, links: Sequence[Link], sent: Sent) -> list[Tensor]:
-        maps = {link: self.unpack(link, parts) for link, parts in sent.items() if not link.reset}
-        return [ratio(z, maps[link](z)) for link, z in fold(sent, maps) if z is not None and link in links]
+    def kept(self, own: LogSum, entering: Callable[[], Tensor]) -> Tensor | None:
+        z = entering()
+        return ratio(z, own(z))
 
     def adjoint(self, kept: Mapping[Link, Tensor]) -> Affine:
-        return Affine(kept.__getitem__)
+        return Affine(None, kept)

@@ -1,203 +1,159 @@
-"""Exclusive scans of maps over ranks: how a rank learns the state that enters each of its links.
+"""Scans over ranks: how every rank learns the state that enters its links. Each is a schedule of messages, integers.
 
-    gather  every rank gathers all maps and folds those before its own: one message (LASP-2, arXiv:2502.07563)
-    ring    the folded state travels from link to link: one hop each (LASP-1, arXiv:2404.02882)
+    gather     every rank gathers all maps, and folds those before its own (LASP-2, arXiv:2502.07563)
+    ring       the folded state hops from link to link (LASP-1, arXiv:2404.02882)
+    pipeline   the same in blocks, one behind the other (All-Scan of ZeCO, arXiv:2507.01004)
+    doubling   maps of 1, 2, 4, ... links, over distances of as many (Hillis and Steele, 1986)
 
-A scan is started as soon as a rank knows its own maps, runs while the rank computes, and is awaited. In reverse it
-carries gradients from the last link to the first. Maps are those of whole links, of which kind the `Monoid` tells; the
-makers of maps know runs. Where a document begins in a link (`link.reset`) nothing passes through it, whatever its map.
+A scan says which stretch of links every message speaks of; how the sender puts it together of what it knows by then,
+and the receiver what enters its links, is the executor's work (`exchange.py`). The same schedule function serves
+gradients, which meet the links in reverse. What a scan costs is in docs/architecture.md.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from lasp.kernels.arguments import check_choice
-from lasp.kernels.segment import Segment
-from lasp.parallel import collectives
-from lasp.parallel.group import SequenceGroup
-from lasp.parallel.layout import Link, Plan
-from lasp.parallel.monoid import Map, Monoid, fold
+from lasp.parallel.remembered import remembered
+from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 
 
 @dataclass(frozen=True)
-class Direction:
-    """Which way a scan runs, and under which phase it is counted."""
-
-    phase: str
-    reverse: bool
-
-    def links(self, plan: Plan) -> tuple[Link, ...]:
-        """All links in the order in which the scan meets them."""
-        return plan.links[::-1] if self.reverse else plan.links
-
-
-FORWARD = Direction("forward", reverse=False)
-BACKWARD = Direction("backward", reverse=True)
-
-
-class Arrival(NamedTuple):
-    """What a scan ends with.
-
-    states: what enters each of this rank's links, by place; None where nothing does. kept: what the scan needs on its
-    way back and nobody sends again, for autograd to save.
-    """
-
-    states: list[Tensor | None]
-    kept: Tensor | None = None
-
-
-class Flight:
-    """A scan in flight: whatever its steps do ahead of their first `yield` is done when it is made."""
-
-    def __init__(self, steps: Generator[None, None, Arrival]) -> None:
-        self._arrival: Arrival | None = None
-        self._steps = self._run(steps)
-        next(self._steps, None)
-
-    def wait(self) -> Arrival:
-        """Take the remaining steps."""
-        for _ in self._steps:
-            pass
-        assert self._arrival is not None, "steps end with an arrival"
-        return self._arrival
-
-    def _run(self, steps: Generator[None, None, Arrival]) -> Generator[None, None, None]:
-        self._arrival = yield from steps
-
-
 class Scan(ABC):
-    """How the ranks of one call share their maps, on the way there and on the way back. It holds no tensors.
+    """How the ranks of a call share their maps: a value, with the options of its kind. It holds no tensors.
 
-    keeps: whether there will be a way back.
+    op: under which name the ledger counts it. remembers: whether the way back relies on transfers that the same scan
+    forward has told, which autograd then saves.
     """
 
-    def __init__(self, plan: Plan, group: SequenceGroup, keeps: bool) -> None:
-        self.plan, self.group, self.keeps = plan, group, keeps
+    name: ClassVar[str]
 
-    def start(self, maps: Sequence[Map], monoid: Monoid, direction: Direction = FORWARD) -> Flight:
-        """Start a scan over the maps of this rank's links, by place."""
-        return Flight(self.steps(maps, monoid, direction))
+    @property
+    def op(self) -> str:
+        return self.name
 
-    def start_back(self, maps: Sequence[Segment], monoid: Monoid, kept: Tensor | None) -> Flight:
-        """Start the reverse scan over the maps of gradients, after one over maps of the given kind that `kept` this."""
-        transfers = {} if kept is None else dict(zip(later_links(self.plan), kept, strict=True))
-        return Flight(self.steps(maps, monoid.adjoint(transfers), BACKWARD))
+    @property
+    def remembers(self) -> bool:
+        return False
 
     @abstractmethod
-    def steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction) -> Generator[None, None, Arrival]:
-        """Exchange, with a `yield` wherever this rank waits for others and had better compute."""
+    def messages(self, links: Links) -> Iterable[Message]:
+        """What is sent. A message from a rank to itself goes without saying."""
+
+    def fitted(self, links: Links, sizes: Sizes) -> Scan:
+        """With every option that follows from the links and the bytes; the same on every rank."""
+        return self
+
+    def schedule(self, links: Links) -> Schedule:
+        """The messages that travel."""
+        return _schedule(self, links)
+
+    def __str__(self) -> str:
+        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        options = ", ".join(f"{name}={value}" for name, value in given if value is not None)
+        return f"{self.name}({options})" if options else self.name
 
 
+@remembered
+def _schedule(scan: Scan, links: Links) -> Schedule:
+    return Schedule.of(links, scan.messages(links))
+
+
+@dataclass(frozen=True)
 class Gather(Scan):
-    """One all-gather of what there is to send of all maps. Transfers are sent forward only, and those of later links
-    kept."""
+    """One all-gather of all links' maps. Transfers are sent forward only; each rank keeps those of later links."""
 
-    def steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction) -> Generator[None, None, Arrival]:
-        packed = [monoid.pack(own) for own in maps]
-        message = torch.cat([part.flatten() for parts in packed for part in parts])
-        pending = collectives.all_gather(message, self.group.process_group, direction.phase)
-        yield
-        rank, shapes = self.plan.rank, [part.shape for part in packed[0]]
-        rows = pending.wait().unflatten(1, (len(maps), message.numel() // len(maps)))
-        sent = {link: _split(rows[link.rank, link.place], shapes) for link in direction.links(self.plan)}
-        passed = {
-            link: maps[link.place] if link.rank == rank else monoid.unpack(link, sent[link])
-            for link in passed_links(self.plan, direction)
-        }
-        entering = {link.place: state for link, state in fold(sent, passed) if link.rank == rank}
-        states = [entering[place] for place in range(len(maps))]
-        if not self.keeps or direction.reverse:
-            return Arrival(states)
-        transfers = monoid.transfers(later_links(self.plan), sent)
-        return Arrival(states, torch.stack(transfers) if transfers else None)  # copied: views would keep all messages
+    name = "gather"
+
+    @property
+    def op(self) -> str:
+        return "all_gather"
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def messages(self, links: Links) -> Iterator[Message]:
+        owners = links.ranks
+        if any(links.asks(i) and {*owners[links.starts[i] : i]} != {owners[i]} for i in range(len(owners))):
+            for i, rank in enumerate(owners):
+                yield Message(0, rank, EVERYONE, i, i + 1, maps=True)
 
 
+@dataclass(frozen=True)
 class Ring(Scan):
-    """The folded state hops from the owner of a link to the owner of the next. Transfers never travel."""
+    """What enters a link hops from the one before it: states alone, one link after the other."""
 
-    def steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction) -> Generator[None, None, Arrival]:
-        chain, ranks = direction.links(self.plan), self.group.process_group
-        hops = [(before, link) for before, link in pairwise(chain) if before.rank != link.rank]
-        source = {link: before.rank for before, link in hops if link.rank == self.plan.rank}
-        following = dict(pairwise(chain))
-        collectives.record("ring", direction.phase, sum(maps[link.place].state.nbytes for link in source), len(hops))
-        states: list[Tensor | None] = [None] * len(maps)
-        here: Tensor | None = None  # what left this rank's previous link, if the next one is here too
-        leaving: list[collectives.Pending[Tensor]] = []
-        for link in chain:
-            if link.rank != self.plan.rank:
-                continue
-            own, after = maps[link.place], following.get(link)
-            if link in source:  # no earlier: on NCCL a posted receive holds up the sends to the same rank
-                arriving = collectives.receive(own.state, source[link], ranks, link.order)
-                yield
-                here = arriving.wait()
-            states[link.place] = here
-            if after is None:
-                break
-            here = own.state if link.reset or here is None else own(here)
-            if after.rank != link.rank:
-                leaving.append(collectives.send(here, after.rank, ranks, after.order))
-        yield
-        for message in leaving:
-            message.wait()
-        return Arrival(states)
+    name = "ring"
+
+    def messages(self, links: Links) -> Iterator[Message]:
+        return _hops(links, 1)
 
 
-SCANS: dict[str, type[Scan]] = {"gather": Gather, "ring": Ring}
-ScanName = Literal["auto", "gather", "ring"]  # what editors complete
+@dataclass(frozen=True)
+class Pipeline(Scan):
+    """The ring in blocks, each of which is sent on when it has come. blocks: how many; by `fitted` if None.
+
+    A block holds rows of the state where transfers are diagonal, and columns where they are dense, so that no two
+    blocks have to meet.
+    """
+
+    name = "pipeline"
+    blocks: int | None = None
+
+    def fitted(self, links: Links, sizes: Sizes) -> Pipeline:
+        """As many as make the last block arrive first, where a message costs as much as 256 KiB of its bytes."""
+        hops = Ring().schedule(links).steps
+        best = round(math.sqrt(max(hops - 1, 0) * sizes.state / 2**18)) if self.blocks is None else self.blocks
+        return Pipeline(max(1, min(best, sizes.rows)))
+
+    def messages(self, links: Links) -> Iterator[Message]:
+        return _hops(links, self.blocks or 1)
 
 
-def check_scan(name: str) -> str:
-    """The scan that `name` stands for; ValueError when there is none."""
-    check_choice("scan", name, ("auto", *SCANS))
-    return "gather" if name == "auto" else name
+def _hops(links: Links, blocks: int) -> Iterator[Message]:
+    """What enters each link, from the owner of the one before: a hop waits for the one before it, block by block."""
+    hop = 0
+    for link in range(1, len(links.ranks)):
+        start, source, target = links.starts[link], links.ranks[link - 1], links.ranks[link]
+        if start == link - 1:
+            hop = 0
+        if links.asks(link):
+            for block in range(blocks):
+                yield Message(hop + block, source, target, start, link, block=block, blocks=blocks)
+            hop += source != target
 
 
-def passed_links(plan: Plan, direction: Direction) -> list[Link]:
-    """The links through which something passes on its way to this rank, from the last one that a scan meets."""
-    found, wanted = [], False
-    for link in reversed(direction.links(plan)[1:]):
-        if wanted and not link.reset:
-            found.append(link)
-        wanted = link.rank == plan.rank or (wanted and not link.reset)
-    return found
+@dataclass(frozen=True)
+class Doubling(Scan):
+    """In every step a link is told of twice as many links before it as in the last: log2 of the links in all."""
+
+    name = "doubling"
+
+    def messages(self, links: Links) -> Iterator[Message]:
+        step, reach = 0, 1
+        while reach < len(links.ranks):
+            for link in range(reach, len(links.ranks)):
+                source, start = link - reach, links.starts[link]
+                if links.asks(link) and start <= source:
+                    first = max(start, source + 1 - reach)
+                    maps = not links.is_state(first, source + 1)
+                    yield Message(step, links.ranks[source], links.ranks[link], first, source + 1, maps)
+            step, reach = step + 1, 2 * reach
 
 
-def later_links(plan: Plan) -> list[Link]:
-    """The links of other ranks through which gradients come to this one, in order: what a scan keeps transfers of."""
-    return [link for link in passed_links(plan, BACKWARD) if link.rank != plan.rank]
+SCANS: dict[str, type[Scan]] = {scan.name: scan for scan in (Gather, Ring, Doubling, Pipeline)}
+ScanName = Literal["auto", "gather", "ring", "doubling", "pipeline"]  # what editors complete
 
 
-def _split(row: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = row.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-# From links to runs -------------------------------------------------------------------------------------------------
-
-
-def enter_runs(plan: Plan, links: list[Tensor | None], initial: list[Tensor | None]) -> list[Tensor | None]:
-    """What enters each run: `initial` where its document begins, or else what enters its link."""
-    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
-    return [initial[i] if run.reset else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
-
-
-def enter_ends(plan: Plan, links: list[Tensor | None], ends: list[Tensor | None]) -> list[Tensor | None]:
-    """What enters each run's end, backwards: `ends` where its document ends, or else what enters its link's end."""
-    by_link = {(link.chain, link.order): links[link.place] for link in plan.own_links}
-    return [ends[i] if run.last else by_link[run.chain, run.order] for i, run in enumerate(plan.runs)]
-
-
-def given_back(plan: Plan, link: Link, grad: Tensor) -> Tensor:
-    """The gradient of what enters one of this rank's links, given that of what enters its first run: nothing where a
-    document begins with it, in which the links before have no part."""
-    return torch.zeros_like(grad) if plan.runs[plan.runs_of(link)[0]].reset else grad
+def check_scan(scan: str | Scan) -> Scan:
+    """The scan that a name stands for; ValueError where there is none."""
+    if isinstance(scan, Scan):
+        return scan
+    check_choice("scan", scan, ("auto", *SCANS))
+    return Gather() if scan == "auto" else SCANS[scan]()

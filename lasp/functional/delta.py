@@ -31,7 +31,7 @@ from lasp.parallel.call import Arguments, begin_call, together
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, causal_recurrence
-from lasp.parallel.scan import ScanName, check_scan
+from lasp.parallel.scan import Scan, ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
@@ -82,7 +82,7 @@ def delta_rule(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
     cut: Cut | None = None,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
     backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def delta_rule(
     `S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t))·S_{t-1} + beta_t k_t v_t^T` and `o_t = scale·S_t^T q_t`. No
     decay is DeltaNet (arXiv:2406.06484), one per token Gated DeltaNet (arXiv:2412.06464), one per channel Kimi Delta
     Attention (arXiv:2510.26692). Over a group only states cross between ranks, and with "gather" in the forward pass
-    also the dense [K, K] maps of the ranks' stretches.
+    (with "doubling" in both) also the dense [K, K] maps of the ranks' stretches.
 
     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], of one dtype. beta [B, T, H] in [0, 2]; beyond 1 it turns what
     the key held around (arXiv:2411.12537). log_decay: None, [B, T, H] or [B, T, H, K], in nats per token, all <= 0.
@@ -154,7 +154,7 @@ def delta_product(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
     cut: Cut | None = None,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
     backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -199,7 +199,7 @@ class _Options(NamedTuple):
     cu_seqlens: Tensor | Sequence[int] | None
     group: SequenceGroup | None
     cut: Cut | None
-    scan: ScanName
+    scan: ScanName | Scan
     backend: Backend
     chunk_size: int | None
 

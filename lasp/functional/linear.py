@@ -30,7 +30,7 @@ from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.linear import Call, bidirectional_recurrence, causal_recurrence
-from lasp.parallel.scan import ScanName, check_scan
+from lasp.parallel.scan import Scan, ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
@@ -81,7 +81,7 @@ def linear_attention(
     causal: bool = True,
     group: SequenceGroup | None = None,
     cut: Cut | None = None,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
     backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -98,7 +98,8 @@ def linear_attention(
     scale: of the queries, K**-0.5 by default. initial_state: [B, H, K, V], with cu_seqlens [documents, H, K, V].
     cu_seqlens: bounds of packed documents [documents + 1], for B = 1. cut: that of the batch (`lasp.shard_batch`), in
     the place of group and cu_seqlens; only data is exchanged then. causal=False: every token reads its whole document;
-    no decay. scan: "auto", "gather" (LASP-2) or "ring" (LASP-1). backend: "torch", "triton", "fla" (both on a GPU, fp32
+    no decay. scan: "auto" or one of `lasp.parallel.scan`: "gather" (LASP-2), "ring" (LASP-1), "doubling",
+    "pipeline" (ZeCO), or a `Scan` with options. backend: "torch", "triton", "fla" (both on a GPU, fp32
     and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of
     flash-linear-attention's 64.
 

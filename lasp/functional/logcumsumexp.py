@@ -17,7 +17,7 @@ from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.halo import Halo, share_ends
 from lasp.parallel.logcumsumexp import running_sums
-from lasp.parallel.scan import ScanName, check_scan
+from lasp.parallel.scan import Scan, ScanName, check_scan
 from lasp.parallel.untraced import untraced
 
 
@@ -58,7 +58,7 @@ def logcumsumexp(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
     cut: Cut | None = None,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Running log-sum-exp over the tokens of a document, `z_t = logaddexp(z_{t-1}, x_t)`, behind z_0 = initial_state.
 
@@ -76,7 +76,7 @@ def logcumsumexp(
     """
 
     def check() -> Arguments:
-        options = {"exclusive": exclusive, "final_state": output_final_state, "scan": check_scan(scan)}
+        options = {"exclusive": exclusive, "final_state": output_final_state, "scan": str(check_scan(scan))}
         return _check(x, initial_state, lambda: check_documents(x, cu_seqlens, cut), options)
 
     turn, packed = begin_call(group, "logcumsumexp", check, cut), is_packed(cu_seqlens, cut)

@@ -16,7 +16,7 @@ from lasp.parallel import softmax
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.parameters import outline
-from lasp.parallel.scan import ScanName, check_scan
+from lasp.parallel.scan import Scan, ScanName, check_scan
 from lasp.wrap.attention import NAME, attention, describe_mask
 from lasp.wrap.checkpointing import bind_checkpoints, release_checkpoints
 from lasp.wrap.dropout import drops, functional, swap_joined, swap_randomness
@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
-    model: Model, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: ScanName = "auto"
+    model: Model, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: ScanName | Scan = "auto"
 ) -> Model:
     """Make a model take this rank's part of every sequence (`lasp.shard_batch`); in place, this instance only.
 
@@ -53,7 +53,7 @@ def parallelize(
         check_choice("attention", attention, softmax.METHODS)
         check_model(target)
         check_adapters(model)
-        return Arguments({"model": outline(target), "attention": attention, "scan": scan}, 1)
+        return Arguments({"model": outline(target), "attention": attention, "scan": str(scan)}, 1)
 
     begin_call(group, "parallelize", check)()
     if takes_group(target):
@@ -89,7 +89,7 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, scan: str) -> None:
+def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, scan: str | Scan) -> None:
     """`parallelize` for a foreign model that is known."""
     family = family_of(model)
     assert family is not None, "checked"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.scan import Scan
 from lasp.parallel.softmax import Method
 from lasp.wrap.family import Family
 
@@ -51,7 +52,7 @@ class Wiring:
         self,
         group: SequenceGroup | None,
         method: Method,
-        scan: str,
+        scan: str | Scan,
         before: str | None,
         model: nn.Module | None = None,
         family: Family | None = None,

@@ -10,8 +10,9 @@ import torch
 from mpi4py import MPI
 
 import lasp
-from lasp.parallel.scan import SCANS, Flight
-from tests.distributed.cutting import CASES, DOCUMENTS, case, cut_problem, even_lengths, solve_cut
+from lasp.parallel.exchange import Flight
+from lasp.parallel.scan import SCANS
+from tests.distributed.cutting import DOCUMENTS, SCANNED, case, cut_problem, even_lengths, solve_cut
 from tests.oracle import assert_close, make_problem
 
 pytestmark = pytest.mark.mpi
@@ -19,9 +20,8 @@ pytestmark = pytest.mark.mpi
 DECAYS = ("none", "token", "channel")
 
 
-@pytest.mark.parametrize(("size", "lengths"), CASES)
+@pytest.mark.parametrize(("scan", "size", "lengths"), SCANNED)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan: str, cu_seqlens) -> None:
     if (group := group_of(size)) is None:
@@ -74,7 +74,8 @@ TRANSFER = 2 * 2 * 6 * 6 * 8
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("scan", SCANS)
-def test_only_the_gather_sends_transfers_and_only_forward(group_of, size: int, scan: str) -> None:
+def test_which_scans_send_transfers(group_of, size: int, scan: str) -> None:
+    """The gather does forward, doubling of what is no state yet both ways; a dense A never travels otherwise."""
     if (group := group_of(size)) is None:
         return
     problem = make_problem("token", 36, initial=False, beta=2.0)
@@ -87,10 +88,14 @@ def test_only_the_gather_sends_transfers_and_only_forward(group_of, size: int, s
     if scan == "gather":
         assert ledger.of("forward") == [("all_gather", "forward", (size - 1) * (STATE + TRANSFER), 1)]
         assert ledger.of("backward") == [("all_gather", "backward", (size - 1) * STATE, 1)]
-    else:
-        first, last = group.rank == 0, group.rank == size - 1
-        assert ledger.of("forward") == [("ring", "forward", 0 if first else STATE, size - 1)]
-        assert ledger.of("backward") == [("ring", "backward", 0 if last else STATE, size - 1)]
+        return
+    for phase, rank in (("forward", group.rank), ("backward", size - 1 - group.rank)):
+        received = STATE * (rank > 0)
+        if scan == "doubling":  # in two steps [0, 1), and of ranks 2 and 3 a map and a state
+            received = [0, STATE, 2 * STATE + TRANSFER, 2 * STATE + TRANSFER][rank]
+        (record,) = ledger.of(phase)
+        assert record[:3] == (scan, phase, received)
+        assert record.steps == (size.bit_length() - 1 if scan == "doubling" else size - 1)
 
 
 def saved(call: Callable[[], torch.Tensor]) -> tuple[list[tuple[int, ...]], torch.Tensor]:

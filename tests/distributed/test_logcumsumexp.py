@@ -31,8 +31,7 @@ def case(**options: Any) -> tuple[SumProblem, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(("size", "layout", "lengths"), CASES)
 @pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("exclusive", [False, True])
-@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize(("exclusive", "initial"), [(False, True), (True, False)])
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 def test_parity(
     group_of, size: int, layout: str, lengths: tuple[int, ...], scan: str, exclusive: bool, initial: bool, cu_seqlens

@@ -1,91 +1,53 @@
-"""Scans over ranks that are threads, against the fold of all maps; which scans there are, and what reaches a rank."""
+"""Scans over ranks that are threads, against the fold of all maps; which there are, and what their schedules say."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
-from queue import Queue
-from threading import Barrier
-from types import SimpleNamespace
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+import lasp
 from lasp.kernels.logcumsumexp import LogSum
 from lasp.kernels.segment import Segment
-from lasp.parallel import collectives
-from lasp.parallel.collectives import Pending
-from lasp.parallel.layout import Link, Plan
+from lasp.parallel.exchange import Exchange
+from lasp.parallel.layout import Link, Plan, make_plan
 from lasp.parallel.monoid import Affine, LogSums
-from lasp.parallel.scan import BACKWARD, FORWARD, SCANS, Scan, ScanName, check_scan, later_links, passed_links
-
-T = TypeVar("T")
+from lasp.parallel.scan import SCANS, Doubling, Gather, Pipeline, Ring, Scan, ScanName, check_scan
+from lasp.parallel.schedule import EVERYONE, Links, Message, Sizes
+from tests.simulated import run
 
 CONTIGUOUS, ZIGZAG = (0, 1, 2, 3), (0, 1, 2, 2, 1, 0)
 SHAPES = {"per head": (2, 1, 1), "per channel": (2, 4, 1), "dense": (2, 4, 4)}
+# Every scan as its name gives it, and with options.
+ALL = [*(kind() for kind in SCANS.values()), Pipeline(3), Pipeline(7)]
 
 
-def plan_of(owners: tuple[int, ...], resets: tuple[bool, ...], rank: int) -> Plan:
-    """Links of 5 tokens, whose owners and resets are given in their order."""
+def plan_of(
+    owners: tuple[int, ...], resets: tuple[bool, ...], rank: int, at_start: tuple[bool, ...] | None = None
+) -> Plan:
+    """Links of 5 tokens, whose owners are given in their order. Documents begin in those that are `resets`, and with
+    the first token of those that are `at_start`."""
+    opens = (False,) * len(owners) if at_start is None else at_start
     links = [
-        Link(0, order, owner, owners[:order].count(owner), 5, reset)
-        for order, (owner, reset) in enumerate(zip(owners, resets, strict=True))
+        Link(0, i, owner, owners[:i].count(owner), 5, resets[i] or opens[i], opens[i], (*opens, False)[i + 1])
+        for i, owner in enumerate(owners)
     ]
-    return Plan(rank, (), tuple(links), 1 + sum(resets))
+    return Plan(rank, (), tuple(links), 1 + sum(resets) + sum(opens))
 
 
-class Wires:
-    """What the ranks, each of them a thread, hand to one another."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier, self.rows = Barrier(ranks, timeout=20), [torch.empty(0)] * ranks
-        self.messages: dict[Any, Queue[Tensor]] = defaultdict(Queue)
-
-    def all_gather(self, tensor: Tensor, rank: int) -> Tensor:
-        self.rows[rank] = tensor
-        self.barrier.wait()
-        rows = torch.stack(self.rows)
-        self.barrier.wait()
-        return rows
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[int, Any], T]], list[T]]:
-    """Run a function of a rank and its group on so many ranks."""
-
-    def run(ranks: int, function: Callable[[int, Any], T]) -> list[T]:
-        wires = Wires(ranks)
-
-        def receive(like: Tensor, source: int, rank: int, tag: int) -> Pending[Tensor]:
-            result = torch.empty_like(like)
-            arrive = lambda: result.copy_(wires.messages[source, rank, tag].get(timeout=20))  # noqa: E731
-            return Pending([SimpleNamespace(wait=arrive)], result)
-
-        def send(tensor: Tensor, to: int, rank: int, tag: int) -> Pending[Tensor]:
-            wires.messages[rank, to, tag].put(tensor.clone())
-            return Pending([], tensor)
-
-        def all_gather(tensor: Tensor, rank: int, phase: str) -> Pending[Tensor]:
-            return Pending([], wires.all_gather(tensor, rank))
-
-        for fake in (receive, send, all_gather):
-            monkeypatch.setattr(collectives, fake.__name__, fake)
-        with ThreadPoolExecutor(ranks) as pool:
-            groups = [SimpleNamespace(process_group=rank) for rank in range(ranks)]
-            return list(pool.map(function, range(ranks), groups))
-
-    return run
-
-
-def folded(maps: list[Any], resets: tuple[bool, ...]) -> list[Tensor | None]:
-    """What enters each link."""
-    states: list[Tensor | None] = [None]
-    for own, reset in zip(maps[:-1], resets[:-1], strict=True):
-        states.append(own.state if reset or states[-1] is None else own(states[-1]))
+def folded(maps: list[Any], closed: Iterable[bool], fresh: Iterable[bool]) -> list[Tensor | None]:
+    """What enters each link that has a use for it."""
+    states: list[Tensor | None] = []
+    state: Tensor | None = None
+    for own, is_closed, is_fresh in zip(maps, closed, fresh, strict=True):
+        states.append(None if is_fresh else state)
+        state = own.state if is_closed or state is None else own(state)
     return states
 
 
@@ -96,72 +58,164 @@ def close(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", ALL, ids=str)
 @pytest.mark.parametrize("owners", [(0, 1), CONTIGUOUS, ZIGZAG, tuple(range(9))], ids=str)
 @pytest.mark.parametrize("kind", [*SHAPES, "known", "log sums"])
-def test_both_ways(run: Any, scan: str, owners: tuple[int, ...], kind: str) -> None:
-    """Where a document begins nobody reads a transfer, NaN here; sums have the derivatives of their maps."""
+def test_both_ways(scan: Scan, owners: tuple[int, ...], kind: str) -> None:
+    """Where a document begins nobody reads a transfer, NaN here; sums have the derivatives of their maps. What crosses
+    is what the schedule says."""
     rng = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        resets = tuple((torch.rand(len(owners), generator=rng) < 0.3).tolist())
+    for turn in range(4):
+        resets, opens = (tuple((torch.rand(len(owners), generator=rng) < 0.1 * turn).tolist()) for _ in range(2))
+        plans = [plan_of(owners, resets, rank, opens) for rank in range(max(owners) + 1)]
+        there, back = (Links.of(plans[0], len(plans), reverse) for reverse in (False, True))
         shape = SHAPES.get(kind, (2, 4, 1))
         states, grads = torch.randn(2, len(owners), 2, 4, 1 if kind == "log sums" else 3, generator=rng).double()
         transfers = torch.rand(len(owners), *shape, generator=rng).double()
-        transfers[list(resets)] = torch.nan
+        transfers[list(there.closed)] = torch.nan
         maps: list[Any] = [Segment(a, u) for a, u in zip(transfers, states, strict=True)]
         monoid: Any = Affine((lambda link, a=transfers: a[link.order]) if kind == "known" else None)
         if kind == "log sums":
             maps, monoid = [LogSum(u) for u in states], LogSums()
-        entering = folded(maps, resets)
+        entering = folded(maps, there.closed, there.fresh)
         if kind == "log sums":
             ratios = [None if z is None else (z - own(z)).exp() for z, own in zip(entering, maps, strict=True)]
             transfers = torch.stack([torch.full((2, 4, 1), torch.nan).double() if r is None else r for r in ratios])
-        back = [Segment(a if kind != "dense" else a.mT, u) for a, u in zip(transfers, grads, strict=True)]
-        backwards = folded(back[::-1], resets[::-1])[::-1]
+        returned = [Segment(a if kind != "dense" else a.mT, u) for a, u in zip(transfers, grads, strict=True)]
+        leaving = folded(returned[::-1], back.closed, back.fresh)[::-1]
 
-        def both(rank: int, group: Any, given: Any = (resets, maps, monoid, back)) -> Any:
-            resets, maps, monoid, back = given
-            plan = plan_of(owners, resets, rank)
-            own, there = [link.order for link in plan.own_links], SCANS[scan](plan, group, keeps=True)
-            arrived, kept = there.start([maps[i] for i in own], monoid).wait()
-            again = there.start_back([back[i] for i in own], monoid, kept).wait()
+        def both(group: lasp.SequenceGroup, given: Any = (plans, maps, monoid, returned)) -> Any:
+            plans, maps, monoid, returned = given
+            own = [link.order for link in plans[group.rank].own_links]
+            exchange = Exchange(scan, plans[group.rank], group, keeps=True)
+            arrived, kept = exchange.start([maps[i] for i in own], monoid).wait()
+            again = exchange.start_back([returned[i] for i in own], monoid, kept).wait()
             return own, arrived, again.states
 
-        for own, arrived, returned in run(max(owners) + 1, both):
+        for own, arrived, again in run(len(plans), both):
             close(arrived, [entering[i] for i in own])
-            close(returned, [backwards[i] for i in own])
+            close(again, [leaving[i] for i in own])
+
+
+# Schedules ----------------------------------------------------------------------------------------------------------
+
+SIZES = Sizes(state=1000, transfer=10, rows=10)
+
+
+def links_of(owners: tuple[int, ...], *resets: int, opens: tuple[int, ...] = (), reverse: bool = False) -> Links:
+    where = [tuple(i in marked for i in range(len(owners))) for marked in (resets, opens)]
+    return Links.of(plan_of(owners, where[0], 0, where[1]), max(owners) + 1, reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 13, 64])
+def test_what_each_scan_costs(ranks: int, reverse: bool) -> None:
+    """Of a rank in the middle of one long document, the formulas of docs/architecture.md."""
+    links, rank = links_of(tuple(range(ranks)), reverse=reverse), 0 if reverse else ranks - 1
+    whole = {scan: SCANS[scan]().schedule(links) for scan in SCANS}
+    log2 = math.ceil(math.log2(ranks))
+    assert (whole["gather"].steps, whole["gather"].received(rank, SIZES)) == (1, (ranks - 1) * 1010)
+    assert (whole["ring"].steps, whole["ring"].received(rank, SIZES)) == (ranks - 1, 1000)
+    piped = Pipeline(5).schedule(links)
+    assert (piped.steps, piped.received(rank, SIZES)) == (ranks - 1 + 5 - 1, 1000)
+    first_is_a_state = 2 ** (log2 - 1) == ranks - 1  # then what comes last begins with the chain
+    assert whole["doubling"].steps == log2
+    assert whole["doubling"].received(rank, SIZES) == log2 * 1010 - 10 * (first_is_a_state or ranks > 1)
+
+
+@pytest.mark.parametrize("scan", ALL, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_documents_cut_schedules(scan: Scan, reverse: bool) -> None:
+    """Two pairs of ranks, between which a document begins: none has a word for the other pair, but in collectives."""
+    schedule = scan.schedule(links_of(CONTIGUOUS, opens=(2,), reverse=reverse))
+    pairs = {(m.source // 2, m.target // 2) for m in schedule.messages if m.target != EVERYONE}
+    assert pairs <= {(0, 0), (1, 1)}
+    assert schedule.steps == {"pipeline": scan.blocks or 1}.get(scan.name, 1) if scan.name == "pipeline" else 1
+    nothing = scan.schedule(links_of(CONTIGUOUS, opens=(0, 1, 2, 3), reverse=reverse))
+    assert not nothing.messages
+
+
+def test_a_document_that_begins_in_a_link_begins_anew() -> None:
+    """Behind it hops start over, and a state in the place of a map is enough."""
+    links = links_of(tuple(range(6)), 2)
+    assert [(m.step, m.first, m.last) for m in Ring().schedule(links).messages] == [
+        (0, 0, 1), (0, 2, 3), (1, 0, 2), (1, 2, 4), (2, 2, 5),
+    ]  # fmt: skip
+    assert [(m.step, m.first, m.last, m.maps) for m in Doubling().schedule(links).messages] == [
+        (0, 0, 1, False), (0, 1, 2, True), (0, 2, 3, False), (0, 3, 4, True), (0, 4, 5, True),
+        (1, 0, 1, False), (1, 2, 3, False), (1, 2, 4, False),
+    ]  # fmt: skip
+
+
+def test_the_pipeline_takes_no_more_blocks_than_rows() -> None:
+    links = links_of(tuple(range(8)))
+    assert Pipeline(64).fitted(links, SIZES) == Pipeline(10)
+    assert Pipeline().fitted(links, SIZES) == Pipeline(1)
+    assert Pipeline().fitted(links, Sizes(2**22, 0, 128)) == Pipeline(10)
+    blocks = [SIZES._replace(rows=4).of(Message(0, 0, 1, 0, 1, block=i, blocks=3)) for i in range(3)]
+    assert blocks == [500, 250, 250]
+
+
+def test_the_way_back_sends_what_the_way_there_did_not() -> None:
+    """The way back sends no transfer that the way there has told, and every other."""
+    there, back = (Gather().schedule(links_of(CONTIGUOUS, reverse=reverse)) for reverse in (False, True))
+    assert {m.maps for m in there.messages} == {True}
+    assert {m.maps for m in back.after(there).messages} == {False}
+    there, back = (Doubling().schedule(links_of(CONTIGUOUS, reverse=reverse)) for reverse in (False, True))
+    assert back.after(there) == back
 
 
 def test_every_name_has_a_class() -> None:
     assert get_args(ScanName) == ("auto", *SCANS), "ScanName is what editors complete"
-    assert [check_scan(name) for name in SCANS] == list(SCANS)
-    assert check_scan("auto") in SCANS
+    assert [check_scan(name) for name in SCANS] == [kind() for kind in SCANS.values()]
+    assert check_scan("auto").name in SCANS
+    assert check_scan(Pipeline(3)) == Pipeline(3)
+    assert [str(scan) for scan in (Ring(), Pipeline(), Pipeline(3))] == ["ring", "pipeline", "pipeline(blocks=3)"]
     with pytest.raises(ValueError, match=f"scan must be one of auto, {', '.join(SCANS)}"):
         check_scan("star")
 
 
-def test_a_scan_without_steps_cannot_be_made() -> None:
+def test_a_new_scan_is_one_class() -> None:
+    @dataclass(frozen=True)
+    class Star(Scan):
+        """The first link's rank gathers nothing and tells everyone what enters its links."""
+
+        name = "star"
+
+        def messages(self, links: Links) -> Iterable[Message]:
+            last = len(links.ranks)
+            for link in range(1, last):
+                for before in range(links.starts[link], link):
+                    maps = not links.is_state(before, before + 1)
+                    yield Message(0, links.ranks[before], links.ranks[link], before, before + 1, maps)
+
     class Unfinished(Scan):
         pass
 
-    with pytest.raises(TypeError, match="steps"):
-        Unfinished(plan_of((0, 1), (True, False), 0), None, True)
+    with pytest.raises(TypeError, match="messages"):
+        Unfinished()
+    test_both_ways(Star(), CONTIGUOUS, "dense")
 
 
 @pytest.mark.parametrize("owners", [CONTIGUOUS, ZIGZAG], ids=["contiguous", "zigzag"])
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-def test_what_passes_on_its_way_to_a_rank(owners: tuple[int, ...], direction: Any) -> None:
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_passes_on_its_way_to_a_rank(owners: tuple[int, ...], reverse: bool) -> None:
     """A link ahead of one of the rank's, behind another, if no document begins from there on."""
     for resets in product((False, True), repeat=len(owners)):
         for rank in set(owners):
-            plan = plan_of(owners, resets, rank)
-            chain = direction.links(plan)
+            links = Links.of(plan_of(owners, resets, rank), max(owners) + 1, reverse)
             expected = {
-                chain[i]
-                for own in range(len(chain))
+                i
+                for own in range(len(owners))
                 for i in range(1, own)
-                if chain[own].rank == rank and not any(link.reset for link in chain[i:own])
+                if links.ranks[own] == rank and not any(links.closed[i:own])
             }
-            assert set(passed_links(plan, direction)) == expected
-            if direction.reverse:
-                assert later_links(plan) == [link for link in plan.links if link in expected and link.rank != rank]
+            assert set(links.passed(rank)) == expected
+
+
+def test_what_documents_make_of_links() -> None:
+    """The second link begins with a document, the third holds one, nothing ends or begins at the fourth."""
+    plan = make_plan((4, 4, 4, 4), 0, bounds=(0, 4, 9, 11, 16))
+    assert [link.opens for link in plan.links] == [True, True, False, False]
+    assert [link.closes for link in plan.links] == [True, False, False, True]
+    assert [link.reset for link in plan.links] == [True, True, True, False]

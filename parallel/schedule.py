@@ -1,0 +1,157 @@
+"""Schedules: which rank sends which other rank what, and in which step. Integers, no tensors, no torch.distributed.
+
+    links = Links.of(plan, size)             all links in the order in which a scan meets them; reverse=True: backwards
+    schedule = Ring().schedule(links)        of any scan of `scan.py`
+    schedule.messages                        by step; those of one step do not wait for one another
+    schedule.steps                           how many wait for one another
+    schedule.received(rank, sizes)           bytes; schedule.sent(rank, sizes)
+    sizes.of(message)                        bytes of one message
+
+A message carries what a stretch of consecutive links does: a *state* where nothing passes through the stretch from
+before (the chain begins with it, or a document begins in its first link), else a *map*, which has a transfer beside the
+state. One executor (`exchange.py`) carries schedules out; the ledger counts what they say, and so does whoever predicts
+what they cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from lasp.parallel.layout import Plan
+
+EVERYONE = -1  # the target of what all ranks are sent by one collective
+
+
+class Message(NamedTuple):
+    """What links `first` .. `last - 1` do together, on its way from the rank `source` to the rank `target`.
+
+    maps: a map travels, with its transfer where the target cannot know it; else a state alone. block: the part of it,
+    of so many `blocks` into which a state is cut.
+    """
+
+    step: int
+    source: int
+    target: int
+    first: int
+    last: int
+    maps: bool = False
+    block: int = 0
+    blocks: int = 1
+
+
+class Sizes(NamedTuple):
+    """Bytes of one state and of one transfer, 0 where transfers are known; rows: of a state, along which it is cut."""
+
+    state: int
+    transfer: int
+    rows: int
+
+    def of(self, message: Message) -> int:
+        """Bytes of a message."""
+        rows = self.rows // message.blocks + (message.block < self.rows % message.blocks)
+        return self.state * rows // max(self.rows, 1) + (self.transfer if message.maps else 0)
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links of a call in the order in which a scan meets them; a link is known by its place in that order.
+
+    ranks: who holds each. closed: nothing passes through it, what leaves it does not depend on what enters. fresh: it
+    is closed, and has no use for what enters either. size: number of ranks; node_size: how many consecutive ones are
+    neighbours in a node, None where the ranks lie otherwise.
+    """
+
+    ranks: tuple[int, ...]
+    closed: tuple[bool, ...]
+    fresh: tuple[bool, ...]
+    size: int
+    node_size: int | None = None
+
+    @staticmethod
+    def of(plan: Plan, size: int, reverse: bool = False, node_size: int | None = None) -> Links:
+        """Those of a plan over `size` ranks. Backwards nothing enters a link whose last document ends with it."""
+        links = plan.links[::-1] if reverse else plan.links
+        return Links(
+            ranks=tuple(link.rank for link in links),
+            closed=tuple(link.reset or (reverse and link.closes) for link in links),
+            fresh=tuple(link.closes if reverse else link.opens for link in links),
+            size=size,
+            node_size=node_size,
+        )
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Of each link the first one that has a part in what enters it."""
+        starts = [0]
+        for link, closed in enumerate(self.closed[:-1]):
+            starts.append(link if closed else starts[-1])
+        return tuple(starts[: len(self.ranks)])
+
+    def asks(self, link: int) -> bool:
+        """Whether it has a use for what enters it, and something does."""
+        return link > 0 and not self.fresh[link]
+
+    def is_state(self, first: int, last: int) -> bool:
+        """Whether nothing passes through links `first` .. `last - 1` from before them."""
+        return first == 0 or any(self.closed[first:last])
+
+    def of_rank(self, rank: int) -> list[int]:
+        """The links that a rank holds."""
+        return [link for link, owner in enumerate(self.ranks) if owner == rank]
+
+    def passed(self, rank: int) -> list[int]:
+        """The links through which something passes on its way to this rank."""
+        asking = [link for link in self.of_rank(rank) if self.asks(link)]
+        return sorted({passed for link in asking for passed in range(self.starts[link] + 1, link)})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The messages of a scan, by step. Messages between two ranks are sent and received in this order."""
+
+    links: Links
+    messages: tuple[Message, ...]
+
+    @staticmethod
+    def of(links: Links, messages: Iterable[Message]) -> Schedule:
+        """What of these messages has a way to go, in order."""
+        travelling = [m for m in messages if m.source != m.target and links.size > 1]
+        return Schedule(links, tuple(sorted(travelling, key=lambda m: m.step)))
+
+    @property
+    def steps(self) -> int:
+        """How many messages wait for one another at most."""
+        return 1 + self.messages[-1].step if self.messages else 0
+
+    def to(self, rank: int) -> list[Message]:
+        """What a rank receives."""
+        return [m for m in self.messages if m.source != rank and m.target in (rank, EVERYONE)]
+
+    def from_(self, rank: int) -> list[Message]:
+        """What a rank sends."""
+        return [m for m in self.messages if m.source == rank]
+
+    def received(self, rank: int, sizes: Sizes) -> int:
+        """Bytes that a rank receives."""
+        return sum(map(sizes.of, self.to(rank)))
+
+    def sent(self, rank: int, sizes: Sizes) -> int:
+        """Bytes that a rank sends; to everyone counts once, as a collective passes it on."""
+        return sum(map(sizes.of, self.from_(rank)))
+
+    def told(self, target: int) -> set[int]:
+        """The single links whose maps a rank, or EVERYONE, is sent whole."""
+        return {m.first for m in self.messages if m.maps and m.last - m.first == 1 and m.target in (target, EVERYONE)}
+
+    def after(self, there: Schedule) -> Schedule:
+        """This way back without the transfers that the scan forward has told their receivers already."""
+        last = len(self.links.ranks) - 1
+        told = {target: there.told(target) for target in {m.target for m in self.messages}}
+        messages = (
+            m._replace(maps=m.maps and not (m.last - m.first == 1 and last - m.first in told[m.target]))
+            for m in self.messages
+        )
+        return Schedule(self.links, tuple(messages))

@@ -1,0 +1,86 @@
+"""Ranks that are threads of one process and hand tensors to one another in memory: as many as a test likes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import Queue
+from threading import Barrier, Lock
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import lasp
+from lasp.parallel import collectives
+from lasp.parallel.collectives import Pending
+
+T = TypeVar("T")
+SECONDS = 20
+
+
+class Wires:
+    """What the ranks hand to one another."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.rows = Barrier(ranks, timeout=SECONDS), [torch.empty(0)] * ranks
+        self._messages: dict[Any, Queue[Tensor]] = defaultdict(Queue)
+        self._lock = Lock()
+
+    def between(self, source: int, target: int, tag: int) -> Queue[Tensor]:
+        with self._lock:
+            return self._messages[source, target, tag]
+
+
+class Place(NamedTuple):
+    """Stands for the process group of one rank."""
+
+    wires: Wires
+    rank: int
+
+
+def gather(tensor: Tensor, place: Place) -> Pending[Tensor]:
+    place.wires.rows[place.rank] = tensor
+    place.wires.barrier.wait()
+    rows = torch.stack(place.wires.rows)
+    place.wires.barrier.wait()
+    return Pending([], rows)
+
+
+def all_reduce(tensor: Tensor, place: Place, phase: str) -> Pending[Tensor]:
+    return Pending([], gather(tensor, place).wait().sum(0))
+
+
+def send(tensor: Tensor, to: int, place: Place, tag: int) -> Pending[Tensor]:
+    place.wires.between(place.rank, to, tag).put(tensor.clone())
+    return Pending([], tensor)
+
+
+def receive(buffer: Tensor, source: int, place: Place, tag: int) -> Pending[Tensor]:
+    line = place.wires.between(source, place.rank, tag)
+    return Pending([SimpleNamespace(wait=lambda: buffer.copy_(line.get(timeout=SECONDS)))], buffer)
+
+
+@contextmanager
+def in_memory() -> Iterator[None]:
+    """Let the exchanges of scans and of final states be those of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        for fake in (gather, all_reduce, send, receive):
+            patch.setattr(collectives, fake.__name__, fake)
+        yield
+
+
+def run(ranks: int, function: Callable[[lasp.SequenceGroup], T], layout: str = "contiguous") -> list[T]:
+    """What a function of its group returns on every rank. No headers: calls are to be given a cut."""
+    wires = Wires(ranks)
+    channel: Any = SimpleNamespace(check_whole=lambda: None, broken=None)
+    groups: list[Any] = [
+        lasp.SequenceGroup(Place(wires, rank), None, rank, ranks, layout, checks=False, channel=channel)
+        for rank in range(ranks)
+    ]
+    with in_memory(), ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(function, groups))
