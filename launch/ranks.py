@@ -1,7 +1,7 @@
 """The ranks of one machine: started, watched and ended together.
 
 They meet in a file of a private folder, and gloo connects them over the loopback: nothing listens for anyone else.
-Several machines have torchrun instead, see docs/training.md.
+Several machines have `lasp launch`, see docs/cluster.md.
 """
 
 import json
@@ -28,11 +28,6 @@ GRACE = 10.0
 
 _POLL = 0.01
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def launched_rank() -> int | None:
-    """This process's rank when torchrun or the like started it, None when it is on its own."""
-    return int(os.environ["RANK"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
 def loopback() -> dict[str, str]:

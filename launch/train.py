@@ -2,23 +2,28 @@
 
     lasp train demo --sp 2 --steps 300 --optimizer.lr 5e-4
     torchrun --nproc-per-node 4 -m lasp.launch.train CONFIG --sp 2
+    srun --ntasks 4 lasp train CONFIG --sp 2
+    mpirun -n 4 lasp train CONFIG --sp 2
 
 On its own, the command checks all that can be checked, starts sp x dp ranks of itself on this machine and waits for
-them. Started as one of several ranks, it trains.
+them. Started as one of several ranks, it trains. The output folder is locked meanwhile.
 """
 
 import hashlib
 import os
 import sys
 import tomllib
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from transformers.utils.logging import disable_progress_bar
 
-from lasp.launch.outcome import Failure, Outcome
-from lasp.launch.ranks import launched_rank, loopback, run_ranks
+from lasp.launch.lock import locked
+from lasp.launch.outcome import Failure
+from lasp.launch.place import run_command
+from lasp.launch.ranks import loopback, run_ranks
 from lasp.parallel.group import join_world
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from lasp.train.loop import StepError, Summary, train
@@ -33,15 +38,26 @@ RECIPES = Path(__file__).with_name("configs")
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; 2 for what the user can put right, after one line on stderr; 1 for a training that failed."""
     arguments = sys.argv[1:] if argv is None else argv
-    rank = launched_rank()
-    if rank is None:
-        return Outcome.of(lambda: _start(arguments)).tell()
-    return Outcome.of(lambda: as_rank(arguments)).tell_as(rank)
+    return run_command(lambda: _start(arguments), lambda: _as_rank_of_others(arguments))
 
 
 def as_rank(arguments: list[str]) -> int:
-    """Train as one of several ranks, which may have been given something else than the others."""
+    """Train as one of the ranks that `_start` started, which holds the output folder."""
     return _train(_agree_on_config(arguments))
+
+
+def _as_rank_of_others(arguments: list[str]) -> int:
+    """Train as one of several ranks, which may have been given something else than the others; rank 0 locks."""
+    config, error = _agree_on_config(arguments), None
+    with ExitStack() as stack:
+        everyone = join_world()
+        if everyone.rank == 0:
+            try:
+                stack.enter_context(locked(Path(config.output)))
+            except ValueError as found:
+                error = str(found)
+        everyone.agree("locking the output folder", {}, error).wait()
+        return _train(config)
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
@@ -120,11 +136,12 @@ def _start(arguments: list[str]) -> int:
     config = read_config(arguments)
     ranks = config.sp * (config.dp or 1)
     check_device(config.device, ranks)
-    Run.prepare(config)
-    if ranks > 1:
-        return run_ranks("lasp.launch.train", arguments, ranks)
-    os.environ.update(loopback())
-    return _train(config)
+    with locked(Path(config.output)):
+        Run.prepare(config)
+        if ranks > 1:
+            return run_ranks("lasp.launch.train", arguments, ranks)
+        os.environ.update(loopback())
+        return _train(config)
 
 
 def _train(config: TrainConfig) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lasp.launch.cli import USER_ERROR, print_error
-from lasp.launch.outcome import Outcome
-from lasp.launch.ranks import launched_rank, run_ranks
+from lasp.launch.place import run_command
+from lasp.launch.ranks import run_ranks
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
 from lasp.verify import Report, compare
 from lasp.wrap.parallelize import parallelize
@@ -32,18 +32,19 @@ def main(argv: list[str]) -> int:
     if options.sp < 1 or options.seq_len < options.sp:
         print_error(f"--sp must be at least 1 and --seq-len at least --sp, got {options.sp} and {options.seq_len}")
         return USER_ERROR
-    rank = launched_rank()
-    if rank is None:
+
+    def alone() -> int:
         _quiet()
         return _refused(options.model) or run_ranks("lasp.launch.verify", argv, options.sp)
-    return Outcome.of(lambda: as_rank(argv)).tell_as(rank)
+
+    return run_command(alone, lambda: as_rank(argv))
 
 
 def as_rank(argv: list[str]) -> int:
     """Probe a model as one of several ranks; the first one prints the report."""
     options = _parser().parse_args(argv)
     _quiet()
-    group = SequenceGroup.from_mesh(init_mesh(sp=options.sp, device="cpu"), layout=options.layout)
+    group = SequenceGroup.from_mesh(init_mesh(sp=options.sp, dp=1, device="cpu"), layout=options.layout)
     report = probe(options.model, group, options.seq_len)
     shutdown()
     if group.rank == 0:

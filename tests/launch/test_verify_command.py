@@ -68,7 +68,8 @@ def test_an_sp_that_is_no_number_is_a_usage_error(capsys):
 
 def test_what_is_not_parallel_has_exit_code_1(capsys, monkeypatch):
     wrong = verify.Report(0.5, 0.5, {"model.layers.0.self_attn": 0.5}, {})
-    monkeypatch.setattr(verify, "launched_rank", lambda: 0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(verify, "compare", lambda *_: wrong)
     assert verify.main(["llama", "--sp", "1"]) == 1
     assert "not parallel: first model.layers.0.self_attn, by 5.0e-01" in capsys.readouterr().out

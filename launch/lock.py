@@ -1,0 +1,52 @@
+"""A folder that one run has to itself."""
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAME = ".lock"
+"""The file in the folder. It stays there: who removed it could leave two holders of two files."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where it does not exist; ValueError, naming the holder, where another run does.
+
+    The lock is flock(2)'s: it goes with the process that holds it, however that ends, so there are no stale ones. NFS
+    passes it on to its server (mount option local_lock=none, the default); file systems that know no locks get a
+    warning instead.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # `Run.prepare`, which makes it too, says why it cannot be
+        yield
+        return
+    try:
+        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
+    try:
+        _take(file, folder)
+        yield
+    finally:
+        os.close(file)
+
+
+def _take(file: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        raise ValueError(
+            f"{str(folder)!r} is in use by {holder}: one output folder is for one run at a time"
+        ) from error
+    except OSError as error:
+        told = f"lasp: warning: no lock on {str(folder)!r} ({error.strerror}): see that no other run writes there"
+        print(told, file=sys.stderr, flush=True)
+        return
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
