@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
+from lasp.parallel.cut import Cut
 from lasp.parallel.layout import Piece
 
 
@@ -35,7 +36,7 @@ class HeadExchange:
     def scatter(self, tensors: tuple[Tensor, ...], phase: str) -> tuple[Tensor, ...]:
         """[B, T_r, h·H, D] of this rank's tokens as [B, T, H, D] of the members' tokens by position: one all-to-all."""
         own = [x.unflatten(2, (self.members, -1)) for x in tensors]
-        parts = [torch.cat([x[:, :, j].flatten() for x in own]) for j in range(self.members)]
+        parts = [[x[:, :, j] for x in own] for j in range(self.members)]
         shapes = [[(x.shape[0], length, *x.shape[3:]) for x in own] for length in self.lengths]
         arrived = self._exchange(parts, shapes, phase)
         return tuple(
@@ -50,20 +51,39 @@ class HeadExchange:
         parts = []
         for member in range(self.members):
             places = [i for i, piece in enumerate(self.pieces) if piece.rank == member]
-            parts.append(torch.cat([torch.cat([pieces[i] for i in places], 1).flatten() for pieces in split]))
+            parts.append([torch.cat([pieces[i] for i in places], 1) for pieces in split])
         shapes = [[(x.shape[0], self.lengths[self.rank], *x.shape[2:]) for x in tensors]] * self.members
         arrived = self._exchange(parts, shapes, phase)
         return tuple(torch.cat([own[i] for own in arrived], 2) for i in range(len(tensors)))
 
-    def _exchange(self, parts: list[Tensor], shapes: list[list[tuple[int, ...]]], phase: str) -> list[list[Tensor]]:
-        """Send part j to member j; what each member sent here, in tensors of its `shapes`."""
-        sizes = [[torch.Size(shape).numel() for shape in own] for own in shapes]
+    def _exchange(
+        self, parts: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], phase: str
+    ) -> list[list[Tensor]]:
+        """Send the tensors of part j to member j; what each member sent here, in tensors of its `shapes`.
+
+        They travel as bytes, each with its dtype; the longest numbers first, so that all lie where a view may begin.
+        """
+        dtypes = [x.dtype for x in parts[0]]
+        order = sorted(range(len(dtypes)), key=lambda i: -dtypes[i].itemsize)
+        packed = [torch.cat([own[i].contiguous().flatten().view(torch.uint8) for i in order]) for own in parts]
+        sizes = [[torch.Size(own[i]).numel() * dtypes[i].itemsize for i in order] for own in shapes]
         totals = [sum(own) for own in sizes]
-        arrived = collectives.all_to_all(parts, totals, self.peers, self.turn.process_group, phase).wait()
-        return [
-            [x.view(shape) for x, shape in zip(flat.split(size), own, strict=True)]
-            for flat, size, own in zip(arrived, sizes, shapes, strict=True)
-        ]
+        arrived = collectives.all_to_all(packed, totals, self.peers, self.turn.process_group, phase).wait()
+        found = []
+        for flat, size, own in zip(arrived, sizes, shapes, strict=True):
+            pieces = dict(zip(order, flat.split(size), strict=True))
+            found.append([pieces[i].view(dtypes[i]).view(own[i]) for i in range(len(own))])
+        return found
+
+
+def head_exchange(turn: Turn, cut: Cut, steps: int = 1) -> HeadExchange:
+    """The exchange among all ranks of a cut, of tensors with `steps` rows to each token."""
+    pieces = tuple(
+        piece._replace(start=piece.start * steps, stop=piece.stop * steps, offset=piece.offset * steps)
+        for piece in cut.pieces
+    )
+    lengths = tuple(length * steps for length in cut.lengths)
+    return HeadExchange(turn, tuple(range(cut.size)), cut.rank, lengths, pieces)
 
 
 def tokens_to_heads(exchange: HeadExchange, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -99,3 +119,39 @@ class _Exchange(torch.autograd.Function):
         with exchange.turn.backward():
             found = exchange.gather(grads, "backward") if ctx.scatter else exchange.scatter(grads, "backward")
         return None, None, *found
+
+
+def leave_heads(exchange: HeadExchange, output: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+    """The output [B, T, H, V] of some heads as that of this rank's tokens, [B, T_r, h·H, V]; and their final states
+    [N, H, K, V] as those of all heads, on every rank."""
+    left: tuple[Tensor, Tensor] = _Leave.apply(exchange, output, final)
+    return left
+
+
+class _Leave(torch.autograd.Function):
+    """
+    inputs     output [B, T, H, V] and final states [N, H, K, V] of this rank's heads
+    outputs    output [B, T_r, h·H, V] of its tokens, final states [N, h·H, K, V]
+    forward    one all-to-all of the output, one all-gather of the final states
+    backward   one all-to-all of the output's gradient, one reduce-scatter of that of the final states
+
+    One function for both: a rank whose loss has no part of one of them still takes part in its exchange.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exchange: HeadExchange, output: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.exchange = exchange
+        with exchange.turn.forward():
+            (own,) = exchange.gather((output,), "forward")
+            parts = collectives.all_gather(final, exchange.turn.process_group, "forward").wait()
+        return own, torch.cat(parts.unbind(), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[None, Tensor, Tensor]:
+        exchange: HeadExchange = ctx.exchange
+        with exchange.turn.backward():
+            (own,) = exchange.scatter((grad,), "backward")
+            parts = torch.stack(grad_final.chunk(exchange.members, 1))
+            final = collectives.reduce_scatter(parts, exchange.turn.process_group, "backward").wait()
+        return None, own, final

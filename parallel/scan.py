@@ -148,12 +148,24 @@ class Doubling(Scan):
 
 
 SCANS: dict[str, type[Scan]] = {scan.name: scan for scan in (Gather, Ring, Doubling, Pipeline)}
-ScanName = Literal["auto", "gather", "ring", "doubling", "pipeline"]  # what editors complete
+
+
+@dataclass(frozen=True)
+class Heads(Gather):
+    """No scan: ranks exchange tokens for heads, and each runs some heads over the whole sequence (`parallel/heads.py`).
+
+    What has no heads, a running log-sum-exp, is gathered.
+    """
+
+    name = "heads"
+
+
+ScanName = Literal["auto", "gather", "ring", "doubling", "pipeline", "heads"]  # what editors complete
 
 
 def check_scan(scan: str | Scan) -> Scan:
     """The scan that a name stands for; ValueError where there is none."""
     if isinstance(scan, Scan):
         return scan
-    check_choice("scan", scan, ("auto", *SCANS))
-    return Gather() if scan == "auto" else SCANS[scan]()
+    check_choice("scan", scan, ("auto", *SCANS, Heads.name))
+    return Gather() if scan == "auto" else (SCANS | {Heads.name: Heads})[scan]()

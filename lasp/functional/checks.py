@@ -10,6 +10,7 @@ from torch import Tensor
 from lasp.kernels.arguments import check_tensors
 from lasp.kernels.documents import document_bounds
 from lasp.parallel.cut import Cut
+from lasp.parallel.group import SequenceGroup
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -40,6 +41,11 @@ def check_documents(
     if bounds is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one sequence and needs B = 1, got B = {q.shape[0]}")
     return bounds
+
+
+def ranks_of(group: SequenceGroup | None, cut: Cut | None) -> int:
+    """Over how many the sequence of a call is cut."""
+    return cut.size if cut is not None else 1 if group is None else group.size
 
 
 def is_packed(cu_seqlens: Tensor | Sequence[int] | None, cut: Cut | None) -> bool:

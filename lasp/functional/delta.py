@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 
-from lasp.functional.checks import check_documents, check_tokens, is_packed
+from lasp.functional.checks import check_documents, check_tokens, is_packed, ranks_of
 from lasp.functional.documents import short_documents
+from lasp.functional.heads import by_heads, run_by_heads
 from lasp.functional.options import RecurrenceOptions
 from lasp.functional.recurrence import (
     by_document,
@@ -218,14 +219,16 @@ def _delta(operation: str, inputs: Inputs, steps: int, options: _Options) -> Ten
         implementation(backend, q, chunk_size, erases=True)
         said = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
-        return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, said, steps)
+        return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, said, ranks_of(group, cut), steps)
 
     turn, packed = begin_call(group, operation, check, cut), is_packed(cu_seqlens, cut)
+    again = partial(delta_rule, scale=scale, backend=backend, chunk_size=chunk_size)
+    if by_heads(turn, scan):
+        return run_by_heads(turn, again, (q, k, v, beta, log_decay), initial_state, output_final_state, steps)
     kind = implementation(backend, q, chunk_size, erases=True)
     longest = chunk_size or CHUNK_SIZE
     short = short_documents(turn, packed, steps, longest) if kind is PortableRecurrence else None
     if short is not None:
-        again = partial(delta_rule, output_final_state=True, scale=scale, backend=backend, chunk_size=chunk_size)
         output, final = short.run(again, (q, k, v, beta, log_decay), initial_state)
         return (output, final) if output_final_state else output
     plan, runs = plan_call(turn, q.shape[1] // steps, packed, steps)

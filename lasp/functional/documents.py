@@ -33,7 +33,7 @@ class ShortDocuments(NamedTuple):
     def run(
         self, operation: Callable[..., Any], tokens: Sequence[Tensor | None], initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Output [1, T, ...] and final states [documents, ...] of `operation(*tokens, initial_state, cu_seqlens)`.
+        """Output [1, T, ...] and final states [documents, ...] of an operation of one device.
 
         tokens: [1, T, ...] each, or [H] where it is the same for all tokens.
         """
@@ -48,7 +48,7 @@ class ShortDocuments(NamedTuple):
             if len(set(lengths)) > 1:
                 rows, options["cu_seqlens"] = (1, sum(lengths)), [0, *accumulate(lengths)]
             own = [x if x is None or x.dim() == 1 else x[:, part].reshape(*rows, *x.shape[2:]) for x in in_order]
-            output, final = operation(*own, **options)
+            output, final = operation(*own, output_final_state=True, **options)
             outputs.append(output.flatten(0, 1))
             finals.append(final)
         documents = _order([d for group in self.groups for d in group], tokens)

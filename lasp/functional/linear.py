@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Unpack, overload
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from lasp.functional.checks import check_documents, check_tokens, is_packed
+from lasp.functional.checks import check_documents, check_tokens, is_packed, ranks_of
 from lasp.functional.documents import short_documents
+from lasp.functional.heads import by_heads, run_by_heads
 from lasp.functional.options import RecurrenceOptions
 from lasp.functional.recurrence import (
     by_document,
@@ -99,9 +100,10 @@ def linear_attention(
     cu_seqlens: bounds of packed documents [documents + 1], for B = 1. cut: that of the batch (`lasp.shard_batch`), in
     the place of group and cu_seqlens; only data is exchanged then. causal=False: every token reads its whole document;
     no decay. scan: "auto" or one of `lasp.parallel.scan`: "gather" (LASP-2), "ring" (LASP-1), "doubling",
-    "pipeline" (ZeCO), or a `Scan` with options. backend: "torch", "triton", "fla" (both on a GPU, fp32
-    and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of
-    flash-linear-attention's 64.
+    "pipeline" (ZeCO), or a `Scan` with options; "heads" exchanges tokens for heads instead, which the ranks must divide
+    (Ulysses, arXiv:2309.14509). backend: "torch", "triton", "fla" (both on a GPU, fp32 and shorter) or "auto"
+    (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of flash-linear-attention's
+    64.
 
     Returns the output [B, T, Ho, V] in v's dtype; with output_final_state also the final states, shaped like
     initial_state, in fp32 (fp64 for fp64 inputs) and the same on every rank. Differentiable in q, k, v, log_decay and
@@ -116,15 +118,16 @@ def linear_attention(
         implementation(backend, q, chunk_size, causal)
         options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
-        return check_recurrence((q, k, v), log_decay, None, initial_state, bounds, options)
+        return check_recurrence((q, k, v), log_decay, None, initial_state, bounds, options, ranks_of(group, cut))
 
     turn, packed = begin_call(group, "linear_attention", check, cut), is_packed(cu_seqlens, cut)
+    again = partial(linear_attention, scale=scale, causal=causal, backend=backend, chunk_size=chunk_size)
+    if by_heads(turn, scan):
+        return run_by_heads(turn, again, (q, k, v, log_decay), initial_state, output_final_state)
     kind = implementation(backend, q, chunk_size, causal)
     longest = chunk_size or (CHUNK_SIZE if causal else UNMASKED_CHUNK_SIZE)
     short = short_documents(turn, packed, 1, longest) if kind is PortableRecurrence else None
     if short is not None:
-        options: dict[str, Any] = {"scale": scale, "causal": causal, "backend": backend, "chunk_size": chunk_size}
-        again = partial(linear_attention, output_final_state=True, **options)
         output, final = short.run(again, (q, k, v, log_decay), initial_state)
         return (output, final) if output_final_state else output
     plan, runs = plan_call(turn, q.shape[1], packed)

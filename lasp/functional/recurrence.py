@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lasp.functional.checks import check_beside, check_heads
+from lasp.functional.heads import check_deal
 from lasp.kernels.arguments import check_integer, check_number, check_tensors
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.call import Arguments, Turn
 from lasp.parallel.layout import Plan
-from lasp.parallel.scan import Scan, check_scan
+from lasp.parallel.scan import Heads, Scan, check_scan
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -77,11 +78,12 @@ def check_recurrence(
     initial_state: Tensor | None,
     bounds: tuple[int, ...] | None,
     options: dict[str, Any],
+    ranks: int,
     steps: int = 1,
 ) -> Arguments:
     """Check q, k, v, the gates and the initial state of a recurrence, and tell what all ranks must share of them.
 
-    bounds: of packed documents. steps: rows of the tensors to each token of the sequence.
+    bounds: of packed documents. ranks: over which the sequence is cut. steps: rows of the tensors to each token.
     """
     q, k, v = tokens
     _check_decay(q, log_decay)
@@ -95,6 +97,8 @@ def check_recurrence(
         _check_state(initial_state, q, v, None if bounds is None else len(bounds) - 1)
         heads["initial_state"] = initial_state.shape[1]
     check_heads(heads)
+    if options["scan"] == Heads.name:
+        check_deal(max(heads.values()), ranks)
     if beta is not None:
         _check_erasure(beta, k)
     tensors = [x for x in (q, k, v, log_decay, beta, initial_state) if x is not None]

@@ -166,7 +166,7 @@ def test_the_way_back_sends_what_the_way_there_did_not() -> None:
 
 
 def test_every_name_has_a_class() -> None:
-    assert get_args(ScanName) == ("auto", *SCANS), "ScanName is what editors complete"
+    assert get_args(ScanName) == ("auto", *SCANS, "heads"), "ScanName is what editors complete"
     assert [check_scan(name) for name in SCANS] == [kind() for kind in SCANS.values()]
     assert check_scan("auto").name in SCANS
     assert check_scan(Pipeline(3)) == Pipeline(3)
