@@ -1,0 +1,74 @@
+"""What schedules would take: by hand where that is easy, and how one compares with another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lasp.parallel.cost import Wire, Wires, predictions, seconds
+from lasp.parallel.layout import make_plan
+from lasp.parallel.scan import SCANS, Doubling, Gather, Pipeline, Ring, Scan
+from lasp.parallel.schedule import Links, Sizes
+
+SLOW = Wire(latency=1.0, bandwidth=1.0)
+WIRES = Wires(SLOW, SLOW)
+SIZES = Sizes(state=8, transfer=2, rows=4)
+
+
+def links(ranks: int) -> Links:
+    return Links.of(make_plan((4,) * ranks, 0, "contiguous", None), ranks)
+
+
+def cost(scan: Scan, ranks: int, sizes: Sizes = SIZES, wires: Wires = WIRES) -> float:
+    return seconds(scan.schedule(links(ranks)), sizes, wires)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_formulas(ranks: int) -> None:
+    """On one kind of wire, a latency a and b seconds a byte."""
+    a, state, whole = 1.0, 8.0, 10.0
+    assert cost(Gather(), ranks) == (ranks - 1) * (a + whole)
+    assert cost(Ring(), ranks) == (ranks - 1) * (a + state)
+    for blocks in (2, 4):
+        assert cost(Pipeline(blocks), ranks) == (ranks - 1) * (a + state / blocks) + (blocks - 1) * state / blocks
+    steps = ranks.bit_length() - 1
+    assert steps * (a + state) <= cost(Doubling(), ranks) <= steps * (a + whole)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_one_rank_waits_for_nobody(scan: str) -> None:
+    assert cost(SCANS[scan](), 1) == 0
+
+
+def test_a_longer_message_takes_longer() -> None:
+    for kind in SCANS.values():
+        assert cost(kind(), 8, Sizes(16, 2, 4)) > cost(kind(), 8)
+
+
+def test_the_cheapest_first() -> None:
+    """Short states are a matter of latency, where few steps count; long ones of bytes, where a pipeline does."""
+    scans = [kind() for kind in SCANS.values()]
+    for bandwidth, expected in ((1e12, Doubling), (1e-3, Pipeline)):
+        found = predictions(scans, links(16), Sizes(1 << 20, 1 << 20, 128), Wires(*[Wire(1e-3, bandwidth)] * 2))
+        assert list(found.values()) == sorted(found.values())
+        assert isinstance(next(iter(found)), expected)
+
+
+def test_between_nodes() -> None:
+    wires = Wires(Wire(0.0, 8.0), SLOW)
+    assert wires.between(0, 3, 4) == wires.node
+    assert wires.between(3, 4, 4) == wires.network
+    assert wires.between(3, 4, None) == wires.node
+
+
+def test_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "links.json"
+    file.write_text(json.dumps({"links": {"node": {"latency": 1e-4, "bandwidth": 2e9}}}), encoding="utf-8")
+    assert Wires.read(file) == Wires(*[Wire(1e-4, 2e9)] * 2)
+    file.write_text(json.dumps({"links": {"node": {"latency": "slow", "bandwidth": 2e9}}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"links\.json' is no file of `lasp doctor --probe`"):
+        Wires.read(file)
+    with pytest.raises(ValueError, match=r"none\.json' is no file of"):
+        Wires.read(tmp_path / "none.json")
