@@ -4,17 +4,19 @@
     seconds(schedule, sizes, wires)             of one scan, until its last message has arrived
     predictions(scans, links, sizes, wires)     of several, the cheapest first
 
-A message leaves when what it is made of has arrived and the port of its sender is free; it keeps that port for
-bytes / bandwidth, and arrives a latency later (Hockney's alpha-beta, 1994, with ports). What everyone is sent by one
-collective passes along a ring of all ranks: W - 1 messages one behind the other.
+A message leaves when all that its sender is sent in earlier steps has arrived; messages to several ranks share their
+sender's port, as TCP's do, and each arrives a latency behind its last byte (Hockney's alpha-beta, 1994, with ports).
+What everyone is sent by one collective passes along a ring of all ranks: W - 1 messages one behind the other.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import groupby
+from heapq import heappop, heappush
+from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,54 +65,88 @@ class Wires(NamedTuple):
 @remembered
 def seconds(schedule: Schedule, sizes: Sizes, wires: Wires) -> float:
     """What a schedule takes from its start on all ranks until its last message has arrived."""
-    ranks = _Ports(schedule.links, sizes, wires)
-    for _, messages in groupby(schedule.messages, lambda m: m.step):
-        together = list(messages)
-        if together[0].target == EVERYONE:
-            ranks.gather(together)
-        else:
-            for message in together:
-                ranks.send(message)
-    return max(ranks.ends, default=0.0)
+    collective = [m for m in schedule.messages if m.target == EVERYONE]
+    if collective:
+        steps = groupby(collective, lambda m: m.step)
+        return sum(_gather_seconds(list(messages), schedule.links, sizes, wires) for _, messages in steps)
+    return _Traffic(schedule, sizes, wires).run()
 
 
-@dataclass
-class _Ports:
-    """When each rank's port is free, and when what it was sent has arrived."""
+def _gather_seconds(messages: list[Message], links: Links, sizes: Sizes, wires: Wires) -> float:
+    """All ranks at once: as slow as the slowest wire of their ring."""
+    ring = [wires.between(rank, (rank + 1) % links.size, links.node_size) for rank in range(links.size)]
+    longest = max(sum(sizes.of(m) for m in messages if m.source == rank) for rank in range(links.size))
+    return (links.size - 1) * max(wire.latency + longest / wire.bandwidth for wire in ring)
 
-    links: Links
-    sizes: Sizes
-    wires: Wires
 
-    def __post_init__(self) -> None:
-        self.free = [0.0] * self.links.size
-        self.arrived: list[list[tuple[int, float]]] = [[] for _ in range(self.links.size)]
-        self.ends: list[float] = []
+class _Traffic:
+    """The messages of a schedule on their way, event by event: those to one rank behind one another, those to several
+    side by side."""
 
-    def send(self, message: Message) -> None:
-        wire = self.wires.between(message.source, message.target, self.links.node_size)
-        start = max(self.free[message.source], self._ready(message.source, message.step))
-        self.free[message.source] = start + self.sizes.of(message) / wire.bandwidth
-        self._arrive(message.target, message.step, self.free[message.source] + wire.latency)
+    def __init__(self, schedule: Schedule, sizes: Sizes, wires: Wires) -> None:
+        self.sizes, self.wires, self.node_size = sizes, wires, schedule.links.node_size
+        self.missing: dict[int, list[int]] = defaultdict(list)  # steps of what a rank has yet to be sent
+        self.ports: dict[int, _Port] = defaultdict(_Port)
+        self.events: list[tuple[float, int, Message | _Port, int]] = []  # an arrival, or a port that may be done
+        self.number = count()
+        for message in schedule.messages:
+            self.ports[message.source].lines[message.target].append(message)
+            self.missing[message.target].append(message.step)
 
-    def gather(self, messages: list[Message]) -> None:
-        """All ranks at once: as slow as the slowest wire of their ring."""
-        size, step = self.links.size, messages[0].step
-        start = max(max(self.free), *(self._ready(rank, step) for rank in range(size)))
-        wires = [self.wires.between(rank, (rank + 1) % size, self.links.node_size) for rank in range(size)]
-        longest = max(sum(self.sizes.of(m) for m in messages if m.source == rank) for rank in range(size))
-        end = start + (size - 1) * max(wire.latency + longest / wire.bandwidth for wire in wires)
-        for rank in range(size):
-            self.free[rank] = end
-            self._arrive(rank, step, end)
+    def run(self) -> float:
+        """Seconds until the last arrival."""
+        now = 0.0
+        for rank in list(self.ports):
+            self._go_on(rank, now)
+        while self.events:
+            now, _, event, version = heappop(self.events)
+            if isinstance(event, Message):
+                self.missing[event.target].remove(event.step)
+                self._go_on(event.target, now)
+            elif event.version == version:
+                self._go_on(event.rank, now)
+        return now
 
-    def _ready(self, rank: int, step: int) -> float:
-        """When everything that a rank was sent in earlier steps is there."""
-        return max((time for sent, time in self.arrived[rank] if sent < step), default=0.0)
+    def _go_on(self, rank: int, now: float) -> None:
+        """Let a port send on, now that something has left it or come to its rank."""
+        port = self.ports[rank]
+        port.rank = rank
+        for message in port.advance(now):
+            self._plan(now + self._wire(message).latency, message)
+        ready = min(self.missing[rank], default=math.inf)  # what goes ahead of this step or in it waits for nothing
+        for line in port.lines.values():
+            if line and line[0].step <= ready and line[0] not in port.moving:
+                port.moving[line[0]] = self.sizes.of(line[0]) / self._wire(line[0]).bandwidth
+        if port.moving:
+            self._plan(now + min(port.moving.values()) * len(port.moving), port, port.version)
 
-    def _arrive(self, rank: int, step: int, time: float) -> None:
-        self.arrived[rank].append((step, time))
-        self.ends.append(time)
+    def _plan(self, time: float, event: Message | _Port, version: int = 0) -> None:
+        heappush(self.events, (time, next(self.number), event, version))
+
+    def _wire(self, message: Message) -> Wire:
+        return self.wires.between(message.source, message.target, self.node_size)
+
+
+class _Port:
+    """What a rank sends. lines: by target; moving: the heads that are under way, and what they lack in seconds of the
+    whole port."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, deque[Message]] = defaultdict(deque)
+        self.moving: dict[Message, float] = {}
+        self.rank = self.version = 0
+        self.since = 0.0
+
+    def advance(self, now: float) -> list[Message]:
+        """What has left by now."""
+        share = (now - self.since) / max(len(self.moving), 1)
+        self.since, self.version = now, self.version + 1
+        self.moving = {message: left - share for message, left in self.moving.items()}
+        gone = [message for message, left in self.moving.items() if left <= 1e-9 * share + 1e-15]
+        for message in gone:
+            del self.moving[message]
+            self.lines[message.target].popleft()
+        return gone
 
 
 def predictions(scans: Iterable[Scan], links: Links, sizes: Sizes, wires: Wires) -> dict[Scan, float]:

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import torch
 
-from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, step
+from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, scan, step
 
-BENCHMARKS = {"kernels": kernels, "attention": attention, "step": step, "convergence": convergence}
+BENCHMARKS = {"kernels": kernels, "attention": attention, "step": step, "scan": scan, "convergence": convergence}
 TRITON = {"--compile-only": compilation, "--device cuda": cuda}
 """Those of Triton's kernels, by the option of `lasp bench kernels` that asks for them."""
 

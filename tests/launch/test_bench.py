@@ -12,6 +12,7 @@ import torch
 from lasp.launch.bench import convergence, main
 from lasp.launch.bench.kernels import RECURRENCES, Shape
 from lasp.launch.bench.timing import compared
+from lasp.launch.network import lacking
 
 SMALL = Shape(tokens=256, heads=2, dim=32)
 
@@ -89,3 +90,18 @@ def test_bench_convergence_trains_every_mixer_and_pattern(tmp_path: Path, capsys
 def test_bench_convergence_says_why_a_run_failed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown mixer 'none'"):
         main(["convergence", "--mixers", "none", "--steps", "1"])
+
+
+def test_bench_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emulated = [] if lacking() else ["--emulate", "rate=1gbit"]
+    file = tmp_path / "figures.json"
+    shape = ["--ranks", "2", "--mib", "1", "--scans", "gather", "ring", "--repeat", "1"]
+    assert main(["scan", *shape, *emulated, "--json", str(file)]) == 0
+    ((wired,), (cell,)) = (found := json.loads(file.read_text())["networks"]), found[0]["cells"]
+    assert wired["network"] == ("1gbit" if emulated else "loopback")
+    gathered, hopped = cell["scans"]
+    assert (hopped["received"], hopped["steps"]) == (1 << 20, 1)
+    assert gathered["received"] == (1 << 20) + 16 * 128 * 4, "and a transfer of 16 heads of 128 channels"
+    told = capsys.readouterr().out
+    assert "| 1 | ring" in told
+    assert "of 2 predictions within 25 %" in told
