@@ -1,9 +1,10 @@
 """The command `lasp`: finds the subcommand and leaves the rest to it."""
 
+import argparse
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lasp import __version__
 
@@ -35,12 +36,20 @@ TRAIN = (
 )
 COMMANDS = {
     "train": Command("lasp.launch.train", "train a model with the sequence cut over ranks", "train", TRAIN),
+    "launch": Command("lasp.launch.launch", "train on a cluster: torchrun, Slurm or DeepSpeed", "train", TRAIN),
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)
     ),
     "tune": Command("lasp.launch.tune", "measure how this GPU likes the Triton kernels cut into tiles"),
     "bench": Command("lasp.launch.bench", "measure speed and memory", "bench", (*TRAIN, "ring_attention_pytorch")),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from lasp.launch.cli import USER_ERROR
 from lasp.launch.outcome import Failure, Outcome
+from lasp.launch.rank import tie
 from lasp.launch.ranks import loopback
 from lasp.parallel.group import create_world
 
@@ -68,6 +69,7 @@ class Place:
 
     def join(self) -> None:
         """Meet the others. ValueError, on rank 0, where its port is taken or somebody is missing after `JOIN`."""
+        tie(os.getppid())  # torchrun and mpirun, killed, would leave their ranks at work
         if self.elastic:
             return  # torch's own rendezvous does it
         os.environ.update(self.variables)

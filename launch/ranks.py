@@ -79,7 +79,7 @@ class _Rank:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         process = subprocess.Popen(
             [sys.executable, "-c", command, *told, *arguments],
-            env={"OMP_NUM_THREADS": str(max(1, _cores() // size)), **os.environ, **loopback()}
+            env={"OMP_NUM_THREADS": str(max(1, cores() // size)), **os.environ, **loopback()}
             | {name: str(value) for name, value in places.items()},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # what a terminal sends comes from the launcher alone, and once
@@ -164,6 +164,6 @@ def _tell(failed: list[_Rank], size: int) -> int:
     return USER_ERROR if words.code == USER_ERROR else 1
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

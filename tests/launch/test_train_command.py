@@ -276,7 +276,10 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     usage = capsys.readouterr().out
     assert all(name in usage for name in cli.COMMANDS)
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "lasp: error: unknown command 'trian'; choose from train, verify, tune, bench\n"
+    assert (
+        capsys.readouterr().err
+        == "lasp: error: unknown command 'trian'; choose from train, launch, verify, tune, bench\n"
+    )
     monkeypatch.setitem(cli.COMMANDS, "echo", cli.Command("lasp.launch.train", "for this test"))
     assert cli.main(["echo", "nowhere.toml"]) == 2
 

@@ -1,0 +1,101 @@
+"""torchrun: all ranks of this machine, or one machine's of several, restarted together when one of them fails."""
+
+import argparse
+import fcntl
+import os
+import socket
+import struct
+import sys
+
+from lasp.launch.job import Job, Plan
+from lasp.launch.ranks import cores, loopback
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--restarts", type=int, default=3, help="how often all ranks are started again after a failure")
+    parser.add_argument("--endpoint", help="HOST:PORT where the nodes meet, HOST being one of them; for several nodes")
+
+
+def plan(job: Job, options: argparse.Namespace) -> Plan:
+    """torchrun's command. ValueError for several nodes without an endpoint, or a host that nobody knows.
+
+    The rendezvous is c10d's: with the static one, ranks do not come back after a failure. And the ranks of an attempt
+    have a store of their own, or they would read in it what the last attempt's left (torch 2.11 to 2.13).
+    """
+    if options.restarts < 0:
+        raise ValueError(f"--restarts must not be negative, got {options.restarts}")
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(1, cores() // job.gpus))
+    if job.nodes == 1:
+        if options.endpoint:
+            raise ValueError("--endpoint is where several nodes meet, and --nodes is 1")
+        where = ["--standalone", "--local-addr", "127.0.0.1"]
+        environment |= loopback()
+    else:
+        where, found = _meeting(job, options.endpoint)
+        environment |= found
+    if options.restarts:
+        job = job.repeatable()
+    counts = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus), "--max-restarts", str(options.restarts)]
+    return Plan([sys.executable, "-m", "torch.distributed.run", *counts, *where, "-m", *job.module], environment)
+
+
+def _meeting(job: Job, endpoint: str | None) -> tuple[list[str], dict[str, str]]:
+    """Options and variables of a node of several: they meet at an endpoint and speak over the network that leads there.
+
+    torchrun would compare the endpoint with this host's name to see whether it is to listen there, and would tell the
+    others that name: with an address as endpoint, or a name that does not resolve, every node waits for the others.
+    """
+    host, _, port = (endpoint or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(
+            f"{job.nodes} nodes need --endpoint HOST:PORT, where they meet, the same on all; got {endpoint!r}"
+        )
+    try:
+        there = socket.gethostbyname(host)
+    except OSError as error:
+        raise ValueError(f"--endpoint {endpoint}: {host!r} has no address here: {error.strerror}") from error
+    own = _own_address(there)
+    conf = f"is_host={int(_is_here(there))}"
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job.name, "--rdzv-conf", conf]
+    interface = _interface(own)
+    environment = {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}
+    return [*where, "--local-addr", own], environment
+
+
+def _own_address(there: str) -> str:
+    """This machine's address on the way to another. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((there, 9))
+        except OSError as error:
+            raise ValueError(f"no network here leads to {there}: {error.strerror}") from error
+        return str(probe.getsockname()[0])
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address is this machine's: only those can be listened at."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+        return True
+
+
+def _interface(address: str) -> str | None:
+    """The interface with an address; None where the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                said = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue  # it has none
+            if socket.inet_ntoa(said[20:24]) == address:
+                return name
+    return None
