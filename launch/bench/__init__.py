@@ -10,9 +10,16 @@ from types import ModuleType
 
 import torch
 
-from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, scan, step
+from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, scan, step, wrapped
 
-BENCHMARKS = {"kernels": kernels, "attention": attention, "step": step, "scan": scan, "convergence": convergence}
+BENCHMARKS = {
+    "kernels": kernels,
+    "attention": attention,
+    "step": step,
+    "scan": scan,
+    "wrapped": wrapped,
+    "convergence": convergence,
+}
 TRITON = {"--compile-only": compilation, "--device cuda": cuda}
 """Those of Triton's kernels, by the option of `lasp bench kernels` that asks for them."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lasp.launch.bench import convergence, main
+from lasp.launch.bench import convergence, main, wrapped
 from lasp.launch.bench.kernels import RECURRENCES, Shape
 from lasp.launch.bench.timing import compared
 from lasp.launch.network import lacking
@@ -105,3 +105,14 @@ def test_bench_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert "| 1 | ring" in told
     assert "of 2 predictions within 25 %" in told
+
+
+def test_bench_wrapped_steps_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    shape = ["--layers", "1", "--heads", "2", "--tokens", "32"]
+    assert main(["wrapped", *shape, "--repeat", "1", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["times_faster"] == found["seconds"]["transformers"] / found["seconds"]["lasp"]
+    assert "| transformers |" in capsys.readouterr().out
+    plain, own = wrapped.steps(layers=1, heads=2, tokens=32)
+    torch.testing.assert_close(own(), plain())
