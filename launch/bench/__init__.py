@@ -10,13 +10,14 @@ from types import ModuleType
 
 import torch
 
-from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, scan, step, wrapped
+from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, memory, scan, step, wrapped
 
 BENCHMARKS = {
     "kernels": kernels,
     "attention": attention,
     "step": step,
     "scan": scan,
+    "memory": memory,
     "wrapped": wrapped,
     "convergence": convergence,
 }

@@ -11,7 +11,6 @@ import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import lasp
+from lasp.launch.bench.resident import begin_peak, status
 from lasp.launch.bench.timing import Contestant, compared, interleave, machine
 
 OURS = "lasp"
@@ -223,16 +223,9 @@ def _measure_memory(name: str, recurrence: str, shape: Shape, threads: int) -> i
     torch.set_num_threads(threads)
     run = RECURRENCES[recurrence].contestant(name, shape)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the threads and the library's own buffers
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # begin a new peak
-    before = _status("VmRSS")
+    before = begin_peak()
     run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    return status("VmHWM") - before
 
 
 def _matmul_flops(size: int = 2048) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lasp.launch.bench import convergence, main, wrapped
+from lasp.launch.bench import convergence, main, memory, wrapped
 from lasp.launch.bench.kernels import RECURRENCES, Shape
 from lasp.launch.bench.timing import compared
 from lasp.launch.network import lacking
@@ -116,3 +116,30 @@ def test_bench_wrapped_steps_the_same_model(tmp_path: Path, capsys: pytest.Captu
     assert "| transformers |" in capsys.readouterr().out
     plain, own = wrapped.steps(layers=1, heads=2, tokens=32)
     torch.testing.assert_close(own(), plain())
+
+
+def test_the_longest_sequence_follows_from_two_lengths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = {"plain": (2**29, 2**18), "offload": (2**29, 2**14)}  # bytes at 512 tokens, and for each one more
+
+    def peak(ranks: int, lever: str, tokens: int, tile: int) -> int:
+        return peaks[lever][0] + (tokens - 512) * peaks[lever][1]
+
+    monkeypatch.setattr(memory, "_peak", peak)
+    assert main(["memory", "--part", "lengths", "--ranks", "1", "2", "--gib", "1", "--levers", *peaks]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"| plain | 2560 | 5120 |", "| offload | 33280 | 66560 |"} < {*lines}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_bench_memory_measures_the_loss_and_a_lever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    small = ["--loss", "20000", "600", "32", "--ranks", "1", "--levers", "offload", "--tokens", "64", "96"]
+    assert main(["memory", *small, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["loss"]["fused"] < 40e6 < 90e6 < found["loss"]["plain"]  # one tile, and the logits twice
+    (cell,) = found["cells"]
+    assert 5e8 < cell["peaks"][0] < 2e9  # weights, gradients and AdamW's states
+    assert "| offload |" in capsys.readouterr().out
