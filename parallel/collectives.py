@@ -103,6 +103,12 @@ def gather(tensor: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     return Pending([work], result, sent=[tensor])
 
 
+def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> Pending[Tensor]:
+    """Start sending a tensor of one rank to all others, which receive it in place. The caller counts."""
+    tensor = tensor.contiguous()
+    return Pending([dist.broadcast(tensor, group=group, group_src=source, async_op=True)], tensor)
+
+
 def swap_headers(header: Tensor, ranks: Sequence[int], group: dist.ProcessGroup) -> Pending[Tensor]:
     """Start gathering the equally long headers of some ranks of the group into [ranks, bytes], in their order.
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count, groupby
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -50,7 +52,7 @@ class Arrival(NamedTuple):
     kept: Tensor | None = None
 
 
-Steps = Generator[None, None, Arrival]
+Steps = Generator[bool, None, Arrival]  # each yield says whether other ranks wait for what comes behind it
 Span = tuple[int, int]  # the first link of a stretch, and the one behind its last
 Block = tuple[int, int]  # which of how many
 Value = Tensor | Map
@@ -58,22 +60,56 @@ WHOLE: Block = (0, 1)
 
 
 class Flight:
-    """A scan in flight: whatever its steps do ahead of their first `yield` is done when it is made."""
+    """A scan in flight: what its steps do ahead of their first `yield` is done when it is made.
 
-    def __init__(self, steps: Steps) -> None:
-        self._arrival: Arrival | None = None
-        self._steps = self._run(steps)
-        next(self._steps, None)
+    The rest is done while this rank computes, if other ranks wait for it: by a thread, for on a CPU somebody has to
+    take what has come and send it on. On a GPU all of it is enqueued at once, on a stream of its own. What nobody waits
+    for is done when this rank does. like: a tensor on the device.
+    """
+
+    def __init__(self, steps: Steps, like: Tensor) -> None:
+        self._steps, self._arrival = steps, Future[Arrival]()
+        self._stream = _side_stream(like.device) if like.is_cuda else None
+        self._busy = False
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(like.device))
+            with torch.cuda.stream(self._stream):
+                self._finish()
+        elif self._step():
+            self._busy = True
+            Thread(target=self._finish, daemon=True).start()
+        if not self._busy and self._arrival.done():
+            self._arrival.result()  # raises what went wrong
 
     def wait(self) -> Arrival:
-        """Take the remaining steps."""
-        for _ in self._steps:
-            pass
-        assert self._arrival is not None, "steps end with an arrival"
-        return self._arrival
+        """What the scan ends with."""
+        if not self._busy:
+            self._finish()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        return self._arrival.result()
 
-    def _run(self, steps: Steps) -> Generator[None, None, None]:
-        self._arrival = yield from steps
+    def _finish(self) -> None:
+        """Take the steps that are left."""
+        with torch.no_grad():
+            while not self._arrival.done():
+                self._step()
+
+    def _step(self) -> bool:
+        """Take one; whether other ranks wait for the next."""
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            self._arrival.set_result(end.value)
+        except BaseException as error:
+            self._arrival.set_exception(error)
+        return False
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all scans: each begins behind what the device was given before it, and memory goes round in order."""
+    return torch.cuda.Stream(device)
 
 
 class Exchange:
@@ -87,47 +123,50 @@ class Exchange:
 
     def start(self, maps: Sequence[Map], monoid: Monoid, direction: Direction = FORWARD) -> Flight:
         """Start a scan over the maps of this rank's links, by place."""
-        return Flight(self._steps(maps, monoid, direction, self.later_links() if self.keeps else []))
+        keep = self.later_links() if self.keeps else ()
+        return self._fly(maps, monoid, direction, keep)
 
     def start_back(self, maps: Sequence[Segment], monoid: Monoid, kept: Tensor | None) -> Flight:
         """Start the reverse scan over the maps of gradients, after one over maps of the given kind that `kept` this."""
         transfers = {} if kept is None else dict(zip(self.later_links(), kept, strict=True))
-        return Flight(self._steps(maps, monoid.adjoint(transfers), BACKWARD, [], returns=self.keeps))
+        return self._fly(maps, monoid.adjoint(transfers), BACKWARD)
 
     def later_links(self) -> list[Link]:
-        """The links of other ranks through which gradients come to this one, as far as the scan forward tells their
-        maps: whose transfers are kept."""
-        links, rank = self._links(reverse=True), self.plan.rank
-        told, last = self.scan.schedule(self._links()).told(rank), len(links.ranks) - 1
-        passed = (last - link for link in links.passed(rank))
-        return [self.plan.links[i] for i in passed if i in told and self.plan.links[i].rank != rank]
+        """The links whose transfers are kept: those that pass gradients to this rank, whose maps it is told forward."""
+        missing = self._schedule(self.scan, BACKWARD).missing(self.plan.rank)
+        return [self.plan.links[-1 - link] for link in missing]
 
-    def _links(self, reverse: bool = False) -> Links:
-        return Links.of(self.plan, self.group.size, reverse)
+    def _schedule(self, scan: Scan, direction: Direction) -> Schedule:
+        schedule = scan.schedule(self._links(direction))
+        if not (direction.reverse and self.keeps):
+            return schedule
+        return schedule.after(scan.schedule(self._links(FORWARD)))
 
-    def _steps(
-        self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: list[Link], returns: bool = False
-    ) -> Steps:
-        if not maps:  # a sequence without tokens
-            return Arrival([])
-        links, sizes = self._links(direction.reverse), sizes_of(maps[0], monoid)
-        scan = self.scan.fitted(links, sizes)
-        schedule = scan.schedule(links)
-        if returns:
-            schedule = schedule.after(scan.schedule(self._links()))
+    def _links(self, direction: Direction) -> Links:
+        return Links.of(self.plan, self.group.size, direction.reverse, self.group.node_size)
+
+    def _fly(self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: Sequence[Link] = ()) -> Flight:
+        assert maps, "every rank of a group has a link"
+        return Flight(self._steps(maps, monoid, direction, keep), maps[0].state)
+
+    def _steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: Sequence[Link]) -> Steps:
+        sizes = sizes_of(maps[0], monoid, self.scan.wire)
+        scan = self.scan.fitted(self._links(direction), sizes)
+        schedule = self._schedule(scan, direction)
         if schedule.messages:
             received = schedule.received(self.plan.rank, sizes)
             collectives.record(scan.op, direction.phase, received, schedule.steps)
         chain = self.plan.links[::-1] if direction.reverse else self.plan.links
-        rank = _Rank(schedule, chain, self.plan.rank, self.group, maps, monoid)
+        rank = _Rank(schedule, chain, self.plan.rank, self.group, maps, monoid, scan.wire)
         yield from rank.follow()
         return Arrival(rank.entering(), rank.transfers(keep))
 
 
-def sizes_of(own: Map, monoid: Monoid) -> Sizes:
+def sizes_of(own: Map, monoid: Monoid, wire: torch.dtype | None = None) -> Sizes:
     """Bytes of what a map like this is sent as."""
-    transfer = monoid.transfer_sent(own)
-    return Sizes(own.state.nbytes, 0 if transfer is None else transfer.nbytes, own.state.shape[own.dim])
+    state, transfer = own.state, monoid.transfer_sent(own)
+    sent = _length(state.shape, state.dtype, wire) * state.itemsize
+    return Sizes(sent, 0 if transfer is None else transfer.nbytes, state.shape[own.dim])
 
 
 class _Rank:
@@ -141,7 +180,9 @@ class _Rank:
         group: SequenceGroup,
         maps: Sequence[Map],
         monoid: Monoid,
+        wire: torch.dtype | None,
     ) -> None:
+        self.wire = wire
         self.schedule, self.links, self.chain = schedule, schedule.links, chain
         self.rank, self.ranks = rank, group.process_group
         self.monoid, self.like, self.sent_along = monoid, maps[0], monoid.transfer_sent(maps[0])
@@ -160,7 +201,7 @@ class _Rank:
     def _entering(self, link: int) -> Tensor:
         return _state(self.known.of((self.links.starts[link], link)))
 
-    def transfers(self, links: list[Link]) -> Tensor | None:
+    def transfers(self, links: Sequence[Link]) -> Tensor | None:
         """Those of some links; None if they need not be kept."""
         places = map(self.chain.index, links)
         found = [self.monoid.kept(self.known.of((i, i + 1)), partial(self._entering, i)) for i in places]
@@ -169,34 +210,53 @@ class _Rank:
 
     # How it gets there ------------------------------------------------------------------------------------------------
 
-    def follow(self) -> Generator[None, None, None]:
-        """Send and receive, with a `yield` wherever this rank waits for others and had better compute."""
+    def follow(self) -> Generator[bool, None, None]:
+        """Send and receive, with a `yield` wherever this rank waits for others: whether some wait for it in turn."""
         self.pending: list[collectives.Pending[Tensor]] = []  # all of them: what nobody reads must arrive as well
         self._meet()
-        arrivals = [m.step for m in self.schedule.to(self.rank)]
+        arrivals, sent = ([m.step for m in own(self.rank)] for own in (self.schedule.to, self.schedule.from_))
+        arrived = 0
         for step, messages in groupby(self.schedule.messages, lambda m: m.step):
-            if any(arrival < step for arrival in arrivals[:1]):
-                yield
+            if arrivals and arrivals[0] < step:
+                yield bool(sent) and step <= sent[-1]
             together = list(messages)
             if together[0].target == EVERYONE:
+                ahead, self.pending = self.pending, []
                 self._gather(together)
+                if ahead:
+                    self._fold(arrived, ahead)
+                arrived = together[-1].last
             else:
                 for message in together:
                     if message.source == self.rank:
                         self._send(message)
-        yield
+        yield False
         for pending in self.pending:
             pending.wait()
 
     def _gather(self, messages: list[Message]) -> None:
-        """What everyone is sent in one step, as much of it by each rank."""
+        """What everyone is sent in one step: by one all-gather where each rank sends as much, or else one by one."""
         of_rank = {rank: [m for m in messages if m.source == rank] for rank in range(self.links.size)}
-        pending = collectives.gather(torch.stack([self._pack(m) for m in of_rank[self.rank]]), self.ranks)
-        self.pending.append(pending)
+        if len(set(map(len, of_rank.values()))) > 1:
+            for message in messages:
+                own = message.source == self.rank
+                tensor = self._pack(message) if own else self._buffer(message)
+                self.pending.append(collectives.broadcast(tensor, message.source, self.ranks))
+                if not own:
+                    self._expect(message, self.pending[-1].wait)
+            return
+        self.pending.append(collectives.gather(torch.stack(list(map(self._pack, of_rank[self.rank]))), self.ranks))
         for rank, sent in of_rank.items():
             for place, message in enumerate(sent):
                 if rank != self.rank:
-                    self._expect(message, partial(_row, pending, rank, place))
+                    self._expect(message, partial(_row, self.pending[-1], rank, place))
+
+    def _fold(self, arrived: int, pending: list[collectives.Pending[Tensor]]) -> None:
+        """Let what has come, the maps of the first links, enter as far as it goes, and forget it."""
+        for each in pending:
+            each.wait()
+        asking = [(self.links.starts[link], min(link, arrived)) for link in self.own if self.links.asks(link)]
+        self.known.settle({(start, last) for start, last in asking if start < last}, arrived)
 
     def _meet(self) -> None:
         """Line up the messages with each other rank, and post the receives of those that come ahead of any to it.
@@ -215,8 +275,7 @@ class _Rank:
         line = self.lines[peer]
         while line and line[0].target == self.rank:
             message = line.popleft()
-            buffer = self.like.state.new_empty(sum(map(math.prod, self._shapes(message))))
-            self.pending.append(collectives.receive(buffer, peer, self.ranks, next(self.tags[peer])))
+            self.pending.append(collectives.receive(self._buffer(message), peer, self.ranks, next(self.tags[peer])))
             self._expect(message, self.pending[-1].wait)
 
     def _send(self, message: Message) -> None:
@@ -231,20 +290,24 @@ class _Rank:
         span, block = (message.first, message.last), (message.block, message.blocks)
         value = self.known.of(span, block, message.step)
         self.known.add(span, lambda: value, block, message.step)
+        state = _narrow(_state(value).flatten(), self.wire)
         if len(self._shapes(message)) == 1:
-            return _state(value).flatten()
+            return state
         transfer = self.monoid.transfer_sent(value)
         assert transfer is not None, "the monoid sends those of all maps, or of none"
-        return torch.cat([_state(value).flatten(), transfer.flatten()])
+        return torch.cat([state, transfer.flatten()])
+
+    def _buffer(self, message: Message) -> Tensor:
+        return self.like.state.new_empty(sum(self._lengths(message)))
 
     def _expect(self, message: Message, arrive: Callable[[], Tensor]) -> None:
         span, block = (message.first, message.last), (message.block, message.blocks)
         self.known.add(span, lambda: self._unpack(message, arrive()), block, message.step)
 
     def _unpack(self, message: Message, flat: Tensor) -> Value:
-        shapes = self._shapes(message)
-        parts = flat.split([math.prod(shape) for shape in shapes])
-        state, *transfer = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        (shape, *shapes), (flat_state, *rest) = self._shapes(message), flat.split(self._lengths(message))
+        state = _widened(flat_state, shape, self.wire)
+        transfer = [part.view(shape) for part, shape in zip(rest, shapes, strict=True)]
         if self.links.is_state(message.first, message.last):
             return state
         return self.monoid.unpack(self.chain[message.first : message.last], state, *transfer)
@@ -253,9 +316,37 @@ class _Rank:
         state = self.like.state.tensor_split(message.blocks, self.like.dim)[message.block].shape
         return [state] if self.sent_along is None or not message.maps else [state, self.sent_along.shape]
 
+    def _lengths(self, message: Message) -> list[int]:
+        state, *transfer = self._shapes(message)
+        return [_length(state, self.like.state.dtype, self.wire), *map(math.prod, transfer)]
+
+
+def _length(shape: torch.Size, dtype: torch.dtype, wire: torch.dtype | None) -> int:
+    """How many elements of a dtype a state takes on the wire."""
+    return math.prod(shape) if wire is None else -(-math.prod(shape) * wire.itemsize // dtype.itemsize)
+
+
+def _narrow(state: Tensor, wire: torch.dtype | None) -> Tensor:
+    """A flat state as it travels: rounded, two or four elements in the place of one."""
+    if wire is None:
+        return state
+    rounded = state.to(wire)
+    packed = rounded.new_zeros(_length(state.shape, state.dtype, wire) * state.itemsize // wire.itemsize)
+    packed[: rounded.numel()] = rounded
+    return packed.view(state.dtype)
+
+
+def _widened(flat: Tensor, shape: torch.Size, wire: torch.dtype | None) -> Tensor:
+    """The state that `_narrow` made this of."""
+    return (flat if wire is None else flat.view(wire)[: math.prod(shape)].to(flat.dtype)).view(shape)
+
 
 def _row(pending: collectives.Pending[Tensor], rank: int, place: int) -> Tensor:
     return pending.wait()[rank, place]
+
+
+def _same(value: Value) -> Value:
+    return value
 
 
 def _state(value: Value) -> Tensor:
@@ -288,6 +379,15 @@ class _Known:
             assert not isinstance(own, Tensor), "something passes through all but the first"
             value = own(value) if isinstance(value, Tensor) else value.then(own)
         return value
+
+    def settle(self, spans: set[Span], arrived: int) -> None:
+        """Put these together, and forget all else that came from other ranks of links before `arrived`."""
+        whole = {span: self.of(span) for span in spans}
+        for span, blocks in list(self._values.items()):
+            if span[1] <= arrived and all(step >= 0 for step, _ in blocks.values()):
+                del self._values[span]
+        for span, value in whole.items():
+            self.add(span, partial(_same, value), step=0)
 
     def _path(self, span: Span, block: Block, before: float) -> list[Span]:
         """As few known stretches as make up this one."""

@@ -6,12 +6,14 @@ import atexit
 import hashlib
 import os
 import secrets
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
@@ -31,6 +33,8 @@ from lasp.parallel.layout import LAYOUTS, Layout, even_slices
 
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
 MODEL_AXES = ("tp", "pp")
+
+_DRAWN = 10**6  # of so many numbers each rank draws one
 
 # The process groups that carry headers, in the order of their making: who leaves tells the ranks of them.
 _controls: WeakKeyDictionary[dist.ProcessGroup, None] = WeakKeyDictionary()
@@ -53,6 +57,7 @@ class SequenceGroup:
     mesh: DeviceMesh | None = None
     axis: str | None = None  # of the mesh, where there is one
     heads: int = 1  # neighbours that exchange heads in ulysses x ring
+    node_size: int | None = None  # how many consecutive ranks share each host; None where they lie otherwise
 
     @classmethod
     def from_mesh(
@@ -119,12 +124,14 @@ class SequenceGroup:
             error = f"checks must be True, False, 'calls' or 'off', got {checks!r}"
         checks = checks in (True, "calls")
         # Groups of the same ranks are told apart by what the first of these draws.
-        drawn = secrets.randbelow(10**6)
+        drawn = secrets.randbelow(_DRAWN)
         fields = _said(layout, heads, checks)
-        numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, drawn).wait()
+        told = drawn + _DRAWN * _host()
+        numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, told).wait()
         _controls[control] = None
-        channel.identity = {"layout": layout, "the group (by a random number)": numbers[0]}
-        return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads)
+        channel.identity = {"layout": layout, "the group (by a random number)": numbers[0] % _DRAWN}
+        neighbours = node_size([number // _DRAWN for number in numbers])
+        return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads, neighbours)
 
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
@@ -227,6 +234,17 @@ def _in_short(lengths: tuple[int, ...]) -> str:
     """Lengths for a header of fixed size."""
     told = str(list(lengths))
     return told if len(told) <= 80 else f"{told[:40]}... ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
+
+
+def _host() -> int:
+    """A number for the machine that this rank runs on, by its name."""
+    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:6], "big")
+
+
+def node_size(hosts: list[int]) -> int | None:
+    """How many consecutive ranks share each host; None where hosts have unequal numbers, or others lie between."""
+    nodes = [len(list(same)) for _, same in groupby(hosts)]
+    return nodes[0] if len(set(nodes)) == 1 and len(nodes) == len(set(hosts)) else None
 
 
 def _said(layout: str, heads: int, checks: bool | str) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     ring       the folded state hops from link to link (LASP-1, arXiv:2404.02882)
     pipeline   the same in blocks, one behind the other (All-Scan of ZeCO, arXiv:2507.01004)
     doubling   maps of 1, 2, 4, ... links, over distances of as many (Hillis and Steele, 1986)
+    two_level  a gather inside each node, and between nodes a ring in which every rank of a node carries its block
 
 A scan says which stretch of links every message speaks of; how the sender puts it together of what it knows by then,
 and the receiver what enters its links, is the executor's work (`exchange.py`). The same schedule function serves
@@ -16,9 +17,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import groupby, pairwise, product
 from typing import ClassVar, Literal
 
-from lasp.kernels.arguments import check_choice
+import torch
+
+from lasp.kernels.arguments import check_choice, check_integer
+from lasp.parallel.group import SequenceGroup
 from lasp.parallel.remembered import remembered
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 
@@ -28,10 +33,11 @@ class Scan(ABC):
     """How the ranks of a call share their maps: a value, with the options of its kind. It holds no tensors.
 
     op: under which name the ledger counts it. remembers: whether the way back relies on transfers that the same scan
-    forward has told, which autograd then saves.
+    forward has told, which autograd then saves. wire: the dtype in which states travel, by default their own.
     """
 
     name: ClassVar[str]
+    wire: ClassVar[torch.dtype | None] = None
 
     @property
     def op(self) -> str:
@@ -40,6 +46,9 @@ class Scan(ABC):
     @property
     def remembers(self) -> bool:
         return False
+
+    def check(self, ranks: int, node_size: int | None) -> None:  # noqa: B027  # most scans take any
+        """Raises ValueError for so many ranks, of which so many neighbours share a node (None: they lie otherwise)."""
 
     @abstractmethod
     def messages(self, links: Links) -> Iterable[Message]:
@@ -66,9 +75,22 @@ def _schedule(scan: Scan, links: Links) -> Schedule:
 
 @dataclass(frozen=True)
 class Gather(Scan):
-    """One all-gather of all links' maps. Transfers are sent forward only; each rank keeps those of later links."""
+    """One all-gather of all links' maps. Transfers are sent forward only; each rank keeps those of later links.
+
+    chunk_ranks: how many ranks' maps arrive at once, to be folded before the next ones are asked for: two such chunks
+    are in memory, and not the maps of all ranks, nor are transfers kept. wire: bfloat16 halves what states take, each
+    rounded once (2e-3 of a state, on any number of ranks); transfers travel as they are.
+    """
 
     name = "gather"
+    chunk_ranks: int | None = None
+    wire: torch.dtype | None = None  # type: ignore[misc]  # an option here
+
+    def __post_init__(self) -> None:
+        if self.chunk_ranks is not None:
+            check_integer("chunk_ranks", self.chunk_ranks, 1)
+        if self.wire not in (None, torch.bfloat16):
+            raise ValueError(f"states travel in their own dtype (wire=None) or in torch.bfloat16, got {self.wire}")
 
     @property
     def op(self) -> str:
@@ -76,13 +98,14 @@ class Gather(Scan):
 
     @property
     def remembers(self) -> bool:
-        return True
+        return self.chunk_ranks is None
 
     def messages(self, links: Links) -> Iterator[Message]:
         owners = links.ranks
+        chunk = len(owners) if self.chunk_ranks is None else self.chunk_ranks * -(-len(owners) // links.size)
         if any(links.asks(i) and {*owners[links.starts[i] : i]} != {owners[i]} for i in range(len(owners))):
             for i, rank in enumerate(owners):
-                yield Message(0, rank, EVERYONE, i, i + 1, maps=True)
+                yield Message(i // chunk, rank, EVERYONE, i, i + 1, maps=True)
 
 
 @dataclass(frozen=True)
@@ -105,6 +128,10 @@ class Pipeline(Scan):
 
     name = "pipeline"
     blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            check_integer("blocks", self.blocks, 1)
 
     def fitted(self, links: Links, sizes: Sizes) -> Pipeline:
         """As many as make the last block arrive first, where a message costs as much as 256 KiB of its bytes."""
@@ -147,7 +174,54 @@ class Doubling(Scan):
             step, reach = step + 1, 2 * reach
 
 
-SCANS: dict[str, type[Scan]] = {scan.name: scan for scan in (Gather, Ring, Doubling, Pipeline)}
+@dataclass(frozen=True)
+class TwoLevel(Scan):
+    """Every rank is told the maps of its node, and what enters the node hops from node to node: each rank of a node
+    passes its block to the same one of the next node, and shows it to its neighbours.
+
+    node_size: how many consecutive ranks are a node; as the group's ranks lie on hosts if None.
+    """
+
+    name = "two_level"
+    node_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.node_size is not None:
+            check_integer("node_size", self.node_size, 1)
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def check(self, ranks: int, node_size: int | None) -> None:
+        size = self.node_size or node_size
+        if size is None:
+            raise ValueError("scan 'two_level' takes equal nodes of consecutive ranks, and the group's lie otherwise")
+        if ranks % size:
+            raise ValueError(f"scan 'two_level' takes equal nodes: {ranks} ranks do not divide into nodes of {size}")
+
+    def messages(self, links: Links) -> Iterator[Message]:
+        size = self.node_size or links.node_size or 1
+        nodes = [(node, list(own)) for node, own in groupby(range(len(links.ranks)), lambda i: links.ranks[i] // size)]
+        for (node, own), (_, following) in zip(nodes, [*nodes[1:], (None, [])], strict=True):
+            passed = links.starts[following[0]] if following and links.asks(following[0]) else len(links.ranks)
+            for link, rank in product(own, range(node * size, (node + 1) * size)):
+                asked = any(links.asks(i) and links.starts[i] <= link < i for i in own if links.ranks[i] == rank)
+                if asked or passed <= link:
+                    yield Message(0, links.ranks[link], rank, link, link + 1, not links.is_state(link, link + 1))
+        hop = 0
+        for (source, before), (target, own) in pairwise(nodes):
+            start, link = links.starts[own[0]], own[0]
+            hop = hop + 1 if start < before[0] else 1
+            if links.asks(link):
+                for block in range(size):
+                    whole = Message(hop, source * size + block, target * size + block, start, link, False, block, size)
+                    yield whole
+                    for rank in range(target * size, (target + 1) * size):
+                        yield whole._replace(step=hop + 1, source=whole.target, target=rank)
+
+
+SCANS: dict[str, type[Scan]] = {scan.name: scan for scan in (Gather, Ring, Doubling, Pipeline, TwoLevel)}
 
 
 @dataclass(frozen=True)
@@ -160,12 +234,14 @@ class Heads(Gather):
     name = "heads"
 
 
-ScanName = Literal["auto", "gather", "ring", "doubling", "pipeline", "heads"]  # what editors complete
+ScanName = Literal["auto", "gather", "ring", "doubling", "pipeline", "two_level", "heads"]  # what editors complete
 
 
-def check_scan(scan: str | Scan) -> Scan:
-    """The scan that a name stands for; ValueError where there is none."""
-    if isinstance(scan, Scan):
-        return scan
-    check_choice("scan", scan, ("auto", *SCANS, Heads.name))
-    return Gather() if scan == "auto" else (SCANS | {Heads.name: Heads})[scan]()
+def check_scan(scan: str | Scan, group: SequenceGroup | None = None) -> Scan:
+    """The scan that a name stands for. Raises ValueError where there is none, or it is none for this group."""
+    if not isinstance(scan, Scan):
+        check_choice("scan", scan, ("auto", *SCANS, Heads.name))
+        scan = Gather() if scan == "auto" else (SCANS | {Heads.name: Heads})[scan]()
+    if group is not None:
+        scan.check(group.size, group.node_size)
+    return scan

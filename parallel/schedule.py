@@ -124,7 +124,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """How many messages wait for one another at most."""
-        return 1 + self.messages[-1].step if self.messages else 0
+        return len({m.step for m in self.messages})
 
     def to(self, rank: int) -> list[Message]:
         """What a rank receives."""
@@ -142,16 +142,18 @@ class Schedule:
         """Bytes that a rank sends; to everyone counts once, as a collective passes it on."""
         return sum(map(sizes.of, self.from_(rank)))
 
-    def told(self, target: int) -> set[int]:
-        """The single links whose maps a rank, or EVERYONE, is sent whole."""
-        return {m.first for m in self.messages if m.maps and m.last - m.first == 1 and m.target in (target, EVERYONE)}
-
     def after(self, there: Schedule) -> Schedule:
-        """This way back without the transfers that the scan forward has told their receivers already."""
+        """This way back without the transfers of single links that the scan forward has told their receivers."""
+        told = {(m.first, m.target) for m in there.messages if m.maps and m.last - m.first == 1}
         last = len(self.links.ranks) - 1
-        told = {target: there.told(target) for target in {m.target for m in self.messages}}
         messages = (
-            m._replace(maps=m.maps and not (m.last - m.first == 1 and last - m.first in told[m.target]))
+            m._replace(maps=False) if m.last - m.first == 1 and (last - m.first, m.target) in told else m
             for m in self.messages
         )
         return Schedule(self.links, tuple(messages))
+
+    def missing(self, rank: int) -> list[int]:
+        """The links whose states a rank is sent and uses, and whose transfers it has to know."""
+        passed = self.links.passed(rank)
+        alone = [m for m in self.to(rank) if not m.maps and not self.links.is_state(m.first, m.last)]
+        return sorted(m.first for m in alone if m.target == rank or m.first in passed)

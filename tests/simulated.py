@@ -18,6 +18,7 @@ from torch import Tensor
 import lasp
 from lasp.parallel import collectives
 from lasp.parallel.collectives import Pending
+from lasp.parallel.layout import Layout
 
 T = TypeVar("T")
 SECONDS = 20
@@ -30,10 +31,16 @@ class Wires:
         self.barrier, self.rows = Barrier(ranks, timeout=SECONDS), [torch.empty(0)] * ranks
         self._messages: dict[Any, Queue[Tensor]] = defaultdict(Queue)
         self._lock = Lock()
+        self.sent = 0  # messages so far
 
     def between(self, source: int, target: int, tag: int) -> Queue[Tensor]:
         with self._lock:
             return self._messages[source, target, tag]
+
+    def put(self, source: int, target: int, tag: int, tensor: Tensor) -> None:
+        self.between(source, target, tag).put(tensor)
+        with self._lock:
+            self.sent += 1
 
 
 class Place(NamedTuple):
@@ -56,7 +63,7 @@ def all_reduce(tensor: Tensor, place: Place, phase: str) -> Pending[Tensor]:
 
 
 def send(tensor: Tensor, to: int, place: Place, tag: int) -> Pending[Tensor]:
-    place.wires.between(place.rank, to, tag).put(tensor.clone())
+    place.wires.put(place.rank, to, tag, tensor.clone())
     return Pending([], tensor)
 
 
@@ -65,21 +72,37 @@ def receive(buffer: Tensor, source: int, place: Place, tag: int) -> Pending[Tens
     return Pending([SimpleNamespace(wait=lambda: buffer.copy_(line.get(timeout=SECONDS)))], buffer)
 
 
+def broadcast(tensor: Tensor, source: int, place: Place) -> Pending[Tensor]:
+    if place.rank != source:
+        return receive(tensor, source, place, -1)
+    for rank in range(len(place.wires.rows)):
+        if rank != source:
+            send(tensor, rank, place, -1)
+    return Pending([], tensor)
+
+
 @contextmanager
 def in_memory() -> Iterator[None]:
     """Let the exchanges of scans and of final states be those of this file."""
     with pytest.MonkeyPatch.context() as patch:
-        for fake in (gather, all_reduce, send, receive):
+        for fake in (gather, broadcast, all_reduce, send, receive):
             patch.setattr(collectives, fake.__name__, fake)
         yield
 
 
-def run(ranks: int, function: Callable[[lasp.SequenceGroup], T], layout: str = "contiguous") -> list[T]:
+def run(
+    ranks: int,
+    function: Callable[[lasp.SequenceGroup], T],
+    layout: Layout = "contiguous",
+    node_size: int | None = None,
+) -> list[T]:
     """What a function of its group returns on every rank. No headers: calls are to be given a cut."""
     wires = Wires(ranks)
     channel: Any = SimpleNamespace(check_whole=lambda: None, broken=None)
     groups: list[Any] = [
-        lasp.SequenceGroup(Place(wires, rank), None, rank, ranks, layout, checks=False, channel=channel)
+        lasp.SequenceGroup(
+            Place(wires, rank), None, rank, ranks, layout, checks=False, channel=channel, node_size=node_size
+        )
         for rank in range(ranks)
     ]
     with in_memory(), ThreadPoolExecutor(ranks) as pool:

@@ -217,7 +217,7 @@ def _delta(operation: str, inputs: Inputs, steps: int, options: _Options) -> Ten
         if log_decay is not None and log_decay.dim() == 1:
             raise ValueError(f"log_decay must be [B, T, H] or [B, T, H, K], got {list(log_decay.shape)}")
         implementation(backend, q, chunk_size, erases=True)
-        said = check_options(scale, scan, chunk_size) | {"final_state": output_final_state}
+        said = check_options(scale, scan, chunk_size, cut.group if cut else group) | {"final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
         return check_recurrence((q, k, v), log_decay, beta, initial_state, bounds, said, ranks_of(group, cut), steps)
 

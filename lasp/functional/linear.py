@@ -99,11 +99,11 @@ def linear_attention(
     scale: of the queries, K**-0.5 by default. initial_state: [B, H, K, V], with cu_seqlens [documents, H, K, V].
     cu_seqlens: bounds of packed documents [documents + 1], for B = 1. cut: that of the batch (`lasp.shard_batch`), in
     the place of group and cu_seqlens; only data is exchanged then. causal=False: every token reads its whole document;
-    no decay. scan: "auto" or one of `lasp.parallel.scan`: "gather" (LASP-2), "ring" (LASP-1), "doubling",
-    "pipeline" (ZeCO), or a `Scan` with options; "heads" exchanges tokens for heads instead, which the ranks must divide
-    (Ulysses, arXiv:2309.14509). backend: "torch", "triton", "fla" (both on a GPU, fp32 and shorter) or "auto"
-    (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of flash-linear-attention's
-    64.
+    no decay. scan: "auto" or one of `lasp.parallel.scan`, by name or with options (`Pipeline(blocks=4)`): "gather"
+    (LASP-2), "ring" (LASP-1), "doubling", "pipeline" (ZeCO), "two_level"; "heads" exchanges tokens for heads instead,
+    which the ranks must divide (Ulysses, arXiv:2309.14509). backend: "torch", "triton", "fla" (both on a GPU, fp32 and
+    shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of
+    flash-linear-attention's 64.
 
     Returns the output [B, T, Ho, V] in v's dtype; with output_final_state also the final states, shaped like
     initial_state, in fp32 (fp64 for fp64 inputs) and the same on every rank. Differentiable in q, k, v, log_decay and
@@ -116,7 +116,8 @@ def linear_attention(
         if log_decay is not None and not causal:
             raise ValueError("causal=False takes no log_decay: a token has no last token to decay from")
         implementation(backend, q, chunk_size, causal)
-        options = check_options(scale, scan, chunk_size) | {"causal": causal, "final_state": output_final_state}
+        options = check_options(scale, scan, chunk_size, cut.group if cut else group)
+        options |= {"causal": causal, "final_state": output_final_state}
         bounds = check_documents(q, cu_seqlens, cut)
         return check_recurrence((q, k, v), log_decay, None, initial_state, bounds, options, ranks_of(group, cut))
 

@@ -27,7 +27,7 @@ def logcumsumexp(
     *,
     output_final_state: Literal[False] = False,
     exclusive: bool = False,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
     **options: Unpack[SequenceOptions],
 ) -> Tensor: ...
 @overload
@@ -36,7 +36,7 @@ def logcumsumexp(
     *,
     output_final_state: Literal[True],
     exclusive: bool = False,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
     **options: Unpack[SequenceOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -45,7 +45,7 @@ def logcumsumexp(
     *,
     output_final_state: bool,
     exclusive: bool = False,
-    scan: ScanName = "auto",
+    scan: ScanName | Scan = "auto",
     **options: Unpack[SequenceOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @untraced
@@ -76,7 +76,11 @@ def logcumsumexp(
     """
 
     def check() -> Arguments:
-        options = {"exclusive": exclusive, "final_state": output_final_state, "scan": str(check_scan(scan))}
+        options = {
+            "exclusive": exclusive,
+            "final_state": output_final_state,
+            "scan": str(check_scan(scan, cut.group if cut else group)),
+        }
         return _check(x, initial_state, lambda: check_documents(x, cu_seqlens, cut), options)
 
     turn, packed = begin_call(group, "logcumsumexp", check, cut), is_packed(cu_seqlens, cut)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp.kernels.backend import Backend
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
-from lasp.parallel.scan import ScanName
+from lasp.parallel.scan import Scan, ScanName
 
 
 class SequenceOptions(TypedDict, total=False):
@@ -26,6 +26,6 @@ class RecurrenceOptions(SequenceOptions, total=False):
     """Of linear recurrences."""
 
     scale: float | None
-    scan: ScanName
+    scan: ScanName | Scan
     backend: Backend
     chunk_size: int | None

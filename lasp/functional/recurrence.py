@@ -14,6 +14,7 @@ from lasp.kernels.arguments import check_integer, check_number, check_tensors
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.call import Arguments, Turn
+from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Plan
 from lasp.parallel.scan import Heads, Scan, check_scan
 
@@ -64,11 +65,13 @@ def whole_results(output: Tensor, final: Tensor | None, packed: bool) -> Tensor 
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
-def check_options(scale: float | None, scan: str | Scan, chunk_size: int | None) -> dict[str, Any]:
-    """What all ranks must share of the options that every recurrence has."""
+def check_options(
+    scale: float | None, scan: str | Scan, chunk_size: int | None, group: SequenceGroup | None
+) -> dict[str, Any]:
+    """What all ranks of a group must share of the options that every recurrence has."""
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
-    return {"scale": check_number("scale", scale), "scan": str(check_scan(scan))}
+    return {"scale": check_number("scale", scale), "scan": str(check_scan(scan, group))}
 
 
 def check_recurrence(

@@ -49,7 +49,7 @@ def parallelize(
     def check() -> Arguments:
         if hasattr(target, WIRING):
             raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
-        check_scan(scan)
+        check_scan(scan, group)
         check_choice("attention", attention, softmax.METHODS)
         check_model(target)
         check_adapters(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -15,17 +16,19 @@ from torch import Tensor
 import lasp
 from lasp.kernels.logcumsumexp import LogSum
 from lasp.kernels.segment import Segment
-from lasp.parallel.exchange import Exchange
+from lasp.parallel.exchange import Exchange, Flight
+from lasp.parallel.group import node_size
 from lasp.parallel.layout import Link, Plan, make_plan
 from lasp.parallel.monoid import Affine, LogSums
-from lasp.parallel.scan import SCANS, Doubling, Gather, Pipeline, Ring, Scan, ScanName, check_scan
+from lasp.parallel.scan import SCANS, Doubling, Gather, Pipeline, Ring, Scan, ScanName, TwoLevel, check_scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Sizes
 from tests.simulated import run
 
-CONTIGUOUS, ZIGZAG = (0, 1, 2, 3), (0, 1, 2, 2, 1, 0)
+CONTIGUOUS, ZIGZAG, EIGHT = (0, 1, 2, 3), (0, 1, 2, 2, 1, 0), tuple(range(8))
 SHAPES = {"per head": (2, 1, 1), "per channel": (2, 4, 1), "dense": (2, 4, 4)}
 # Every scan as its name gives it, and with options.
-ALL = [*(kind() for kind in SCANS.values()), Pipeline(3), Pipeline(7)]
+CHUNKED = [Gather(chunk_ranks=1), Gather(chunk_ranks=2)]
+ALL = [*(kind() for kind in SCANS.values()), Pipeline(3), Pipeline(7), *CHUNKED]
 
 
 def plan_of(
@@ -58,20 +61,38 @@ def close(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
+def nodes(scan: Scan, ranks: int) -> list[Scan]:
+    """A scan, with nodes of every size where it has them."""
+    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    return [TwoLevel(size) for size in sizes] if isinstance(scan, TwoLevel) else [scan]
+
+
 @pytest.mark.parametrize("scan", ALL, ids=str)
-@pytest.mark.parametrize("owners", [(0, 1), CONTIGUOUS, ZIGZAG, tuple(range(9))], ids=str)
-@pytest.mark.parametrize("kind", [*SHAPES, "known", "log sums"])
+@pytest.mark.parametrize(
+    ("owners", "kind"),
+    [
+        *product([(0, 1), CONTIGUOUS, ZIGZAG], ["per channel", "dense", "log sums"]),
+        *product([CONTIGUOUS], ["per head", "known"]),
+        *product([EIGHT, (*EIGHT, *EIGHT[::-1])], ["dense"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else len(x),
+)
 def test_both_ways(scan: Scan, owners: tuple[int, ...], kind: str) -> None:
+    for one in nodes(scan, max(owners) + 1):
+        both_ways(one, owners, kind)
+
+
+def both_ways(scan: Scan, owners: tuple[int, ...], kind: str) -> None:
     """Where a document begins nobody reads a transfer, NaN here; sums have the derivatives of their maps. What crosses
     is what the schedule says."""
     rng = torch.Generator().manual_seed(0)
-    for turn in range(4):
+    for turn in range(3):
         resets, opens = (tuple((torch.rand(len(owners), generator=rng) < 0.1 * turn).tolist()) for _ in range(2))
         plans = [plan_of(owners, resets, rank, opens) for rank in range(max(owners) + 1)]
         there, back = (Links.of(plans[0], len(plans), reverse) for reverse in (False, True))
         shape = SHAPES.get(kind, (2, 4, 1))
         states, grads = torch.randn(2, len(owners), 2, 4, 1 if kind == "log sums" else 3, generator=rng).double()
-        transfers = torch.rand(len(owners), *shape, generator=rng).double()
+        transfers = torch.rand(len(owners), *shape, generator=rng).double() / shape[-1]
         transfers[list(there.closed)] = torch.nan
         maps: list[Any] = [Segment(a, u) for a, u in zip(transfers, states, strict=True)]
         monoid: Any = Affine((lambda link, a=transfers: a[link.order]) if kind == "known" else None)
@@ -97,6 +118,36 @@ def test_both_ways(scan: Scan, owners: tuple[int, ...], kind: str) -> None:
             close(again, [leaving[i] for i in own])
 
 
+@pytest.mark.parametrize("scan", [scan for scan in ALL if not isinstance(scan, Gather)], ids=str)
+@pytest.mark.parametrize("owners", [CONTIGUOUS, ZIGZAG], ids=len)
+def test_a_scan_gets_on_while_the_ranks_compute(scan: Scan, owners: tuple[int, ...]) -> None:
+    """Every message is sent though no rank waits for any, and what a rank's thread ends with is told when it does."""
+    plans = [plan_of(owners, (False,) * len(owners), rank) for rank in range(max(owners) + 1)]
+    size = 2 if len(plans) % 2 == 0 else 1
+    messages = scan.schedule(Links.of(plans[0], len(plans), node_size=size)).messages
+
+    def work(group: lasp.SequenceGroup) -> bool:
+        own = [Segment(torch.full((2, 8, 1), 0.5), torch.ones(2, 8, 3)) for _ in plans[group.rank].own_links]
+        flight = Exchange(scan, plans[group.rank], group, keeps=False).start(own, Affine())
+        deadline = time.monotonic() + 10
+        while group.process_group.wires.sent < len(messages) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        on_its_way = group.process_group.wires.sent == len(messages)
+        return on_its_way and all(state is None or state.isfinite().all() for state in flight.wait().states)
+
+    assert all(run(len(plans), work, node_size=size))
+
+
+def test_what_ends_a_scan_in_flight_is_raised_where_it_is_awaited() -> None:
+    def steps() -> Any:
+        yield True
+        raise MemoryError("no more")
+
+    flight = Flight(steps(), torch.zeros(1))
+    with pytest.raises(MemoryError, match="no more"):
+        flight.wait()
+
+
 # Schedules ----------------------------------------------------------------------------------------------------------
 
 SIZES = Sizes(state=1000, transfer=10, rows=10)
@@ -118,9 +169,21 @@ def test_what_each_scan_costs(ranks: int, reverse: bool) -> None:
     assert (whole["ring"].steps, whole["ring"].received(rank, SIZES)) == (ranks - 1, 1000)
     piped = Pipeline(5).schedule(links)
     assert (piped.steps, piped.received(rank, SIZES)) == (ranks - 1 + 5 - 1, 1000)
-    first_is_a_state = 2 ** (log2 - 1) == ranks - 1  # then what comes last begins with the chain
-    assert whole["doubling"].steps == log2
-    assert whole["doubling"].received(rank, SIZES) == log2 * 1010 - 10 * (first_is_a_state or ranks > 1)
+    # All but the last of its messages are maps; that one begins with the chain.
+    assert (whole["doubling"].steps, whole["doubling"].received(rank, SIZES)) == (log2, log2 * 1010 - 10)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(8, 2), (12, 4), (64, 8), (64, 1)])
+def test_what_two_levels_cost(ranks: int, size: int) -> None:
+    """Of a rank in the middle: the maps of its node, and one state, of which one block comes from another node."""
+    there, back = (TwoLevel(size).schedule(links_of(tuple(range(ranks)), reverse=way)) for way in (False, True))
+    nodes = ranks // size
+    for way, transfer in ((there, 10), (back, 10), (back.after(there), 0)):
+        assert way.steps == (nodes + 1 if size > 1 else nodes - 1)
+        for rank in range(size, 2 * size):
+            assert way.received(rank, SIZES) == (size - 1) * (1000 + transfer) + 1000
+            across = [m for m in way.to(rank) if m.source // size != rank // size]
+            assert sum(map(SIZES.of, across)) in (1000 // size, 1000 * -(-10 // size) // 10, 1000 * (10 // size) // 10)
 
 
 @pytest.mark.parametrize("scan", ALL, ids=str)
@@ -147,6 +210,17 @@ def test_a_document_that_begins_in_a_link_begins_anew() -> None:
     ]  # fmt: skip
 
 
+def test_nodes_are_equal_and_of_consecutive_ranks() -> None:
+    for hosts, size in {"aabb": 2, "abcd": 1, "aaaa": 4, "a": 1, "aab": None, "abab": None}.items():
+        assert node_size([ord(host) for host in hosts]) == size
+    TwoLevel().check(8, 4)
+    TwoLevel(2).check(8, None)
+    with pytest.raises(ValueError, match="the group's lie otherwise"):
+        TwoLevel().check(8, None)
+    with pytest.raises(ValueError, match="8 ranks do not divide into nodes of 3"):
+        TwoLevel(3).check(8, 4)
+
+
 def test_the_pipeline_takes_no_more_blocks_than_rows() -> None:
     links = links_of(tuple(range(8)))
     assert Pipeline(64).fitted(links, SIZES) == Pipeline(10)
@@ -171,6 +245,11 @@ def test_every_name_has_a_class() -> None:
     assert check_scan("auto").name in SCANS
     assert check_scan(Pipeline(3)) == Pipeline(3)
     assert [str(scan) for scan in (Ring(), Pipeline(), Pipeline(3))] == ["ring", "pipeline", "pipeline(blocks=3)"]
+    for wrong in (lambda: Pipeline(0), lambda: Gather(chunk_ranks=0), lambda: TwoLevel(1.5)):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+            wrong()
+    with pytest.raises(ValueError, match=r"or in torch\.bfloat16, got torch\.float16"):
+        Gather(wire=torch.float16)
     with pytest.raises(ValueError, match=f"scan must be one of auto, {', '.join(SCANS)}"):
         check_scan("star")
 
@@ -194,7 +273,7 @@ def test_a_new_scan_is_one_class() -> None:
 
     with pytest.raises(TypeError, match="messages"):
         Unfinished()
-    test_both_ways(Star(), CONTIGUOUS, "dense")
+    both_ways(Star(), CONTIGUOUS, "dense")
 
 
 @pytest.mark.parametrize("owners", [CONTIGUOUS, ZIGZAG], ids=["contiguous", "zigzag"])
