@@ -140,7 +140,7 @@ def _start(arguments: list[str]) -> int:
         Run.prepare(config)
         if ranks > 1:
             return run_ranks("lasp.launch.train", arguments, ranks)
-        os.environ.update(loopback())
+        os.environ.update(loopback() | {"LOCAL_RANK": "0"})  # DeepSpeed asks for it
         return _train(config)
 
 

@@ -65,6 +65,7 @@ class Zero:
     def state(self) -> State:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._link_state()
         main, kept = self.ranks.is_main, {}
         with self._gathered():
             weights = {name: to_cpu(value, main) for name, value in tensors_of(self.model).items()}
@@ -115,7 +116,13 @@ class Zero:
         optimizer.step()
         for part in (part for parts in flat for part in parts):
             part.grad = None
+        self._link_state()
+
+    def _link_state(self) -> None:
+        """Let parameters find what is kept of them: DeepSpeed looks after the first group's first step alone, when the
+        other groups have nothing yet."""
         if self.stage < 3:
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_parts(self) -> list[list[Tensor]]:
