@@ -25,10 +25,10 @@ from lasp.launch.outcome import Failure
 from lasp.launch.place import run_command
 from lasp.launch.ranks import loopback, run_ranks
 from lasp.parallel.group import join_world
-from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from lasp.train.config import SECTIONS, TrainConfig
 from lasp.train.loop import StepError, Summary, train
 from lasp.train.ranks import Ranks, check_device
-from lasp.train.run import Run
+from lasp.train.run import Run, Tell
 from lasp.train.sample import sample
 
 RECIPES = Path(__file__).with_name("configs")
@@ -57,13 +57,14 @@ def _as_rank_of_others(arguments: list[str]) -> int:
             except ValueError as found:
                 error = str(found)
         everyone.agree("locking the output folder", {}, error).wait()
-        return _train(config)
+        return _train(config, print)
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
     """The configuration that `CONFIG [--key value ...]` describes; ValueError for an unknown key or a bad value."""
     if arguments and not arguments[0].startswith("-"):
         arguments = [f"--config={_find_file(arguments[0])}", *arguments[1:]]
+    arguments = ["--allow_change=true" if word == "--allow-change" else word for word in arguments]
     parser = _parser()
     if not {"-h", "--help"} & set(arguments):
         _check_files(arguments)
@@ -72,7 +73,7 @@ def read_config(arguments: list[str]) -> TrainConfig:
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     del values["config"]
-    for section, kind in {"data": DataConfig, "optimizer": OptimizerConfig, "sample": SampleConfig}.items():
+    for section, kind in SECTIONS.items():
         values[section] = kind(**values[section])
     return TrainConfig(**values)
 
@@ -137,18 +138,19 @@ def _start(arguments: list[str]) -> int:
     ranks = config.sp * (config.dp or 1)
     check_device(config.device, ranks)
     with locked(Path(config.output)):
-        Run.prepare(config)
+        Run.prepare(config, print)
         if ranks > 1:
             return run_ranks("lasp.launch.train", arguments, ranks)
         os.environ.update(loopback() | {"LOCAL_RANK": "0"})  # DeepSpeed asks for it
         return _train(config)
 
 
-def _train(config: TrainConfig) -> int:
-    """Train as one of the ranks that a launcher, or `_start`, brought up, or as the only one."""
+def _train(config: TrainConfig, tell: Tell | None = None) -> int:
+    """Train as one of the ranks that a launcher, or `_start`, brought up, or as the only one. tell: as `Run.prepare`
+    takes it, where nobody has called that before."""
     disable_progress_bar()  # transformers shows one for every file it reads or writes
     ranks = Ranks.join(config)
-    run = Run.prepare_together(config, ranks.everyone)
+    run = Run.prepare_together(config, ranks.everyone, tell)
     try:
         summary = train(run, ranks)
     except StepError as error:
@@ -165,6 +167,8 @@ def _report(run: Run, summary: Summary) -> None:
     print(f"first loss  {summary.losses[0]:.3f}")
     # One batch alone may be an easy or a hard one.
     print(f"last loss   {recent[-1]:.3f} (mean of the last {len(recent)} steps: {sum(recent) / len(recent):.3f})")
+    for source, loss in summary.validation.items():
+        print(f"held out    {loss:.3f} ({source})")
     print(f"metrics     {summary.metrics}")
     print(f"loss plot   {summary.plot}")
     print(f"checkpoint  {summary.checkpoint}")

@@ -1,9 +1,10 @@
 """Checkpoints: one folder per step, complete from the moment it has its name.
 
 checkpoints/step-000150/
-    config.json, model.safetensors   the model, as `from_pretrained` reads it
+    config.json, model.safetensors   the model, as `from_pretrained` reads it; adapters as peft reads them
+    tokenizer.json, …                the tokenizer, as AutoTokenizer reads it
     training.pt                      what the optimizer keeps of each parameter, and the number of steps done
-    run.json                         the configuration of the run, for the reader
+    run.json                         the configuration of the run, which one that continues it is compared with
 """
 
 import json
@@ -13,16 +14,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lasp.models import LinearLlamaConfig
 from lasp.train.config import TrainConfig
+from lasp.train.engines.base import tensors_of
 from lasp.train.engines.engine import Engine, State
 from lasp.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lasp.train.run import Run
 
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\d+")
@@ -73,20 +79,60 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return resumed
 
 
-def check_checkpoint(path: Path, config: LinearLlamaConfig) -> None:
-    """ValueError, naming what differs, when a checkpoint is not of a model with this configuration."""
+def check_checkpoint(path: Path, model: Any, config: TrainConfig) -> list[str]:
+    """ValueError, naming what differs, when a checkpoint is not of a model with this configuration, or when the run
+    that wrote it had other data or other mathematics and `config.allow_change` is not set. Returns what else differs.
+    """
+    if not config.lora.rank:  # adapters are compared tensor by tensor
+        _check_model(path, model)
+    before = _read_json(path / "run.json")
+    before.pop("read", None)  # compared when the ranks are known
+    changed = changes(before, asdict(config))
+    deciding = [told for name, told in changed.items() if not _is_free(name)]
+    if deciding and not config.allow_change:
+        raise ValueError(
+            f"the run that wrote {str(path)!r} was another: {'; '.join(deciding)}; --allow-change goes on nevertheless"
+        )
+    return list(changed.values())
+
+
+def _check_model(path: Path, config: Any) -> None:
     written = _read_json(path / "config.json")
     # The file leaves out what has its default value; the class knows those, but would call any model its own.
-    known = _read(path / "config.json", lambda _: LinearLlamaConfig.from_dict(written).to_dict())
+    known = _read(path / "config.json", lambda _: type(config).from_dict(written).to_dict())
     saved = {**known, "model_type": written.get("model_type")}
     expected = config.to_dict()
     differing = [
         f"{key} is {saved.get(key)!r} there and {expected.get(key)!r} here"
         for key in sorted((saved.keys() | expected.keys()) - _BOOKKEEPING)
-        if saved.get(key) != expected.get(key)
+        if saved.get(key) != expected.get(key) and not key.startswith("_")
     ]
     if differing:
         raise ValueError(f"checkpoint {str(path)!r} is of another model: {'; '.join(differing)}")
+
+
+# What says where and how long a run is, who computes it and what is told of it: neither its data nor its mathematics.
+_FREE = (
+    "output", "overwrite", "resume", "allow_change", "steps", "save_every", "engine", "reduce_dtype", "device", "sp",
+    "dp", "layout", "accumulation", "data.batch_size", "data.cache", "validation.every", "validation.sequences",
+    "validation.source", "sample",
+)  # fmt: skip
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in _FREE)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """What a run's configuration says otherwise than that of the run it continues, by the fields' names."""
+    found: dict[str, str] = {}
+    for name in sorted(before.keys() | now.keys()):
+        one, two = (json.loads(json.dumps(of.get(name))) for of in (before, now))
+        if isinstance(one, dict) and isinstance(two, dict) and not prefix:
+            found |= changes(one, two, f"{name}.")
+        elif one != two:
+            found[prefix + name] = f"{prefix}{name} was {one!r} and is {two!r}"
+    return found
 
 
 class Checkpointer(Protocol):
@@ -104,7 +150,7 @@ class Checkpointer(Protocol):
 class Folders:
     """A folder per state, written by the main rank and read by all."""
 
-    config: TrainConfig
+    run: "Run"
     """Says where, and is written down beside each state."""
 
     ranks: Ranks
@@ -113,24 +159,42 @@ class Folders:
     def save(self, step: int, engine: Engine) -> None:
         state = engine.state()
         if self.ranks.is_main:
-            _write(self.config, step, engine.model, state)
+            _write(self.run, self.run.batch(self.ranks), step, engine.model, state)
         self.ranks.barrier()
 
     def load(self, path: Path, engine: Engine) -> int:
+        self.ranks.together(lambda: self._check(path))
         state = self.ranks.together(lambda: _read_state(path, engine.model))
         self.ranks.together(lambda: engine.load(state, str(path)))
         return checkpoint_step(path)
 
+    def _check(self, path: Path) -> None:
+        """ValueError for a checkpoint of another model or run, and when a step would not read what it would have read
+        there."""
+        check_checkpoint(path, self.run.model.config, self.run.config)
+        before = _read_json(path / "run.json").get("read") or {}
+        now = {"sequences of a step": self.run.batch(self.ranks), "tokens": self.run.tokens}
+        told = [f"{name} were {before.get(name)!r} and are {value!r}" for name, value in now.items()]
+        differing = [line for line, (name, value) in zip(told, now.items(), strict=True) if before.get(name) != value]
+        if differing and not self.run.config.allow_change:
+            raise ValueError(
+                f"the run that wrote {str(path)!r} read something else: {'; '.join(differing)}; "
+                "--allow-change goes on nevertheless"
+            )
 
-def _write(config: TrainConfig, step: int, model: Any, state: State) -> None:
-    path = checkpoint_path(config.output, step)
+
+def _write(run: "Run", batch: int, step: int, model: Any, state: State) -> None:
+    path = checkpoint_path(run.config.output, step)
     _delete_partial(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         model.save_pretrained(partial, state_dict=state.weights)
+        run.tokenizer.save(partial)
         torch.save({"step": step, "optimizer": state.optimizer}, partial / "training.pt")
-        (partial / "run.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        read = {"sequences of a step": batch, "tokens": run.tokens}
+        told = json.dumps({**asdict(run.config), "read": read}, indent=2)
+        (partial / "run.json").write_text(told + "\n", encoding="utf-8")
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -139,11 +203,22 @@ def _write(config: TrainConfig, step: int, model: Any, state: State) -> None:
 
 def _read_state(path: Path, model: Any) -> State:
     """What a checkpoint holds, looked at as far as that needs no engine."""
-    check_checkpoint(path, model.config)
-    weights = _read(path / "model.safetensors", load_file)
     # weights_only: a checkpoint is data, and loading one must never run code.
     training = _read(path / "training.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
-    return State(weights, _optimizer_state(path / "training.pt", training))
+    return State(_read_weights(path, model), _optimizer_state(path / "training.pt", training))
+
+
+def _read_weights(path: Path, model: Any) -> dict[str, Tensor]:
+    """The weights by the names that they have in the model."""
+    if hasattr(model, "peft_config"):  # which leaves the adapters' name out of theirs
+        names = {name.replace(".default.", "."): name for name, _ in model.named_parameters()}
+        saved: dict[str, Tensor] = _read(path / "adapter_model.safetensors", load_file)
+        return {names.get(name, name): value for name, value in saved.items()}
+    if isinstance(model.config, LinearLlamaConfig):
+        return _read(path / "model.safetensors", load_file)
+    # Families may store weights otherwise than their modules hold them.
+    read = AutoModelForCausalLM.from_pretrained
+    return tensors_of(_read(path / "config.json", lambda file: read(file.parent, dtype="auto")))
 
 
 def delete_checkpoints(output: str | Path) -> None:

@@ -21,14 +21,26 @@ def _require(condition: bool, message: str) -> None:
 class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
 
-    source: str = "stdlib"
-    """"stdlib" (this interpreter's own standard library), a text file, a folder, or a glob such as "books/**/*.txt"."""
+    source: str | dict[str, float] = "stdlib"
+    """"stdlib" (this interpreter's own standard library), a file, a folder, a glob such as "books/**/*.txt"; or a table
+    of such names with the share of all sequences that each gives. A file is one document; files of JSON lines, Parquet
+    files and folders that `datasets` has saved have one per row."""
 
-    tokenizer: str = "bytes"
-    """"bytes" (256 bytes and an end-of-document token), or the path of a Hugging Face `tokenizers` JSON file."""
+    field: str = "text"
+    """Of the rows of JSON lines and tables: a text, or a conversation, a list of messages with role and content. What
+    the assistant says is the target of a conversation, and the tokenizer's chat template writes it down."""
+
+    tokenizer: str | None = None
+    """"bytes" (256 bytes and an end-of-document token), the path of a Hugging Face `tokenizers` JSON file, or what
+    AutoTokenizer reads: a folder, a name on the hub. By default that of `model.name`, and "bytes" without one."""
 
     seq_len: int = 4096
     """Tokens of one whole sequence; the sp ranks hold seq_len / sp of them each."""
+
+    packing: Literal["split", "first_fit", "none"] = "split"
+    """How documents are laid into sequences. "split": one after another, cut every seq_len tokens. "first_fit": whole
+    into the first of 64 open sequences that has room, what is longer cut every seq_len tokens. In both, no document
+    sees another. "none": as "split", but a sequence is one text, and documents see those before them."""
 
     batch_size: int = 1
     """Sequences per micro-batch of one data-parallel rank; a step has dp x `accumulation` times as many."""
@@ -37,9 +49,51 @@ class DataConfig:
     """Folder of the token files; by default `tokens` in the output folder."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), 'data.source must name a text, got ""')
+        _require(bool(self.source), f"data.source must name a text, got {self.source!r}")
+        _require(isinstance(self.source, str) or all(self.source), f"data.source names no text: {self.source}")
+        if isinstance(self.source, dict):
+            shares = self.source.values()
+            _require(
+                all(0 < share < math.inf for share in shares), f"data.source needs positive shares, got {self.source}"
+            )
+        _require(bool(self.field), 'data.field must name a field, got ""')
+        _require(self.tokenizer != "", 'data.tokenizer must name a tokenizer, got ""')
         _require(self.seq_len >= 1, f"data.seq_len must be at least 1, got {self.seq_len}")
         _require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}")
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """The sources, each with its share."""
+        return {self.source: 1.0} if isinstance(self.source, str) else self.source
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Text that is not trained on, and the mean loss of all of its targets."""
+
+    fraction: float = 0.0
+    """Share of each source's documents that is held out, chosen by a hash of their content."""
+
+    source: str | None = None
+    """A source of its own, named as `data.source` is."""
+
+    every: int = 100
+    """Steps between two validations; one comes after the last step."""
+
+    sequences: int | None = None
+    """At most so many sequences of each source; by default all."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.fraction < 1, f"validation.fraction must lie in [0, 1), got {self.fraction}")
+        _require(self.source != "", 'validation.source must name a text, got ""')
+        _require(self.every >= 1, f"validation.every must be at least 1, got {self.every}")
+        _require(
+            self.sequences is None or self.sequences >= 1,
+            f"validation.sequences must be at least 1, got {self.sequences}",
+        )
+        _require(
+            self.source is None or not self.fraction, "validation.source and validation.fraction exclude each other"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +140,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of peft around a model whose own weights stay as they are. Checkpoints hold the adapters."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole model."""
+
+    alpha: float = 16.0
+    """What the adapters add is scaled by alpha / rank."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules that get adapters; all linear ones but the head by default."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"lora.rank must not be negative, got {self.rank}")
+        _require(0 < self.alpha < math.inf, f"lora.alpha must be positive, got {self.alpha}")
+        _require(bool(self.target_modules), f"lora.target_modules must name modules, got {self.target_modules!r}")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The text a trained model writes at the end of a run, as a first impression of it."""
 
@@ -115,6 +188,9 @@ class TrainConfig:
 
     resume: str | None = None
     """Continue from a checkpoint: the path of a `step-…` folder, or "latest" for the output folder's newest, if any."""
+
+    allow_change: bool = False
+    """Continue although the data or the mathematics are others than those of the run that wrote the checkpoint."""
 
     steps: int = 1000
     """Optimizer steps in all, those of the runs that this one resumes included."""
@@ -152,10 +228,18 @@ class TrainConfig:
     """How a sequence is cut over the sp ranks."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of LinearLlamaConfig, and `preset` for the size they change."""
+    """`kind = "linear_llama"` (the default) with fields of LinearLlamaConfig, and `preset` for the size they change; or
+    `name`, a folder or a model of the Hugging Face hub, with its weights; `from_scratch = true` takes its configuration
+    alone, with random weights and further fields of it."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in the place of full training."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The text and the batches."""
+
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """What is held out."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
@@ -179,5 +263,23 @@ class TrainConfig:
             f"a sequence of data.seq_len={self.data.seq_len} has fewer tokens than sp={self.sp} ranks",
         )
         _require(
+            not self.engine.startswith("zero") or self.optimizer.name == "adamw",
+            f'engine = "{self.engine}" has flat parameters: optimizer.name must be "adamw", got {self.optimizer.name}',
+        )
+        _require(
+            not self.engine.startswith("zero") or self.dtype != "float64",
+            f'engine = "{self.engine}" keeps float32 states: dtype must be "float32" or "bfloat16", got "{self.dtype}"',
+        )
+        _require(
             not (self.overwrite and self.resume), f"overwrite = true and resume = {self.resume!r} contradict each other"
         )
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "validation": ValidationConfig,
+    "lora": LoraConfig,
+    "optimizer": OptimizerConfig,
+    "sample": SampleConfig,
+}
+"""The classes of the fields that are tables of a TOML file."""

@@ -5,20 +5,21 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lasp.train.checkpoint import Checkpointer, Folders, checkpoint_path, delete_checkpoints
-from lasp.train.config import TrainConfig
+from lasp.train.data.batches import all_rows
 from lasp.train.engines import start_engine
 from lasp.train.engines.engine import Engine
 from lasp.train.metrics import MetricsFile, StepMetrics, plot_loss, read_metrics
 from lasp.train.optimizer import learning_rate
-from lasp.train.progress import TrainingProgress
+from lasp.train.progress import TrainingProgress, show
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
+from lasp.train.screen import describe
 from lasp.train.source import Source
 
 
@@ -32,6 +33,9 @@ class Summary:
 
     losses: list[float]
     """Loss of each step that was trained, in nats per token; those before a resumed checkpoint are not among them."""
+
+    validation: dict[str, float]
+    """Mean loss of what is held out after the last step, source by source."""
 
     metrics: Path
     """One JSON line per step, those before a resumed checkpoint included."""
@@ -47,8 +51,8 @@ class Summary:
 class Trainer:
     """An engine and its data: one training step after another."""
 
-    config: TrainConfig
-    """The run's settings."""
+    run: Run
+    """What was asked for."""
 
     ranks: Ranks
     """This process's place among the ranks."""
@@ -68,32 +72,44 @@ class Trainer:
     @classmethod
     def start(cls, run: Run, ranks: Ranks) -> "Trainer":
         """A trainer at the beginning of a run, or where its checkpoint left off."""
-        config = run.config
-        engine = start_engine(run.build_model(ranks), config, ranks)
-        checkpoints = Folders(config, ranks)
+        engine = start_engine(ranks.together(lambda: run.build_model(ranks)), run.config, ranks)
+        checkpoints = Folders(run, ranks)
         done = 0 if run.checkpoint is None else checkpoints.load(run.checkpoint, engine)
-        return cls(config, ranks, run.open_source(ranks), engine, checkpoints, done)
+        return cls(run, ranks, run.open_source(ranks), engine, checkpoints, done)
 
     def step(self) -> StepMetrics:
         """Train on the next batch.
 
         FloatingPointError, on every rank and with the parameters untouched, when the loss or a gradient is not finite.
         """
-        config, started = self.config, time.perf_counter()
+        config, started = self.run.config, time.perf_counter()
         lr = learning_rate(self.steps_done, config.steps, config.optimizer)
         loss = self._backward()
         norm = self.engine.update(lr, config.optimizer.clip) if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}: cannot go on")
         self.steps_done += 1
-        tokens = config.accumulation * config.data.batch_size * self.ranks.dp_size * config.data.seq_len
+        tokens = self.run.batch(self.ranks) * config.data.seq_len
         return StepMetrics(self.steps_done, loss, lr, norm, tokens / (time.perf_counter() - started))
+
+    def validate(self) -> dict[str, float]:
+        """The mean loss of all targets that are held out, source by source, the same on every rank."""
+        found = {}
+        for data in self.run.validation:
+            targets, total = 0, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+            for batch in all_rows(data, self.run.share(self.ranks), self.run.config.validation.sequences):
+                targets += batch.targets
+                total += self.engine.evaluate({**self.ranks.place(batch), "num_items_in_batch": 1})
+            found[data.corpus.source] = self.ranks.mean(total) * self.ranks.dp_size / self.ranks.total(targets)
+        return found
 
     def _backward(self) -> float:
         """Gradients of the next batch; returns its mean loss over all targets of all ranks, the same on every rank."""
         batches = self.source.read(self.steps_done)
         # The mean over dp of sums over sp: divided by this, they add up to the mean over the targets of the step.
         targets = self.ranks.total(sum(batch.targets for batch in batches)) / self.ranks.dp_size
+        if not targets:
+            raise ValueError("no token of the batch has a target: larger batches hold more documents")
         losses = []
         for number, batch in enumerate(batches):
             inputs = {**self.ranks.place(batch), "num_items_in_batch": targets}
@@ -102,17 +118,22 @@ class Trainer:
 
     def rest(self) -> Iterator[StepMetrics]:
         """Train and save until the run is over, one step per item. A ValueError of a step becomes a StepError."""
-        every = self.config.save_every or self.config.steps
-        while self.steps_done < self.config.steps:
+        config = self.run.config
+        while self.steps_done < config.steps:
             try:
                 result = self.step()
+                if self.run.validation and self._due(config.validation.every):
+                    result = replace(result, validation=self.validate())
             except ValueError as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 told = f"{error} (ValueError at {Path(place.filename).name}:{place.lineno})"
                 raise StepError(f"step {self.steps_done + 1}: {told}") from error
             yield result
-            if self.steps_done % every == 0 or self.steps_done == self.config.steps:
+            if self._due(config.save_every or config.steps):
                 self.checkpoints.save(self.steps_done, self.engine)
+
+    def _due(self, every: int) -> bool:
+        return self.steps_done % every == 0 or self.steps_done == self.run.config.steps
 
 
 def train(run: Run, ranks: Ranks) -> Summary:
@@ -122,18 +143,22 @@ def train(run: Run, ranks: Ranks) -> Summary:
     exactly as if it had not been interrupted.
     """
     trainer = Trainer.start(run, ranks)
+    if ranks.is_main:
+        show(describe(run, ranks, trainer.engine.model))
     if ranks.is_main and run.config.overwrite:
         delete_checkpoints(run.config.output)
-    metrics, losses = Path(run.config.output) / "metrics.jsonl", []
+    metrics, results = Path(run.config.output) / "metrics.jsonl", []
     with ExitStack() as stack:
         record = stack.enter_context(MetricsFile(metrics, trainer.steps_done)) if ranks.is_main else None
         shown = stack.enter_context(TrainingProgress(run.config.steps, trainer.steps_done, enabled=ranks.is_main))
         for result in trainer.rest():
-            losses.append(result.loss)
+            results.append(result)
             shown.update(result)
             if record is not None:
                 record.write(result)
     plot = metrics.with_name("loss.png")
     if ranks.is_main:
         plot_loss(read_metrics(metrics), plot)
-    return Summary(losses, metrics, plot, checkpoint_path(run.config.output, run.config.steps))
+    validation = results[-1].validation or {}
+    losses = [result.loss for result in results]
+    return Summary(losses, validation, metrics, plot, checkpoint_path(run.config.output, run.config.steps))

@@ -26,6 +26,9 @@ class StepMetrics:
     tokens_per_second: float
     """Tokens of the whole batch per second of this step."""
 
+    validation: dict[str, float] | None = None
+    """Mean loss of what is held out, source by source, after the step's update; None where it was not asked for."""
+
 
 class MetricsFile:
     """A JSON-lines file of steps, open for writing. What a resumed run will do again is dropped from it first."""
@@ -70,6 +73,12 @@ def plot_loss(metrics: list[StepMetrics], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([m.step for m in metrics], [m.loss for m in metrics], linewidth=1.2)
+    held = [m for m in metrics if m.validation]
+    for source in dict.fromkeys(source for m in held for source in m.validation or {}):
+        known = [(m.step, m.validation[source]) for m in held if m.validation and source in m.validation]
+        axes.plot(*zip(*known, strict=True), marker="o", label=f"held out of {source}")
+    if held:
+        axes.legend()
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,4 +86,5 @@ def plot_loss(metrics: list[StepMetrics], path: Path) -> None:
 
 
 def _line(metrics: StepMetrics) -> str:
-    return json.dumps(asdict(metrics)) + "\n"
+    told = {name: value for name, value in asdict(metrics).items() if value is not None}
+    return json.dumps(told) + "\n"

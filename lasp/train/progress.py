@@ -21,6 +21,13 @@ class _Console(Console):
             super().on_broken_pipe()
 
 
+def show(lines: list[str]) -> None:
+    """Show some lines before the first step."""
+    console = _Console()
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class TrainingProgress:
     """Step, loss, tokens per second and time left of a run; silent when not `enabled` (ranks other than the first)."""
 
@@ -47,7 +54,8 @@ class TrainingProgress:
         """Show a step that is done."""
         now = time.monotonic()
         left = (now - self._started) / (metrics.step - self._done_before) * (self._steps - metrics.step)
-        text = f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tokens/s  {_clock(left)} left"
+        held = "".join(f"held out {loss:.3f}  " for loss in (metrics.validation or {}).values())
+        text = f"loss {metrics.loss:.3f}  {held}{metrics.tokens_per_second:,.0f} tokens/s  {_clock(left)} left"
         self._bar.update(self._task, completed=metrics.step, description=text)
         due = now - self._shown >= _SECONDS_BETWEEN_LINES or metrics.step == self._steps
         if due and not self._console.is_terminal:

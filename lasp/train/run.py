@@ -1,107 +1,122 @@
 """A run that was checked as far as one process can check it: what remains is to train."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Self
 
+import numpy as np
 import torch
 
-from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import SequenceGroup
-from lasp.train.batches import Batches
 from lasp.train.checkpoint import check_checkpoint, checkpoint_step, find_checkpoint
 from lasp.train.config import TrainConfig
-from lasp.train.corpus import open_corpus, prepare_corpus
+from lasp.train.data.batches import Batches, Data, Share, shares
+from lasp.train.data.corpus import Corpus, build_corpus
+from lasp.train.data.packing import PACKINGS, held_out
+from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
+from lasp.train.engines import check_engine
+from lasp.train.model import ModelPlan
 from lasp.train.ranks import Ranks
-from lasp.train.source import Source
-from lasp.train.tokenizer import Tokenizer, load_tokenizer
 from lasp.wrap.parallelize import parallelize
 
 _WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
+Tell = Callable[[str], None]
+"""Says how far the building of a corpus is."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration and what it names: tokens on disk, the shape of the model, the checkpoint to start from."""
+    """A configuration and what it names: tokens on disk, the model, the checkpoint to start from."""
 
     config: TrainConfig
     """What the user asked for."""
 
     tokenizer: Tokenizer
-    """Turns the corpus into tokens, and what the model writes into text."""
+    """Turns the corpora into tokens, and what the model writes into text."""
 
-    corpus: Path
-    """The token file."""
+    training: tuple[Data, ...]
+    """What is trained on, source by source."""
 
-    model: LinearLlamaConfig
-    """The model's shape; its vocabulary is the tokenizer's."""
+    validation: tuple[Data, ...]
+    """What is held out, source by source."""
+
+    model: ModelPlan
+    """The model."""
 
     checkpoint: Path | None
     """Where to resume, None to start from scratch."""
 
     @classmethod
-    def prepare(cls, config: TrainConfig) -> Self:
-        """Check everything that needs no other rank, and tokenize the corpus unless that was done before.
+    def prepare(cls, config: TrainConfig, tell: Tell | None = None) -> Self:
+        """Check everything that needs no other rank, and tokenize the corpora unless that was done before.
 
-        ValueError for a model that cannot be, an unreadable or too short corpus, a checkpoint that is missing, of
-        another model or at the end of the run already, and for an output folder that holds another run or cannot be
-        written.
+        tell: given by the process that does so for others, which also reads the tokens once to compare their checksum.
+        ValueError for a model that cannot be, an engine that is not there, an unreadable or too short corpus, a
+        checkpoint that is missing, of another model or at the end of the run already, and for an output folder that
+        holds another run or cannot be written.
         """
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        model = _model_config(config.model, tokenizer.vocab_size)
+        check_engine(config)
+        tokenizer = load_tokenizer(config.data.tokenizer or config.model.get("name") or "bytes")
+        model = ModelPlan.make(config.model, config.lora, tokenizer)
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, model)
+            check_checkpoint(checkpoint, model.config, config)
             if checkpoint_step(checkpoint) >= config.steps:
                 raise ValueError(
                     f"checkpoint {str(checkpoint)!r} has done the {config.steps} steps of this run already"
                 )
         _check_output(Path(config.output))
-        folder = Path(config.data.cache or Path(config.output) / "tokens")
-        return cls(config, tokenizer, prepare_corpus(config.data, folder, tokenizer), model, checkpoint)
+        training, validation = prepare_data(config, tokenizer, tell)
+        return cls(config, tokenizer, training, validation, model, checkpoint)
 
     @classmethod
-    def prepare_together(cls, config: TrainConfig, everyone: SequenceGroup) -> Self:
+    def prepare_together(cls, config: TrainConfig, everyone: SequenceGroup, tell: Tell | None = None) -> Self:
         """`prepare` on all ranks, which all raise the same ValueError when one of them cannot, or when they differ.
 
         Rank 0 is first, so that ranks on one machine find the tokens that it has written.
         """
-        run, error = cls._attempt(config) if everyone.rank == 0 else (None, None)
+        run, error = cls._attempt(config, tell) if everyone.rank == 0 else (None, None)
         everyone.agree("preparing the run on rank 0", {}, error).wait()
         if everyone.rank != 0:
-            run, error = cls._attempt(config)
+            run, error = cls._attempt(config, None)
         everyone.agree("preparing the run", run._fingerprint() if run else {}, error).wait()
         assert run is not None  # or there was an error, and everyone has raised it
         return run
 
-    def build_model(self, ranks: Ranks) -> LinearLlamaForCausalLM:
-        """The model before its first step, the same on every rank and for every dtype, its sequences cut over sp."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            model = LinearLlamaForCausalLM(self.model)
-        return parallelize(model.to(ranks.device, _WEIGHT_DTYPES[self.config.dtype]).train(), ranks.sequence)
+    def build_model(self, ranks: Ranks) -> Any:
+        """The model before its first step, its sequences cut over sp."""
+        model = self.model.build(self.config.seed, _WEIGHT_DTYPES[self.config.dtype])
+        return parallelize(model.to(ranks.device), ranks.sequence)
 
-    def open_source(self, ranks: Ranks) -> Source:
-        """What this rank reads."""
-        data = self.config.data
-        return Batches(
-            open_corpus(self.corpus),
-            data.seq_len,
-            ranks.sequence.slices(data.seq_len),
-            data.batch_size,
-            self.config.accumulation,
-            ranks.dp_rank,
-            ranks.dp_size,
-            self.config.seed,
-        )
+    def share(self, ranks: Ranks) -> Share:
+        """What a rank reads of any rows."""
+        return Share(ranks.sequence.slices, self.config.data.batch_size, ranks.dp_rank, ranks.dp_size)
+
+    def batch(self, ranks: Ranks) -> int:
+        """Sequences of a step, of all ranks."""
+        return ranks.dp_size * self.config.accumulation * self.config.data.batch_size
+
+    def open_source(self, ranks: Ranks) -> Batches:
+        """What a rank trains on."""
+        weights = self.config.data.mixture.values()
+        mixture = list(zip(self.training, weights, strict=True))
+        return Batches(mixture, self.share(ranks), self.config.accumulation, self.config.seed)
+
+    @property
+    def tokens(self) -> str:
+        """A checksum of the tokens that are trained on."""
+        told = [data.corpus.checksum for data in self.training]
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()[:16]
 
     @classmethod
-    def _attempt(cls, config: TrainConfig) -> tuple[Self | None, str | None]:
+    def _attempt(cls, config: TrainConfig, tell: Tell | None) -> tuple[Self | None, str | None]:
         """The run, or why there is none."""
         try:
-            return cls.prepare(config), None
+            return cls.prepare(config, tell), None
         except (ValueError, OSError) as error:
             return None, str(error)
 
@@ -109,9 +124,58 @@ class Run:
         """What must be the same on every rank, in short."""
         return {
             "configuration": hashlib.sha256(repr(self.config).encode()).hexdigest()[:8],
-            "bytes of tokens": self.corpus.stat().st_size,
+            "tokens (by their checksum)": self.tokens,
+            "held out": " ".join(data.corpus.checksum for data in self.validation),
             "checkpoint": self.checkpoint.name if self.checkpoint else None,
         }
+
+
+def prepare_data(
+    config: TrainConfig, tokenizer: Tokenizer, tell: Tell | None
+) -> tuple[tuple[Data, ...], tuple[Data, ...]]:
+    """What is trained on and what is held out. ValueError, naming the source, for what is too short."""
+    data, held = config.data, config.validation
+    if len(data.mixture) > 1:
+        shares(tuple(data.mixture.values()))
+    corpora = [_build(source, config, tokenizer, tell) for source in data.mixture]
+    training, validation = [], []
+    for corpus in corpora:
+        out = held_out(corpus.hashes, held.fraction)
+        training.append(_laid(corpus, ~out, config))
+        if held.fraction:
+            validation.append(_laid(corpus, out, config, held=True))
+    if held.source is not None:
+        corpus = _build(held.source, config, tokenizer, tell)
+        validation.append(_laid(corpus, np.ones(len(corpus.hashes), bool), config, held=True))
+    return tuple(training), tuple(validation)
+
+
+def _build(source: str, config: TrainConfig, tokenizer: Tokenizer, tell: Tell | None) -> Corpus:
+    folder = Path(config.data.cache or Path(config.output) / "tokens")
+    name = config.data.tokenizer or config.model.get("name") or "bytes"
+
+    def told(done: int, shards: int) -> None:
+        if tell is not None and shards > 1:
+            tell(f"tokenizing {source}: {done} of {shards} shards")
+
+    corpus = build_corpus(source, config.data.field, tokenizer, name, folder, told)
+    if tell is not None:
+        corpus.check()
+    return corpus
+
+
+def _laid(corpus: Corpus, chosen: np.ndarray, config: TrainConfig, held: bool = False) -> Data:
+    data = config.data
+    documents = corpus.documents[chosen]
+    rows = PACKINGS[data.packing].make(documents, data.seq_len)
+    tokens, needed = int((documents[:, 1] - documents[:, 0]).sum()), 1 if held else data.seq_len
+    needed += data.packing == "none"
+    if tokens < needed or not len(rows):
+        raise ValueError(
+            f"{'what is held out of ' * held}data.source {corpus.source!r} is too short: {len(documents)} documents "
+            f"give {tokens} tokens, one sequence of data.seq_len={data.seq_len} needs {needed}"
+        )
+    return Data(corpus, rows, data.seq_len)
 
 
 def _check_output(folder: Path) -> None:
@@ -124,21 +188,3 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} is a file, not a folder") from error
     except OSError as error:
         raise ValueError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
-
-
-def _model_config(fields: dict[str, Any], vocab_size: int) -> LinearLlamaConfig:
-    """The model's configuration from the fields of `config.model`, checked as only building the model can."""
-    fields = {"vocab_size": vocab_size, **fields}
-    preset = fields.pop("preset", None)
-    # transformers would take any keyword for a new field.
-    if unknown := sorted(fields.keys() - LinearLlamaConfig.__dataclass_fields__.keys()):
-        raise ValueError(f"unknown fields of the model: {', '.join(unknown)}")
-    try:
-        config = LinearLlamaConfig.preset(preset, **fields) if preset else LinearLlamaConfig(**fields)
-        with torch.device("meta"):
-            LinearLlamaForCausalLM(config)
-    except Exception as error:  # torch and transformers have their own ways to reject sizes
-        raise ValueError(f"no model can be built from {fields}: {error}") from error
-    if config.vocab_size < vocab_size:
-        raise ValueError(f"model.vocab_size={config.vocab_size} is less than the tokenizer's {vocab_size}")
-    return config

@@ -1,12 +1,13 @@
 """Text that a trained model writes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from lasp.models import LinearLlamaForCausalLM
 from lasp.train.config import SampleConfig
-from lasp.train.tokenizer import Tokenizer
+from lasp.train.data.tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -15,16 +16,24 @@ def sample(checkpoint: Path, tokenizer: Tokenizer, config: SampleConfig, seed: i
 
     The model runs on one device, token by token. It is not allowed to end the document.
     """
-    model = LinearLlamaForCausalLM.from_pretrained(checkpoint).eval()
-    prompt = tokenizer.encode((config.prompt or "").encode()).tolist() or [tokenizer.vocab_size - 1]
+    model = _load(checkpoint).eval()
+    prompt = tokenizer.encode((config.prompt or "").encode()).tolist() or [tokenizer.end]
     choice = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = model.generate(
-            torch.tensor([prompt]),
+            input_ids=torch.tensor([prompt]),
             max_new_tokens=config.tokens,
-            suppress_tokens=[tokenizer.vocab_size - 1],
+            suppress_tokens=[tokenizer.end],
             eos_token_id=None,
             **choice,
         )
     return tokenizer.decode(ids[0].tolist())
+
+
+def _load(checkpoint: Path) -> Any:
+    if (checkpoint / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(checkpoint)
+    return AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -65,7 +65,7 @@ def curve_of_one_process(config: TrainConfig, subgroups: dict[int, Any]) -> list
     whole = replace(config, sp=1, accumulation=1, data=replace(config.data, batch_size=4))
     ranks, run = Alone.make(subgroups), Run.prepare(whole)
     engine = start_engine(run.build_model(ranks), replace(whole, engine="ddp"), ranks)
-    trainer = Trainer(whole, ranks, run.open_source(ranks), engine, Folders(whole, ranks))
+    trainer = Trainer(run, ranks, run.open_source(ranks), engine, Folders(run, ranks))
     return [trainer.step().loss for _ in range(whole.steps)]
 
 

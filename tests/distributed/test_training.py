@@ -11,9 +11,8 @@ from mpi4py import MPI
 from torch import nn
 
 from lasp.models import LinearLlamaForCausalLM
-from lasp.train.batches import Batches
 from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
-from lasp.train.corpus import open_corpus
+from lasp.train.data.batches import Batches, Share
 from lasp.train.loop import Trainer, train
 from lasp.train.metrics import read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
@@ -46,16 +45,16 @@ def plain_losses(run: Run) -> list[float]:
     """The run written down once more, without ranks: what any cut of it must reproduce."""
     config, dtype = run.config, getattr(torch, run.config.dtype)
     torch.manual_seed(config.seed)
-    model = LinearLlamaForCausalLM(run.model).to(dtype)
+    model = LinearLlamaForCausalLM(run.model.config).to(dtype)
     (optimizer,) = build_optimizers(model, config.optimizer)
-    seq_len = config.data.seq_len
-    batches = Batches(open_corpus(run.corpus), seq_len, [slice(0, seq_len)], batch_size=4, seed=config.seed)
+    share = Share(lambda length: [slice(0, length)], batch_size=4)
+    batches = Batches([(run.training[0], 1.0)], share, seed=config.seed)
     losses = []
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.optimizer)
         (batch,) = batches.read(step)
-        loss = model(**batch.tensors).loss
+        loss = model(**batch.tensors, cu_seqlens=torch.tensor(batch.bounds)).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)

@@ -1,32 +1,21 @@
-"""The corpus on disk, and the batches read from it."""
+"""The corpus on disk: what is read of files, and what is refused."""
 
+import gzip
+import importlib.util
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from lasp.train.batches import Batches
-from lasp.train.config import DataConfig
-from lasp.train.corpus import find_documents, open_corpus, prepare_corpus
-from lasp.train.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
+from lasp.train.data import corpus as corpora
+from lasp.train.data.corpus import Corpus, build_corpus
+from lasp.train.data.documents import find_parts
+from lasp.train.data.shards import Document, Shard, write_shard
+from lasp.train.data.tokenizer import ByteTokenizer, FileTokenizer, ModelTokenizer, load_tokenizer
 
-
-class CountingArray(np.ndarray):
-    """An array that notes how many elements every look at it takes."""
-
-    taken: list[int]
-
-    def __getitem__(self, key):
-        piece = np.asarray(super().__getitem__(key))
-        self.taken.append(piece.size)
-        return piece
-
-
-def counting(tokens: np.ndarray) -> CountingArray:
-    array = tokens.view(CountingArray)
-    array.taken = []
-    return array
+END = 256
 
 
 @pytest.fixture
@@ -42,47 +31,174 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
-def prepared(texts: Path, source: str, seq_len: int = 4) -> np.ndarray:
-    data = DataConfig(source=source, seq_len=seq_len)
-    return open_corpus(prepare_corpus(data, texts.parent / "tokens", ByteTokenizer()))
+def built(source: object, folder: Path, field: str = "text", name: str = "bytes") -> Corpus:
+    return build_corpus(str(source), field, load_tokenizer(name), name, folder / "tokens")
 
 
-def test_documents_of_a_folder_in_order_each_with_an_end(texts):
-    expected = [*b"first\xff", 256, *b"second", 256, *b"third", 256]
-    assert prepared(texts, str(texts)).tolist() == expected
+def documents(corpus: Corpus) -> list[list[int]]:
+    return [corpus.read(start, stop)[0].tolist() for start, stop in corpus.documents]
 
 
-def test_sources_a_file_and_a_glob(texts):
-    assert prepared(texts, str(texts / "b.txt")).tolist() == [*b"second", 256]
-    assert prepared(texts, str(texts / "**" / "*.md")).tolist() == [*b"third", 256]
+def test_documents_of_a_folder_in_order_each_with_an_end(texts, tmp_path):
+    assert documents(built(texts, tmp_path)) == [[*b"first\xff", END], [*b"second", END], [*b"third", END]]
+
+
+def test_sources_a_file_and_a_glob(texts, tmp_path):
+    assert documents(built(texts / "b.txt", tmp_path)) == [[*b"second", END]]
+    assert documents(built(texts / "**" / "*.md", tmp_path)) == [[*b"third", END]]
 
 
 def test_stdlib_is_sorted_source_text_of_this_interpreter_only():
-    documents = find_documents("stdlib")
-    assert documents == sorted(documents)
-    assert any(path.name == "argparse.py" for path in documents)
-    assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in documents)
+    paths = [part.path for part in find_parts("stdlib")]
+    assert paths == sorted(paths)
+    assert any(path.name == "argparse.py" for path in paths)
+    assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in paths)
 
 
-def test_tokens_are_written_once_and_again_when_the_text_changes(texts):
-    data, folder = DataConfig(source=str(texts), seq_len=4), texts.parent / "tokens"
-    first = prepare_corpus(data, folder, ByteTokenizer())
-    written = first.stat().st_mtime_ns
-    assert prepare_corpus(data, folder, ByteTokenizer()) == first
-    assert first.stat().st_mtime_ns == written
+def test_tokens_are_written_once_and_again_when_the_text_changes(texts, tmp_path):
+    first = built(texts, tmp_path)
+    written = first.shards[0].path.stat().st_mtime_ns
+    assert built(texts, tmp_path).shards[0].path.stat().st_mtime_ns == written
     (texts / "a.txt").write_bytes(b"another first")
-    assert prepare_corpus(data, folder, ByteTokenizer()) != first
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert built(texts, tmp_path).shards[0].path != first.shards[0].path
+    assert not [path for path in (tmp_path / "tokens").iterdir() if path.name.startswith(".")]
 
 
-def test_unreadable_empty_and_short_sources_are_refused_with_path_and_sizes(texts):
+def test_many_files_make_shards_that_are_built_where_they_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "_SHARD", 10)
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(b"x%d" % number)
+    whole = built(tmp_path / "texts", tmp_path)
+    assert len(whole.shards) == 2
+    whole.shards[0].path.unlink()
+    kept = whole.shards[1].path.stat().st_mtime_ns
+    told: list[tuple[int, int]] = []
+    tokenizer = ByteTokenizer()
+    again = build_corpus(
+        str(tmp_path / "texts"), "text", tokenizer, "bytes", tmp_path / "tokens", lambda *seen: told.append(seen)
+    )
+    assert told == [(1, 2), (2, 2)]
+    assert again.shards[1].path.stat().st_mtime_ns == kept
+    assert documents(again) == [[*b"x%d" % number, END] for number in range(8)]
+    assert again.checksum == whole.checksum
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"one\r\ntwo", [b"one\r\ntwo"]),
+        ("a.txt", b"\xef\xbb\xbfone", [b"one"]),
+        ("a.txt", "é".encode("latin-1"), [b"\xe9"]),
+        ("a.txt.gz", gzip.compress(b"one"), [b"one"]),
+        ("a.jsonl", b'{"text": "one"}\n\n{"text": ""}\r\n{"text": "tw\\u00e9"}', [b"one", "twé".encode()]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n'), [b"one"]),
+        ("a.json", b'\xef\xbb\xbf[{"text": "one"}, {"text": "two", "n": 3}]', [b"one", b"two"]),
+        ("a.json", b'{"text": "one"}\n{"text": "two"}\n', [b"one", b"two"]),
+        ("a.ndjson", json.dumps({"text": "x" * 3_000_000}).encode(), [b"x" * 3_000_000]),
+    ],
+)
+def test_what_files_say(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    assert documents(built(tmp_path / name, tmp_path)) == [[*text, END] for text in expected]
+
+
+@pytest.mark.parametrize("part", [1, 7, 16, 17, 18, 1000])
+def test_a_large_file_of_lines_is_read_in_parts_that_share_no_line(tmp_path, monkeypatch, part):
+    monkeypatch.setattr("lasp.train.data.documents._PART", part)
+    lines = [json.dumps({"text": "é" * n}) for n in range(1, 12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert documents(built(tmp_path / "a.jsonl", tmp_path)) == [[*("é" * n).encode(), END] for n in range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"a" * 9000 + b"\0", "is no text: it has a NUL byte at 9000"),
+        ("a.txt", b"", "holds no text"),
+        ("a.txt.gz", b"no gzip", "cannot read"),
+        ("a.jsonl", b'{"text": "one"}\nno json\n', "the line at byte 16, of the corpus is no JSON"),
+        ("a.jsonl", b'{"text": 3}\n', "'text' is neither a text nor messages"),
+        ("a.jsonl", b'{"body": "one"}\n', "has no 'text' .data.field., but 'body'"),
+        ("a.jsonl", b'["one"]\n', "is no JSON object"),
+        ("a.json", b'{\n "text": "one"}', "is no JSON"),
+        ("a.jsonl", b'{"text": [{"role": "user", "content": "one"}]}\n', "need a tokenizer with a chat template"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        built(tmp_path / name, tmp_path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "tokens").glob(".*"))
+
+
+def test_sources_that_are_not_there(texts, tmp_path):
     with pytest.raises(ValueError, match=r"cannot read '.*missing\.txt'.*No such file"):
-        prepared(texts, str(texts / "missing.txt"))
+        built(texts / "missing.txt", tmp_path)
     with pytest.raises(ValueError, match=r"'.*\*\.rst' holds no text file"):
-        prepared(texts, str(texts / "*.rst"))
-    with pytest.raises(ValueError, match=r"too short: 1 documents give 7 tokens.*seq_len=7.*need 8"):
-        prepared(texts, str(texts / "b.txt"), seq_len=7)
-    assert len(prepared(texts, str(texts / "b.txt"), seq_len=6)) == 7
+        built(texts / "*.rst", tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="the extra data is there")
+def test_tables_say_what_they_need(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"is a table: pip install \"lasp2\[data\]\""):
+        built(tmp_path / "a.parquet", tmp_path)
+
+
+def test_tables(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra data")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra data")
+    table = pyarrow.table({"body": ["one", "", None, "two"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert documents(built(tmp_path / "a.parquet", tmp_path, "body")) == [[*b"one", END], [*b"two", END]]
+    saved = tmp_path / "saved"  # as `datasets.save_to_disk` leaves it
+    saved.mkdir()
+    (saved / "state.json").write_text("{}")
+    path = str(saved / "data-00000-of-00001.arrow")
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(0, 1))
+    assert documents(built(saved, tmp_path, "body")) == [[*b"one", END]]
+
+
+def damaged(path: Path, at: int, byte: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(byte)
+
+
+def test_a_damaged_shard_is_found_before_anything_is_trained(texts, tmp_path):
+    corpus = built(texts, tmp_path)
+    corpus.check()
+    path = corpus.shards[0].path
+    damaged(path, path.stat().st_size - 100, b"\x55")
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        built(texts, tmp_path).check()
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole + whole, bytes(len(whole)), b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="remove it, and it is built anew"):
+            built(texts, tmp_path)
+
+
+def test_ids_beyond_the_vocabulary_are_found_when_they_are_written(tmp_path):
+    with pytest.raises(ValueError, match="the tokenizer gave id 300 of 257"):
+        write_shard(tmp_path / "a.tokens", [Document(np.array([1, 300]), 0, None)], 257, {})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [1 << 16, (1 << 16) + 1])
+def test_a_shard_holds_what_was_written(tmp_path, size):
+    told = [Document(np.array([5, size - 1]), 7, None), Document(np.array([3]), 1 << 31, np.array([False]))]
+    write_shard(tmp_path / "a.tokens", told, size, {})
+    shard = Shard.open(tmp_path / "a.tokens")
+    assert shard.bounds.tolist() == [0, 2, 3]
+    assert shard.hashes.tolist() == [7, 1 << 31]
+    assert shard.tokens.tolist() == [5, size - 1, 3]
+    assert shard.spoken is not None
+    assert shard.spoken.tolist() == [True, True, False]
 
 
 def test_bytes_round_trip_and_what_is_no_text_is_replaced():
@@ -92,50 +208,48 @@ def test_bytes_round_trip_and_what_is_no_text_is_replaced():
     assert tokenizer.decode([104, 105, 256, 255]) == "hi�"
 
 
-def test_a_tokenizers_file(tmp_path):
+def words(path: Path, last: int = 2, **options: int) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    library = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": 2}, unk_token="?"))
+    library = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": last}, unk_token="?"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
-    library.save(str(tmp_path / "words.json"))
-    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    if "truncation" in options:
+        library.enable_truncation(options["truncation"])
+    if "padding" in options:
+        library.enable_padding(length=options["padding"], pad_id=2, pad_token="?")
+    library.save(str(path / "words.json"))
+    return str(path / "words.json")
+
+
+def test_a_tokenizers_file(tmp_path):
+    tokenizer = load_tokenizer(words(tmp_path))
     assert isinstance(tokenizer, FileTokenizer)
     assert tokenizer.vocab_size == 4
     assert tokenizer.encode(b"to be or").tolist() == [0, 1, 2]
     (tmp_path / "text").write_bytes(b"be to be")
-    path = prepare_corpus(DataConfig(source=str(tmp_path / "text"), seq_len=2), tmp_path, tokenizer)
-    assert open_corpus(path).tolist() == [1, 0, 1, 3]
+    assert documents(built(tmp_path / "text", tmp_path, name=words(tmp_path))) == [[1, 0, 1, 3]]
     assert tokenizer.decode([1, 0, 3]) == "be to"
     with pytest.raises(ValueError, match=r"words\.jsn"):
         load_tokenizer(str(tmp_path / "words.jsn"))
 
 
-@pytest.mark.parametrize("option", ["truncation", "padding", "both"])
-def test_truncation_and_padding_saved_in_a_tokenizer_are_not_for_a_corpus(tmp_path, option):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def test_text_that_is_not_utf8_is_refused_where_letters_are_tokens(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    with pytest.raises(ValueError, match=r"latin\.txt of the corpus: is not UTF-8: byte 0xef at 2"):
+        built(tmp_path / "latin.txt", tmp_path, name=words(tmp_path))
 
-    library = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": 2}, unk_token="?"))
-    library.pre_tokenizer = pre_tokenizers.Whitespace()
-    if option != "padding":
-        library.enable_truncation(4)
-    if option != "truncation":
-        library.enable_padding(length=64, pad_id=2, pad_token="?")
-    library.save(str(tmp_path / "words.json"))
-    assert load_tokenizer(str(tmp_path / "words.json")).encode(b"to be " * 5).tolist() == [0, 1] * 5
+
+@pytest.mark.parametrize("options", [{"truncation": 4}, {"padding": 64}, {"truncation": 4, "padding": 64}])
+def test_truncation_and_padding_saved_in_a_tokenizer_are_not_for_a_corpus(tmp_path, options):
+    assert load_tokenizer(words(tmp_path, **options)).encode(b"to be " * 5).tolist() == [0, 1] * 5
 
 
 @pytest.mark.parametrize("last", [3, 9, 70000])
 def test_the_end_of_a_document_is_no_token_of_a_vocabulary_with_gaps(tmp_path, last):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    library = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": last}, unk_token="?"))
-    library.pre_tokenizer = pre_tokenizers.Whitespace()
-    library.save(str(tmp_path / "words.json"))
-    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(words(tmp_path, last))
     assert tokenizer.vocab_size == last + 2
     (tmp_path / "text").write_bytes(b"to be or")
-    path = prepare_corpus(DataConfig(source=str(tmp_path / "text"), seq_len=2), tmp_path, tokenizer)
-    assert open_corpus(path).tolist() == [0, 1, last, last + 1]
+    assert documents(built(tmp_path / "text", tmp_path, name=words(tmp_path, last))) == [[0, 1, last, last + 1]]
 
 
 def test_a_tokenizer_without_tokens_is_refused(tmp_path):
@@ -146,35 +260,67 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "empty.json"))
 
 
-def test_slices_of_all_ranks_are_the_batch_of_one_process():
-    tokens = np.arange(1000, dtype=np.uint16)
-    whole = Batches(tokens, seq_len=13, slices=[slice(0, 13)], batch_size=3, seed=5).read(4)[0].tensors
-    zigzag = [[slice(0, 4), slice(10, 13)], [slice(4, 7), slice(7, 10)]]
-    parts = [Batches(tokens, seq_len=13, slices=cut, batch_size=3, seed=5).read(4)[0].tensors for cut in zigzag]
-    order = [i for cut in zigzag for piece in cut for i in range(piece.start, piece.stop)]
-    for name in ("input_ids", "shift_labels", "position_ids"):
-        assert torch.equal(torch.cat([part[name] for part in parts], dim=1), whole[name][:, order])
-    assert torch.equal(whole["shift_labels"], whole["input_ids"] + 1)
-    assert torch.equal(whole["position_ids"], torch.arange(13).expand(3, -1))
+def test_a_long_text_is_encoded_in_pieces_that_end_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("lasp.train.data.tokenizer._PIECE", 8)
+    assert load_tokenizer(words(tmp_path)).encode(b"to be\n" * 50).tolist() == [0, 1] * 50
 
 
-def test_a_rank_reads_its_slices_and_one_target_each():
-    tokens = counting(np.arange(10_000, dtype=np.uint16))
-    Batches(tokens, seq_len=1000, slices=[slice(250, 500)], batch_size=2).read(0)
-    assert tokens.taken == [251, 251]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ '</s> ' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
 
 
-def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
-    tokens = np.zeros(10 * 8 + 1, dtype=np.uint16)
-    batches = [Batches(tokens, 8, [slice(0, 8)], 1, dp_rank=dp_rank, dp_size=2, seed=3) for dp_rank in range(2)]
-    seen = [window for step in range(10) for rank in batches for window in rank.windows(step)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """A tokenizer of transformers that begins texts with <s>, knows a chat template, and would truncate."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<s>", "</s>", "?", "user", "assistant", "to", "be"]
+    library = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    library.enable_truncation(2)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>", unk_token="?")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
 
 
-def test_data_parallel_ranks_share_out_the_batch_of_one_process():
-    tokens = np.zeros(100 * 8, dtype=np.uint16)
-    one = Batches(tokens, 8, [slice(0, 8)], batch_size=4)
-    two = [Batches(tokens, 8, [slice(0, 8)], batch_size=2, dp_rank=rank, dp_size=2) for rank in range(2)]
-    for step in range(3):
-        assert one.windows(step) == two[0].windows(step) + two[1].windows(step)
+def test_a_tokenizer_of_transformers_begins_and_ends_documents_as_it_does(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, ModelTokenizer)
+    assert (tokenizer.vocab_size, tokenizer.end) == (7, 1)
+    (tmp_path / "text").write_bytes(b"to be to be")
+    assert documents(built(tmp_path / "text", tmp_path, name=folder)) == [[0, 5, 6, 5, 6, 1]]
+    assert tokenizer.decode([0, 5, 6, 1]) == "to be"
+
+
+def test_the_assistants_turns_are_the_targets_of_a_conversation(folder, tmp_path):
+    turns = [("user", "to"), ("assistant", "be"), ("user", "be"), ("assistant", "to be")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    corpus = built(tmp_path / "a.jsonl", tmp_path, "messages", folder)
+    ids, spoken = corpus.read(0, corpus.tokens)
+    assert ids.tolist() == [3, 5, 4, 6, 1, 3, 6, 4, 5, 6, 1]
+    assert spoken.tolist() == [i in (3, 4, 8, 9, 10) for i in range(11)]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer._tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(ValueError, match="writes turn 0 otherwise"):
+        tokenizer.chat([{"role": "assistant", "content": "to"}, {"role": "user", "content": "be"}])
+
+
+@pytest.mark.parametrize("name", ["bytes", "words", "folder"])
+def test_a_saved_tokenizer_gives_the_same_ids(tmp_path, folder, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer({"bytes": "bytes", "words": words(tmp_path), "folder": folder}[name])
+    tokenizer.save(tmp_path / "saved")
+    text = "to be\n or\tnaïve 🙂" if name == "bytes" else "to be or"
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved(text)["input_ids"] == tokenizer.encode(text.encode()).tolist()
+    assert saved.eos_token_id == tokenizer.end

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import shutdown
 from lasp.train.checkpoint import checkpoint_folder, list_checkpoints
-from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.metrics import read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
@@ -147,7 +147,12 @@ def test_weights_that_do_not_fit_their_own_configuration_are_refused(config):
     written = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**written, "intermediate_size": 96}))
     wider = replace(
-        config, output=config.output + "2", resume=str(saved), steps=9, model={**MODEL, "intermediate_size": 96}
+        config,
+        output=config.output + "2",
+        resume=str(saved),
+        steps=9,
+        model={**MODEL, "intermediate_size": 96},
+        allow_change=True,
     )
     with pytest.raises(
         ValueError,
@@ -335,9 +340,81 @@ def test_a_model_that_cannot_be_is_refused(config, model, message):
         Run.prepare(replace(config, model=model))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 3}, "seed was 0 and is 3"),
+        ({"dtype": "float64"}, "dtype was 'float32' and is 'float64'"),
+        ({"optimizer": {"lr": 0.5}}, "optimizer.lr was 0.001 and is 0.5"),
+        ({"optimizer": {"weight_decay": 0.5}}, "optimizer.weight_decay was 0.1 and is 0.5"),
+        ({"optimizer": {"betas": (0.9, 0.99)}}, r"optimizer.betas was \[0.9, 0.95\] and is \[0.9, 0.99\]"),
+        ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule was 'cosine' and is 'linear'"),
+        ({"data": {"seq_len": 32}}, "data.seq_len was 64 and is 32"),
+        ({"data": {"packing": "first_fit"}}, "data.packing was 'split' and is 'first_fit'"),
+        ({"data": {"batch_size": 3}}, "sequences of a step were 1 and are 3"),
+        ({"accumulation": 2}, "sequences of a step were 1 and are 2"),
+        ({"validation": {"fraction": 0.1}}, "validation.fraction was 0.0 and is 0.1"),
+        ({"data": {"source": "other.txt"}}, "data.source was"),
+    ],
+)
+def test_a_run_that_continues_another_one_says_what_it_changes(saved, change, said, tmp_path):
+    config = replace(saved.config, output=str(tmp_path / "run"), resume=str(saved.checkpoint), steps=7)
+    fields = {
+        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in change.items()
+    }
+    with pytest.raises(ValueError, match=rf"{said}.*--allow-change goes on nevertheless"):
+        trained(replace(config, **fields))
+
+
+def test_a_change_that_is_allowed_is_made(saved, tmp_path):
+    config = replace(saved.config, output=str(tmp_path / "run"), resume=str(saved.checkpoint), steps=7)
+    assert len(trained(replace(config, seed=3, accumulation=2, allow_change=True)).losses) == 1
+
+
+def test_another_text_under_the_same_name_is_another_corpus(config, text, tmp_path):
+    (tmp_path / "text.txt").write_text(text.read_text())
+    config = replace(config, data=replace(config.data, source=str(tmp_path / "text.txt")))
+    trained(replace(config, steps=1))
+    (tmp_path / "text.txt").write_text(text.read_text().replace("question", "Question"))
+    with pytest.raises(ValueError, match=r"read something else: tokens were '\w+' and are '\w+'; --allow-change"):
+        trained(replace(config, steps=2, resume="latest"))
+
+
+def test_what_decides_neither_data_nor_mathematics_is_free(config):
+    whole = trained(replace(config, save_every=3))
+    free = {"accumulation": 2, "data": replace(config.data, batch_size=1), "engine": "fsdp2", "layout": "zigzag"}
+    resume = str(whole.checkpoint.with_name("step-000003"))
+    resumed = trained(replace(config, output=config.output + "2", resume=resume, **free))
+    assert resumed.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+
+
+def test_what_is_held_out_is_never_trained_on_and_its_loss_is_the_mean_over_all_its_targets(config, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} " * (20 + number))
+    data = replace(config.data, source=str(tmp_path / "texts"), batch_size=3)
+    config = replace(config, data=data, validation=ValidationConfig(fraction=0.3, every=4))
+    run = Run.prepare(config)
+    (training,), (held,) = run.training, run.validation
+    both = [{piece for i in range(len(data.rows)) for piece in data.rows.row(i)} for data in (training, held)]
+    assert sum(piece.stop - piece.start for pieces in both for piece in pieces) == training.corpus.tokens
+    summary = trained(config)
+    seen = [metrics for metrics in read_metrics(summary.metrics) if metrics.validation]
+    assert [metrics.step for metrics in seen] == [4, 6]
+    model = LinearLlamaForCausalLM.from_pretrained(summary.checkpoint)
+    losses = []
+    for piece in both[1]:
+        ids = torch.from_numpy(held.corpus.read(piece.start, piece.stop + piece.goes_on)[0])[None]
+        logits = model(ids[:, : piece.stop - piece.start]).logits[0].log_softmax(-1)
+        losses += [-logits[i, token].item() for i, token in enumerate(ids[0, 1:].tolist())]
+    assert summary.validation == {data.source: pytest.approx(sum(losses) / len(losses), rel=1e-5)}
+
+
 def test_a_preset_takes_the_vocabulary_of_the_tokenizer(config):
     run = Run.prepare(replace(config, model={"preset": "tiny", "num_hidden_layers": 1}))
-    assert (run.model.hidden_size, run.model.num_hidden_layers, run.model.vocab_size) == (128, 1, 257)
+    config = run.model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (128, 1, 257)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(config):

@@ -11,7 +11,13 @@ from lasp.train.engines.fsdp2 import FullySharded
 from lasp.train.engines.zero import Zero, check_deepspeed
 from lasp.train.ranks import Ranks
 
-__all__ = ["Engine", "check_deepspeed", "start_engine"]
+__all__ = ["Engine", "check_engine", "start_engine"]
+
+
+def check_engine(config: TrainConfig) -> None:
+    """ValueError where the library of `config.engine` is not installed."""
+    if config.engine.startswith("zero"):
+        check_deepspeed()
 
 
 def start_engine(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Engine:

@@ -101,8 +101,11 @@ class TorchEngine:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, tied ones under their first name."""
+    """What a checkpoint holds: parameters and persistent buffers, tied ones under their first name; around a model
+    that stays as it is, the adapters alone."""
     named: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if hasattr(model, "peft_config"):
+        named = {name: value for name, value in named.items() if value.requires_grad}
     first = {id(value): name for name, value in reversed(named.items())}
     return {name: value for name, value in named.items() if first[id(value)] == name}
 

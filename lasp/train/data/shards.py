@@ -1,0 +1,127 @@
+"""A shard: the tokens of some documents in one file, mapped into memory when it is read.
+
+header      one line of JSON, filled up with spaces to 4096 bytes: sizes, dtype, the tokenizer, a checksum of the rest
+bounds      [documents + 1] int64, where documents begin and end
+hashes      [documents] uint32, of their contents: who is held out is decided by them
+tokens      [tokens] uint16 or uint32, every document's last one its end
+spoken      [tokens] bool, of conversations: which tokens are targets
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+_HEADER = 4096
+_FORMAT = "lasp tokens 1"
+_BLOCK = 1 << 24
+
+
+class Document(NamedTuple):
+    """A document as it is written down."""
+
+    ids: np.ndarray
+    """[tokens], its end included."""
+
+    hash: int
+    """32 bits of its content."""
+
+    spoken: np.ndarray | None
+    """[tokens] bool, which are targets; None for all."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An open shard; only what is indexed is read."""
+
+    path: Path
+    header: dict[str, Any]
+    bounds: np.ndarray
+    hashes: np.ndarray
+    tokens: np.ndarray
+    spoken: np.ndarray | None
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """ValueError, naming the file, when it is no shard, or not as long as its header says."""
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(_HEADER))
+            sections = header["sections"]
+            whole = header["format"] == _FORMAT and path.stat().st_size == header["size"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{str(path)!r} is no file of tokens: remove it, and it is built anew") from error
+        if not whole:
+            raise ValueError(f"{str(path)!r} of the tokens was cut short or changed: remove it, and it is built anew")
+        arrays = {
+            name: np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)) if count else np.zeros(0, dtype)
+            for name, (dtype, offset, count) in sections.items()
+        }
+        return cls(path, header, arrays["bounds"], arrays["hashes"], arrays["tokens"], arrays.get("spoken"))
+
+    @property
+    def checksum(self) -> str:
+        """Of all that follows the header, as it was written."""
+        return str(self.header["checksum"])
+
+    def check(self) -> None:
+        """Read it all once. ValueError when it is not what was written."""
+        if _checksum(self.path) != self.checksum:
+            raise ValueError(f"{str(self.path)!r} of the tokens is damaged: remove it, and it is built anew")
+
+
+def write_shard(path: Path, documents: Iterable[Document], vocab_size: int, about: dict[str, Any]) -> None:
+    """Write a shard, which has its name only when it is complete. ValueError for ids beyond the vocabulary."""
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    parts = {name: partial.with_name(f"{partial.name}.{name}") for name in ("tokens", "spoken")}
+    bounds, hashes, any_spoken = [0], [], False
+    try:
+        with parts["tokens"].open("wb") as tokens, parts["spoken"].open("wb") as spoken:
+            for document in documents:
+                if len(document.ids) and not 0 <= int(document.ids.max()) < vocab_size:
+                    raise ValueError(f"the tokenizer gave id {int(document.ids.max())} of {vocab_size}")
+                tokens.write(document.ids.astype(dtype).tobytes())
+                mask = np.ones(len(document.ids), bool) if document.spoken is None else document.spoken
+                any_spoken |= document.spoken is not None
+                spoken.write(mask.tobytes())
+                bounds.append(bounds[-1] + len(document.ids))
+                hashes.append(document.hash)
+        sections, offset = {}, _HEADER
+        kinds = {"bounds": "<i8", "hashes": "<u4", "tokens": dtype.newbyteorder("<").str}
+        counts = {"bounds": len(bounds), "hashes": len(hashes), "tokens": bounds[-1], "spoken": bounds[-1]}
+        for name, kind in (kinds | ({"spoken": "|b1"} if any_spoken else {})).items():
+            sections[name] = (kind, offset, counts[name])
+            offset += -(-counts[name] * np.dtype(kind).itemsize // 64) * 64
+        with partial.open("wb") as file:
+            file.truncate(offset)
+            for name, (kind, start, _) in sections.items():
+                file.seek(start)
+                if name in parts:
+                    with parts[name].open("rb") as part:
+                        while block := part.read(_BLOCK):
+                            file.write(block)
+                else:
+                    file.write(np.asarray({"bounds": bounds, "hashes": hashes}[name], kind).tobytes())
+        header = {"format": _FORMAT, **about, "size": offset, "sections": sections, "checksum": _checksum(partial)}
+        with partial.open("r+b") as file:
+            file.write(json.dumps(header).encode().ljust(_HEADER - 1) + b"\n")
+        partial.replace(path)
+    finally:
+        for left in (partial, *parts.values()):
+            left.unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(_HEADER)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
