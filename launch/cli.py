@@ -40,6 +40,7 @@ COMMANDS = {
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)
     ),
+    "doctor": Command("lasp.launch.doctor", "look at the machines of a run and the links between their ranks"),
     "tune": Command("lasp.launch.tune", "measure how this GPU likes the Triton kernels cut into tiles"),
     "bench": Command("lasp.launch.bench", "measure speed and memory", "bench", (*TRAIN, "ring_attention_pytorch")),
 }

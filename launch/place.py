@@ -13,6 +13,7 @@ from datetime import timedelta
 from zlib import crc32
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lasp.launch.cli import USER_ERROR
 from lasp.launch.outcome import Failure, Outcome
@@ -24,6 +25,8 @@ JOIN = 600.0
 """Seconds in which all ranks have to meet."""
 
 LOOPBACK = "127.0.0.1"
+Look = Callable[["Place", dist.Store], None]
+
 _PORTS = range(20_000, 32_000)  # below those that systems hand out
 
 
@@ -67,13 +70,17 @@ class Place:
         here = loopback() if self.address == LOOPBACK else {}
         return here | {name: str(value) for name, value in told.items() if value is not None}
 
-    def join(self) -> None:
-        """Meet the others. ValueError, on rank 0, where its port is taken or somebody is missing after `JOIN`."""
+    def join(self, look: Look | None = None) -> None:
+        """Meet the others. ValueError, on rank 0, where its port is taken or somebody is missing after `JOIN`.
+
+        look: what to do with the store in which they meet, before the process group is made.
+        """
         tie(os.getppid())  # torchrun and mpirun, killed, would leave their ranks at work
-        if self.elastic:
-            return  # torch's own rendezvous does it
         os.environ.update(self.variables)
-        create_world(self._meet(), self.rank, self.size)
+        store = next(iter(rendezvous("env://")))[0] if self.elastic else self._meet()
+        if look is not None:
+            look(self, dist.PrefixStore("look", store))
+        create_world(store, self.rank, self.size)
 
     def _meet(self) -> dist.Store:
         if self.size == 1:
@@ -100,8 +107,11 @@ class Place:
         return store
 
 
-def run_command(alone: Callable[[], int], as_rank: Callable[[], int]) -> int:
-    """Do a command's work as the rank that somebody made of this process, or on its own; returns its exit code."""
+def run_command(alone: Callable[[], int], as_rank: Callable[[], int], look: Look | None = None) -> int:
+    """Do a command's work as the rank that somebody made of this process, or on its own; returns its exit code.
+
+    look: as in `Place.join`.
+    """
     try:
         place = Place.read(os.environ)
     except ValueError as error:
@@ -110,7 +120,7 @@ def run_command(alone: Callable[[], int], as_rank: Callable[[], int]) -> int:
         return Outcome.of(alone).tell()
 
     def work() -> int:
-        place.join()
+        place.join(look)
         return as_rank()
 
     return Outcome.of(work).tell_as(place.rank)

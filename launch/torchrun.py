@@ -1,16 +1,13 @@
 """torchrun: all ranks of this machine, or one machine's of several, restarted together when one of them fails."""
 
 import argparse
-import fcntl
 import os
 import socket
-import struct
 import sys
 
+from lasp.launch.address import interface_of, is_here, own_address
 from lasp.launch.job import Job, Plan
 from lasp.launch.ranks import cores, loopback
-
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,44 +55,9 @@ def _meeting(job: Job, endpoint: str | None) -> tuple[list[str], dict[str, str]]
         there = socket.gethostbyname(host)
     except OSError as error:
         raise ValueError(f"--endpoint {endpoint}: {host!r} has no address here: {error.strerror}") from error
-    own = _own_address(there)
-    conf = f"is_host={int(_is_here(there))}"
+    own = own_address(there)
+    conf = f"is_host={int(is_here(there))}"
     where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job.name, "--rdzv-conf", conf]
-    interface = _interface(own)
+    interface = interface_of(own)
     environment = {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}
     return [*where, "--local-addr", own], environment
-
-
-def _own_address(there: str) -> str:
-    """This machine's address on the way to another. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((there, 9))
-        except OSError as error:
-            raise ValueError(f"no network here leads to {there}: {error.strerror}") from error
-        return str(probe.getsockname()[0])
-
-
-def _is_here(address: str) -> bool:
-    """Whether an address is this machine's: only those can be listened at."""
-    with socket.socket() as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-        return True
-
-
-def _interface(address: str) -> str | None:
-    """The interface with an address; None where the system does not tell."""
-    if sys.platform != "linux":
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                said = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # it has none
-            if socket.inet_ntoa(said[20:24]) == address:
-                return name
-    return None

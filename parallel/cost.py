@@ -51,11 +51,11 @@ class Wires(NamedTuple):
         """From a file of `lasp doctor --probe`. Raises ValueError, naming the file, where it is none."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))["links"]
-            node = Wire(**{name: float(found["node"][name]) for name in Wire._fields})
-            network = {name: float(found.get("network", found["node"])[name]) for name in Wire._fields}
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            levels = [found.get(one) or found[other] for one, other in (("node", "network"), ("network", "node"))]
+            node, network = (Wire(*(float(level[name]) for name in Wire._fields)) for level in levels)
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is no file of `lasp doctor --probe`: {error!r}") from error
-        return Wires(node, Wire(**network))
+        return Wires(node, network)
 
     def between(self, source: int, target: int, node_size: int | None) -> Wire:
         """The wire between two ranks; node_size: how many consecutive ones share a node, None if all do."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lasp.launch import torchrun
+from lasp.launch import address, torchrun
 from lasp.launch.launch import main
 from lasp.launch.place import Place
 from lasp.train.metrics import read_metrics
@@ -47,8 +47,8 @@ def test_torchrun_on_one_machine(capsys):
 
 @pytest.mark.parametrize(("host", "is_host"), [("127.0.0.1", 1), ("10.99.7.7", 0)])
 def test_torchrun_as_one_node_of_two(capsys, monkeypatch, host, is_host):
-    monkeypatch.setattr(torchrun, "_own_address", lambda _: "10.99.7.1")
-    monkeypatch.setattr(torchrun, "_interface", lambda _: "ib0")
+    monkeypatch.setattr(torchrun, "own_address", lambda _: "10.99.7.1")
+    monkeypatch.setattr(torchrun, "interface_of", lambda _: "ib0")
     endpoint = f"{host}:29400"
     arguments = ["long.toml", "--nodes", "2", "--endpoint", endpoint, "--restarts", "0", "--dry-run"]
     assert told(capsys, "torchrun", *arguments) == (
@@ -60,10 +60,10 @@ def test_torchrun_as_one_node_of_two(capsys, monkeypatch, host, is_host):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the interface")
 def test_the_network_of_a_node_is_the_one_that_leads_to_the_others():
-    assert torchrun._own_address("127.0.0.1") == "127.0.0.1"
-    assert torchrun._interface("127.0.0.1") == "lo"
-    assert torchrun._interface("192.0.2.1") is None
-    assert not torchrun._is_here("192.0.2.1")
+    assert address.own_address("127.0.0.1") == "127.0.0.1"
+    assert address.interface_of("127.0.0.1") == "lo"
+    assert address.interface_of("192.0.2.1") is None
+    assert not address.is_here("192.0.2.1")
 
 
 SLURM = [

@@ -278,7 +278,7 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     assert cli.main(["trian"]) == 2
     assert (
         capsys.readouterr().err
-        == "lasp: error: unknown command 'trian'; choose from train, launch, verify, tune, bench\n"
+        == "lasp: error: unknown command 'trian'; choose from train, launch, verify, doctor, tune, bench\n"
     )
     monkeypatch.setitem(cli.COMMANDS, "echo", cli.Command("lasp.launch.train", "for this test"))
     assert cli.main(["echo", "nowhere.toml"]) == 2

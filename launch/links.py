@@ -1,0 +1,160 @@
+"""The wires between ranks: who reaches whom, how long a message takes, how many bytes pass in a second.
+
+The link file, which `lasp.parallel.cost.Wires.read` understands, holds one link per level that was measured: "node",
+between ranks of one machine, and "network", between machines.
+
+    {"links": {"node": {"latency": 3.1e-05, "bandwidth": 1.2e+09}, "network": {...}}, "torch": "2.13.0", "date": "...",
+     "device": "cpu", "hosts": ["gpu1", "gpu2"]}
+
+latency: seconds of the shortest message. bandwidth: bytes per second and direction of a long one.
+"""
+
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lasp.launch.address import own_address
+from lasp.launch.place import Place
+from lasp.parallel import collectives
+from lasp.parallel.group import SequenceGroup
+
+SIZE = 16 << 20
+"""Bytes of a long message."""
+
+_SHORT, _LONG = 50, 5
+_CONNECT = 5.0
+"""Seconds in which a rank must be reached."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between two ranks. latency: seconds; bandwidth: bytes per second and direction."""
+
+    latency: float
+    bandwidth: float
+
+    def __str__(self) -> str:
+        return f"{self.latency * 1e6:.0f} us, {self.bandwidth / 1e9:.2f} GB/s"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ranks whose link stands for those of its level, "node" or "network"."""
+
+    level: str
+    one: int
+    other: int
+
+
+def pairs(hosts: Sequence[str]) -> list[Pair]:
+    """What is measured of ranks on these hosts: two of every node, and a rank of each node with one of the first."""
+    ranks: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    first, *others = ranks.values()
+    within = [Pair("node", *here[:2]) for here in (first, *others) if len(here) > 1]
+    return within + [Pair("network", first[0], there[0]) for there in others]
+
+
+def measure(pair: Pair, group: SequenceGroup, device: torch.device) -> Link | None:
+    """Send messages to and fro between two ranks. All ranks of the group call this; None on the others."""
+    collectives.barrier(group.control)
+    if group.rank not in (pair.one, pair.other):
+        return None
+    peer, first = (pair.other, True) if group.rank == pair.one else (pair.one, False)
+    short, long = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (8, SIZE))
+    trips = [_there_and_back(tensor, peer, first, group) for tensor in (short, long) for _ in range(3)]
+    del trips  # connections are made, buffers have grown
+    latency = statistics.median(_there_and_back(short, peer, first, group) for _ in range(_SHORT)) / 2
+    seconds = statistics.median(_there_and_back(long, peer, first, group) for _ in range(_LONG)) / 2
+    return Link(latency, SIZE / max(seconds - latency, 1e-9))
+
+
+def _there_and_back(tensor: torch.Tensor, peer: int, first: bool, group: SequenceGroup) -> float:
+    """Seconds of a message to a peer and one from it."""
+    started = time.perf_counter()
+    moves = [collectives.send, collectives.receive] if first else [collectives.receive, collectives.send]
+    for move in moves:
+        move(tensor, peer, group.process_group, 0).wait()
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter() - started
+
+
+def by_level(measured: Sequence[tuple[Pair, Link]]) -> dict[str, Link]:
+    """The link of each level: the medians of what was measured."""
+    found = {}
+    for level in ("node", "network"):
+        if links := [link for pair, link in measured if pair.level == level]:
+            latency = statistics.median(link.latency for link in links)
+            found[level] = Link(latency, statistics.median(link.bandwidth for link in links))
+    return found
+
+
+def write_links(path: Path, links: dict[str, Link], device: str, hosts: Sequence[str]) -> None:
+    """Write the link file, whole from the moment it is there."""
+    told = {
+        "links": {level: asdict(link) for level, link in links.items()},
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "hosts": list(dict.fromkeys(hosts)),
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def reach(place: Place, store: dist.Store) -> None:
+    """Connect to one rank of every machine, before anything waits for them; ValueError, on all, where one is not.
+
+    Each listens at a port that the system hands out, at the address of its host's name, as gloo does.
+    """
+    speaks = place.local_rank in (0, None)
+    with socket.socket() as listener:
+        if speaks:
+            listener.bind(("", 0))
+            listener.listen(place.size)
+        address = [socket.gethostname(), _own_address(place), listener.getsockname()[1] if speaks else None]
+        store.set(f"address/{place.rank}", json.dumps(address))
+        addresses = [json.loads(store.get(f"address/{rank}")) for rank in range(place.size)]
+        failed = [rank for rank, (_, to, port) in enumerate(addresses) if speaks and port and not _connects(to, port)]
+        store.set(f"missed/{place.rank}", json.dumps(failed))
+        missed = {rank: json.loads(store.get(f"missed/{rank}")) for rank in range(place.size)}
+        store.set(f"done/{place.rank}", "")
+        with suppress(dist.DistError):  # the store's process may be first to leave
+            store.wait([f"done/{rank}" for rank in range(place.size)], timedelta(seconds=60))
+    if told := [f"{_name(addresses, one)} does not reach {_name(addresses, b)}" for one in missed for b in missed[one]]:
+        raise ValueError("; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else ""))
+
+
+def _own_address(place: Place) -> str:
+    """Of this host's name; the one by which it reaches rank 0 where the name has none, or is the loopback."""
+    with suppress(OSError):
+        named = socket.gethostbyname(socket.gethostname())
+        if not named.startswith("127."):
+            return named
+    return own_address(socket.gethostbyname(place.address))
+
+
+def _connects(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=_CONNECT):
+            return True
+    except OSError:
+        return False
+
+
+def _name(addresses: list, rank: int) -> str:
+    host, address, port = addresses[rank]
+    return f"rank {rank} ({host}, {address}:{port})"
