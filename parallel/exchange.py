@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import count, groupby
 from threading import Thread
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +24,11 @@ from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Map, Monoid
+from lasp.parallel.remembered import remembered
 from lasp.parallel.scan import Scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,31 +70,38 @@ class Flight:
     """
 
     def __init__(self, steps: Steps, like: Tensor) -> None:
-        self._steps, self._arrival = steps, Future[Arrival]()
+        self._steps = steps
+        self._arrival: Arrival | None = None
+        self._error: BaseException | None = None
+        self._thread: Thread | None = None
         self._stream = _side_stream(like.device) if like.is_cuda else None
-        self._busy = False
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(like.device))
             with torch.cuda.stream(self._stream):
                 self._finish()
         elif self._step():
-            self._busy = True
-            Thread(target=self._finish, daemon=True).start()
-        if not self._busy and self._arrival.done():
-            self._arrival.result()  # raises what went wrong
+            self._thread = Thread(target=self._finish, daemon=True)
+            self._thread.start()
+        if self._thread is None and self._error is not None:
+            raise self._error
 
     def wait(self) -> Arrival:
         """What the scan ends with."""
-        if not self._busy:
+        if self._thread is None:
             self._finish()
+        else:
+            self._thread.join()
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        return self._arrival.result()
+        if self._error is not None:
+            raise self._error
+        assert self._arrival is not None, "steps end with an arrival"
+        return self._arrival
 
     def _finish(self) -> None:
         """Take the steps that are left."""
         with torch.no_grad():
-            while not self._arrival.done():
+            while self._arrival is None and self._error is None:
                 self._step()
 
     def _step(self) -> bool:
@@ -100,9 +109,9 @@ class Flight:
         try:
             return next(self._steps)
         except StopIteration as end:
-            self._arrival.set_result(end.value)
+            self._arrival = end.value
         except BaseException as error:
-            self._arrival.set_exception(error)
+            self._error = error
         return False
 
 
@@ -123,35 +132,35 @@ class Exchange:
 
     def start(self, maps: Sequence[Map], monoid: Monoid, direction: Direction = FORWARD) -> Flight:
         """Start a scan over the maps of this rank's links, by place."""
-        keep = self.later_links() if self.keeps else ()
-        return self._fly(maps, monoid, direction, keep)
+        keep = self.passing() if self.keeps else []
+        return Flight(self._steps(maps, monoid, direction, keep), maps[0].state)
 
     def start_back(self, maps: Sequence[Segment], monoid: Monoid, kept: Tensor | None) -> Flight:
         """Start the reverse scan over the maps of gradients, after one over maps of the given kind that `kept` this."""
-        transfers = {} if kept is None else dict(zip(self.later_links(), kept, strict=True))
-        return self._fly(maps, monoid.adjoint(transfers), BACKWARD)
+        told = {} if kept is None else {self.plan.links[i]: x for i, x in zip(self.passing(), kept, strict=True)}
+        return Flight(self._steps(maps, monoid.adjoint(told), BACKWARD, []), maps[0].state)
 
-    def later_links(self) -> list[Link]:
-        """The links whose transfers are kept: those that pass gradients to this rank, whose maps it is told forward."""
-        missing = self._schedule(self.scan, BACKWARD).missing(self.plan.rank)
-        return [self.plan.links[-1 - link] for link in missing]
+    def passing(self) -> list[int]:
+        """The links that pass gradients to this rank and whose maps it is told forward: their transfers are kept."""
+        last = len(self.plan.links) - 1
+        return [last - link for link in self._schedule(self.scan, BACKWARD).missing(self.plan.rank)]
 
     def _schedule(self, scan: Scan, direction: Direction) -> Schedule:
-        schedule = scan.schedule(self._links(direction))
-        if not (direction.reverse and self.keeps):
-            return schedule
-        return schedule.after(scan.schedule(self._links(FORWARD)))
+        if direction.reverse and self.keeps:
+            return _schedule_back(scan, self._back, self._there)
+        return scan.schedule(self._back if direction.reverse else self._there)
 
-    def _links(self, direction: Direction) -> Links:
-        return Links.of(self.plan, self.group.size, direction.reverse, self.group.node_size)
+    @cached_property
+    def _there(self) -> Links:
+        return Links.of(self.plan, self.group.size, False, self.group.node_size)
 
-    def _fly(self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: Sequence[Link] = ()) -> Flight:
-        assert maps, "every rank of a group has a link"
-        return Flight(self._steps(maps, monoid, direction, keep), maps[0].state)
+    @cached_property
+    def _back(self) -> Links:
+        return Links.of(self.plan, self.group.size, True, self.group.node_size)
 
-    def _steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: Sequence[Link]) -> Steps:
+    def _steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: list[int]) -> Steps:
         sizes = sizes_of(maps[0], monoid, self.scan.wire)
-        scan = self.scan.fitted(self._links(direction), sizes)
+        scan = self.scan.fitted(self._back if direction.reverse else self._there, sizes)
         schedule = self._schedule(scan, direction)
         if schedule.messages:
             received = schedule.received(self.plan.rank, sizes)
@@ -160,6 +169,11 @@ class Exchange:
         rank = _Rank(schedule, chain, self.plan.rank, self.group, maps, monoid, scan.wire)
         yield from rank.follow()
         return Arrival(rank.entering(), rank.transfers(keep))
+
+
+@remembered
+def _schedule_back(scan: Scan, links: Links, there: Links) -> Schedule:
+    return scan.schedule(links).after(scan.schedule(there))
 
 
 def sizes_of(own: Map, monoid: Monoid, wire: torch.dtype | None = None) -> Sizes:
@@ -187,6 +201,7 @@ class _Rank:
         self.rank, self.ranks = rank, group.process_group
         self.monoid, self.like, self.sent_along = monoid, maps[0], monoid.transfer_sent(maps[0])
         self.own = self.links.of_rank(rank)
+        self.forms: dict[tuple[bool, int, int], _Form] = {}
         self.known = _Known(self.links, maps[0].dim)
         for link in self.own:
             self.known.add((link, link + 1), partial(maps.__getitem__, chain[link].place))
@@ -201,10 +216,9 @@ class _Rank:
     def _entering(self, link: int) -> Tensor:
         return _state(self.known.of((self.links.starts[link], link)))
 
-    def transfers(self, links: Sequence[Link]) -> Tensor | None:
+    def transfers(self, links: list[int]) -> Tensor | None:
         """Those of some links; None if they need not be kept."""
-        places = map(self.chain.index, links)
-        found = [self.monoid.kept(self.known.of((i, i + 1)), partial(self._entering, i)) for i in places]
+        found = [self.monoid.kept(self.known.of((i, i + 1)), partial(self._entering, i)) for i in links]
         kept = [transfer for transfer in found if transfer is not None]
         return torch.stack(kept) if kept else None  # copied: views would keep all messages
 
@@ -216,7 +230,7 @@ class _Rank:
         self._meet()
         arrivals, sent = ([m.step for m in own(self.rank)] for own in (self.schedule.to, self.schedule.from_))
         arrived = 0
-        for step, messages in groupby(self.schedule.messages, lambda m: m.step):
+        for step, messages in groupby(self.schedule.of_rank(self.rank), lambda m: m.step):
             if arrivals and arrivals[0] < step:
                 yield bool(sent) and step <= sent[-1]
             together = list(messages)
@@ -236,20 +250,27 @@ class _Rank:
 
     def _gather(self, messages: list[Message]) -> None:
         """What everyone is sent in one step: by one all-gather where each rank sends as much, or else one by one."""
-        of_rank = {rank: [m for m in messages if m.source == rank] for rank in range(self.links.size)}
-        if len(set(map(len, of_rank.values()))) > 1:
+        of_rank: dict[int, list[Message]] = {rank: [] for rank in range(self.links.size)}
+        for message in messages:
+            of_rank[message.source].append(message)
+        own = of_rank.pop(self.rank)
+        if any(len(sent) != len(own) for sent in of_rank.values()):
             for message in messages:
-                own = message.source == self.rank
-                tensor = self._pack(message) if own else self._buffer(message)
-                self.pending.append(collectives.broadcast(tensor, message.source, self.ranks))
-                if not own:
-                    self._expect(message, self.pending[-1].wait)
+                self._broadcast(message)
             return
-        self.pending.append(collectives.gather(torch.stack(list(map(self._pack, of_rank[self.rank]))), self.ranks))
+        pending = collectives.gather(torch.stack(list(map(self._pack, own))), self.ranks)
+        self.pending.append(pending)
+        parts = _Later(lambda: pending.wait().split(self._form(messages[0]).lengths, -1))
         for rank, sent in of_rank.items():
             for place, message in enumerate(sent):
-                if rank != self.rank:
-                    self._expect(message, partial(_row, self.pending[-1], rank, place))
+                self._expect(message, partial(_row, parts, rank, place))
+
+    def _broadcast(self, message: Message) -> None:
+        own = message.source == self.rank
+        tensor = self._pack(message) if own else self._buffer(message)
+        self.pending.append(collectives.broadcast(tensor, message.source, self.ranks))
+        if not own:
+            self._arrive(message)
 
     def _fold(self, arrived: int, pending: list[collectives.Pending[Tensor]]) -> None:
         """Let what has come, the maps of the first links, enter as far as it goes, and forget it."""
@@ -265,8 +286,8 @@ class _Rank:
         """
         self.lines: dict[int, deque[Message]] = defaultdict(deque)
         self.tags: dict[int, Iterator[int]] = defaultdict(count)
-        for message in self.schedule.messages:
-            if message.target != EVERYONE and self.rank in (message.source, message.target):
+        for message in self.schedule.of_rank(self.rank):
+            if message.target != EVERYONE:
                 self.lines[message.target if message.source == self.rank else message.source].append(message)
         for peer in self.lines:
             self._receive(peer)
@@ -276,7 +297,7 @@ class _Rank:
         while line and line[0].target == self.rank:
             message = line.popleft()
             self.pending.append(collectives.receive(self._buffer(message), peer, self.ranks, next(self.tags[peer])))
-            self._expect(message, self.pending[-1].wait)
+            self._arrive(message)
 
     def _send(self, message: Message) -> None:
         peer = message.target
@@ -291,34 +312,47 @@ class _Rank:
         value = self.known.of(span, block, message.step)
         self.known.add(span, lambda: value, block, message.step)
         state = _narrow(_state(value).flatten(), self.wire)
-        if len(self._shapes(message)) == 1:
+        if len(self._form(message).shapes) == 1:
             return state
         transfer = self.monoid.transfer_sent(value)
         assert transfer is not None, "the monoid sends those of all maps, or of none"
         return torch.cat([state, transfer.flatten()])
 
     def _buffer(self, message: Message) -> Tensor:
-        return self.like.state.new_empty(sum(self._lengths(message)))
+        return self.like.state.new_empty(sum(self._form(message).lengths))
 
-    def _expect(self, message: Message, arrive: Callable[[], Tensor]) -> None:
+    def _arrive(self, message: Message) -> None:
+        """Expect a message of the exchange that was started last."""
+        pending, lengths = self.pending[-1], self._form(message).lengths
+        self._expect(message, lambda: pending.wait().split(lengths))
+
+    def _expect(self, message: Message, parts: Callable[[], Sequence[Tensor]]) -> None:
         span, block = (message.first, message.last), (message.block, message.blocks)
-        self.known.add(span, lambda: self._unpack(message, arrive()), block, message.step)
+        self.known.add(span, lambda: self._unpack(message, parts()), block, message.step)
 
-    def _unpack(self, message: Message, flat: Tensor) -> Value:
-        (shape, *shapes), (flat_state, *rest) = self._shapes(message), flat.split(self._lengths(message))
-        state = _widened(flat_state, shape, self.wire)
-        transfer = [part.view(shape) for part, shape in zip(rest, shapes, strict=True)]
+    def _unpack(self, message: Message, parts: Sequence[Tensor]) -> Value:
+        state_shape, *shapes = self._form(message).shapes
+        state = _widened(parts[0], state_shape, self.wire)
         if self.links.is_state(message.first, message.last):
             return state
+        transfer = [part.view(shape) for part, shape in zip(parts[1:], shapes, strict=True)]
         return self.monoid.unpack(self.chain[message.first : message.last], state, *transfer)
 
-    def _shapes(self, message: Message) -> list[torch.Size]:
-        state = self.like.state.tensor_split(message.blocks, self.like.dim)[message.block].shape
-        return [state] if self.sent_along is None or not message.maps else [state, self.sent_along.shape]
+    def _form(self, message: Message) -> _Form:
+        kind = message.maps, message.block, message.blocks
+        if kind not in self.forms:
+            state = self.like.state.tensor_split(message.blocks, self.like.dim)[message.block]
+            told = [self.sent_along.shape] if message.maps and self.sent_along is not None else []
+            lengths = [_length(state.shape, state.dtype, self.wire), *map(math.prod, told)]
+            self.forms[kind] = _Form([state.shape, *told], lengths)
+        return self.forms[kind]
 
-    def _lengths(self, message: Message) -> list[int]:
-        state, *transfer = self._shapes(message)
-        return [_length(state, self.like.state.dtype, self.wire), *map(math.prod, transfer)]
+
+class _Form(NamedTuple):
+    """The shapes of what a message holds, and how many elements each takes on the wire."""
+
+    shapes: list[torch.Size]
+    lengths: list[int]
 
 
 def _length(shape: torch.Size, dtype: torch.dtype, wire: torch.dtype | None) -> int:
@@ -341,17 +375,32 @@ def _widened(flat: Tensor, shape: torch.Size, wire: torch.dtype | None) -> Tenso
     return (flat if wire is None else flat.view(wire)[: math.prod(shape)].to(flat.dtype)).view(shape)
 
 
-def _row(pending: collectives.Pending[Tensor], rank: int, place: int) -> Tensor:
-    return pending.wait()[rank, place]
-
-
 def _same(value: Value) -> Value:
     return value
+
+
+def _row(parts: _Later[Sequence[Tensor]], rank: int, place: int) -> list[Tensor]:
+    return [part[rank, place] for part in parts()]
 
 
 def _state(value: Value) -> Tensor:
     """What leaves a stretch that nothing enters."""
     return value if isinstance(value, Tensor) else value.state
+
+
+class _Later(Generic[T]):
+    """What is made when it is first asked for, and known from a step on."""
+
+    __slots__ = ("_make", "_value", "step")
+
+    def __init__(self, make: Callable[[], T], step: int = -1) -> None:
+        self._make: Callable[[], T] | None = make
+        self.step = step
+
+    def __call__(self) -> T:
+        if self._make is not None:
+            self._value, self._make = self._make(), None
+        return self._value
 
 
 class _Known:
@@ -362,11 +411,11 @@ class _Known:
 
     def __init__(self, links: Links, dim: int) -> None:
         self._links, self._dim = links, dim
-        self._values: dict[Span, dict[Block, tuple[int, Callable[[], Value]]]] = defaultdict(dict)
+        self._values: dict[Span, dict[Block, _Later[Value]]] = defaultdict(dict)
 
     def add(self, span: Span, value: Callable[[], Value], block: Block = WHOLE, step: int = -1) -> None:
         """value: waits for it, if it has to come."""
-        self._values[span].setdefault(block, (step, cache(value)))
+        self._values[span].setdefault(block, _Later(value, step))
 
     def of(self, span: Span, block: Block = WHOLE, before: float = math.inf) -> Value:
         """What a stretch does to a block of the state, put together of what is known before a step."""
@@ -384,34 +433,43 @@ class _Known:
         """Put these together, and forget all else that came from other ranks of links before `arrived`."""
         whole = {span: self.of(span) for span in spans}
         for span, blocks in list(self._values.items()):
-            if span[1] <= arrived and all(step >= 0 for step, _ in blocks.values()):
+            if span[1] <= arrived and all(value.step >= 0 for value in blocks.values()):
                 del self._values[span]
         for span, value in whole.items():
             self.add(span, partial(_same, value), step=0)
 
     def _path(self, span: Span, block: Block, before: float) -> list[Span]:
         """As few known stretches as make up this one."""
+        if span in self._values and self._has(span, block, before):
+            return [span]
         first, last = span
-        ways: dict[int, list[Span]] = {last: []}
+        ways: dict[int, tuple[int, Span]] = {last: (0, span)}
         for known in sorted(self._values, reverse=True):
             if first <= known[0] and known[1] in ways and self._has(known, block, before):
-                way = [known, *ways[known[1]]]
-                if len(way) < len(ways.get(known[0], way)) + (known[0] not in ways):
-                    ways[known[0]] = way
+                pieces = 1 + ways[known[1]][0]
+                if known[0] not in ways or pieces < ways[known[0]][0]:
+                    ways[known[0]] = pieces, known
         assert first in ways, f"nobody has told of links {span} before step {before}"
-        return ways[first]
+        path = []
+        while first < last:
+            path.append(ways[first][1])
+            first = path[-1][1]
+        return path
 
     def _has(self, span: Span, block: Block, before: float) -> bool:
-        known = {own for own, (step, _) in self._values[span].items() if step < before}
-        return WHOLE in known or block in known or (block == WHOLE and len(known) == next(iter(known), WHOLE)[1])
+        blocks = self._values[span]
+        for own in (WHOLE, block):
+            if own in blocks and blocks[own].step < before:
+                return True
+        return block == WHOLE and len(blocks) == next(iter(blocks))[1] and all(x.step < before for x in blocks.values())
 
     def _piece(self, span: Span, block: Block) -> Value:
         blocks = self._values[span]
         if block in blocks:
-            return blocks[block][1]()
+            return blocks[block]()
         if WHOLE not in blocks:
-            return torch.cat([_state(blocks[own][1]()) for own in sorted(blocks)], self._dim)
-        whole = blocks[WHOLE][1]()
+            return torch.cat([_state(blocks[own]()) for own in sorted(blocks)], self._dim)
+        whole = blocks[WHOLE]()
         index, count = block
         return whole.tensor_split(count, self._dim)[index] if isinstance(whole, Tensor) else whole.block(index, count)
 

@@ -16,7 +16,7 @@ what they cost.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -114,6 +114,7 @@ class Schedule:
 
     links: Links
     messages: tuple[Message, ...]
+    _of_rank: dict[int, list[Message]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(links: Links, messages: Iterable[Message]) -> Schedule:
@@ -121,18 +122,24 @@ class Schedule:
         travelling = [m for m in messages if m.source != m.target and links.size > 1]
         return Schedule(links, tuple(sorted(travelling, key=lambda m: m.step)))
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """How many messages wait for one another at most."""
         return len({m.step for m in self.messages})
 
+    def of_rank(self, rank: int) -> list[Message]:
+        """What a rank takes part in."""
+        if rank not in self._of_rank:
+            self._of_rank[rank] = [m for m in self.messages if rank in (m.source, m.target) or m.target == EVERYONE]
+        return self._of_rank[rank]
+
     def to(self, rank: int) -> list[Message]:
         """What a rank receives."""
-        return [m for m in self.messages if m.source != rank and m.target in (rank, EVERYONE)]
+        return [m for m in self.of_rank(rank) if m.source != rank]
 
     def from_(self, rank: int) -> list[Message]:
         """What a rank sends."""
-        return [m for m in self.messages if m.source == rank]
+        return [m for m in self.of_rank(rank) if m.source == rank]
 
     def received(self, rank: int, sizes: Sizes) -> int:
         """Bytes that a rank receives."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import lasp
-from lasp.parallel.scan import SCANS
+from lasp.parallel.scan import ScanName
 
 pytestmark = pytest.mark.mpi
 
@@ -40,7 +40,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "state shape": (lambda a: {"initial_state": a["q"][0]}, "initial_state must be [B, H, K, V] = [1, H, 4, 4]"),
     "bounds": (lambda a: {"cu_seqlens": [0, 9, 7, 24]}, "cu_seqlens must never decrease, got 9 followed by 7"),
     "bounds begin": (lambda a: {"cu_seqlens": [1, 24]}, "cu_seqlens must begin with 0"),
-    "scan": (lambda a: {"scan": "star"}, f"scan must be one of auto, {', '.join(SCANS)}, got 'star'"),
+    "scan": (lambda a: {"scan": "star"}, f"scan must be one of {', '.join(get_args(ScanName))}, got 'star'"),
     "backend": (lambda a: {"backend": "abacus"}, "backend must be one of auto, torch, triton, fla, got 'abacus'"),
     "chunk size": (lambda a: {"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
     "chunk of a float": (lambda a: {"chunk_size": 8.0}, "chunk_size must be a whole number of at least 1, got 8.0"),
