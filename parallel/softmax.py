@@ -24,6 +24,7 @@ from lasp.kernels.arguments import check_choice
 from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
 from lasp.kernels.softmax.mask import Mask, Span
+from lasp.kernels.softmax.operators import Operator, Scores
 from lasp.parallel.call import ALONE, Turn
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -134,6 +135,12 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
     queries = tuple(piece for piece in pieces if piece.rank == rank)
     turn = call.turn if ranks > 1 else ALONE
     with exact(q):
+        if ranks == len(queries) == 1 and sinks is None:
+            every = span(queries[0])
+            tile = call.attention.as_one(every, Keys(every, k, v, key_mask))
+            if tile is not None:
+                whole: Tensor = _Tile.apply(*tile, q, k, v)
+                return whole
         part = _Part(turn, call.attention, queries, exchange)
         output: Tensor = _Attention.apply(part, q, k, v, sinks, key_mask)
     return output
@@ -202,6 +209,29 @@ class _Attention(torch.autograd.Function):
             dk, dv = part.exchange.backward(Keys(Span(0, k.shape[1]), k, v, key_mask), visit)
             dsinks = None if sinks is None else sinks_gradient(sinks, output, queries.lse, grad)
         return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
+
+
+class _Tile(torch.autograd.Function):
+    """Attention that is one tile on one rank: nothing is merged, and no sums are kept.
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hk, V] -> [B, T, Hq, V]. No exchange in either direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output, lse = operator.forward(q, k, v, scores)
+        output = output.to(v.dtype)
+        ctx.operator, ctx.scores = operator, scores
+        ctx.save_for_backward(q, k, v, output, lse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, lse = ctx.saved_tensors
+        with exact(q):
+            dq, dk, dv = ctx.operator.backward(grad, q, k, v, output, lse, ctx.scores)
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _sharing(heads: slice, q: Tensor, k: Tensor) -> slice:

@@ -70,6 +70,14 @@ class BlockAttention:
             for total, part in zip((dq[:, rows], dk[:, cols], dv[:, cols]), parts, strict=True):
                 total += part
 
+    def as_one(self, rows: Span, keys: Keys) -> tuple[Operator, Scores] | None:
+        """How a block is computed where it is one tile of a kind that kernels know; None elsewhere."""
+        found = tiles(self.mask, rows, keys.span, keys.mask is not None)
+        if [tile[:2] for tile in found] != [(rows, keys.span)] or found[0].kind == "masked" or keys.mask is not None:
+            return None
+        ((_, _, operator, scores),) = self._tiles(rows, keys)
+        return operator, scores
+
     def _tiles(self, rows: Span, keys: Keys) -> Iterator[tuple[slice, slice, Operator, Scores]]:
         """The tiles of a block: which rows, which keys, and how they are computed."""
         for tile in tiles(self.mask, rows, keys.span, keys.mask is not None):

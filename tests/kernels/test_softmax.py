@@ -152,6 +152,27 @@ def test_long_sequences_need_few_tiles_and_small_masks() -> None:
         assert len(found) <= 3 * whole.length / mask.ROWS + 1
 
 
+@pytest.mark.parametrize(
+    ("options", "rows", "keys", "kind"),
+    [
+        ({}, (0, 40), (0, 40), "causal"),
+        ({"causal": False}, (0, 40), (0, 40), "full"),
+        ({}, (20, 40), (0, 20), "full"),
+        ({}, (20, 40), (0, 40), None),  # two tiles
+        ({"bounds": (0, 7, 40)}, (0, 40), (0, 40), None),
+        ({"window": 9}, (0, 40), (0, 40), None),
+        ({}, (0, 20), (20, 40), None),  # nothing is seen
+    ],
+)
+def test_what_is_one_tile_is_computed_at_once(options: dict, rows: tuple, keys: tuple, kind: str | None) -> None:
+    attention = BlockAttention(Mask(**{"bounds": (0, 40)} | options), 1.0)
+    k = torch.zeros(1, keys[1] - keys[0], 2, 4)
+    found = attention.as_one(Span(*rows), Keys(Span(*keys), k, k))
+    assert (None if found is None else found[1].causal) == {None: None, "causal": True, "full": False}[kind]
+    hidden = torch.ones(k.shape[:2], dtype=torch.bool)
+    assert attention.as_one(Span(*rows), Keys(Span(*keys), k, k, hidden)) is None
+
+
 def test_rows_that_see_nothing() -> None:
     """Output 0, lse -inf, no NaN; a sink is then all that they see."""
     problem = make_attention(sinks=True)
