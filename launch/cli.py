@@ -36,6 +36,7 @@ TRAIN = (
 )
 COMMANDS = {
     "train": Command("lasp.launch.train", "train a model with the sequence cut over ranks", "train", TRAIN),
+    "data": Command("lasp.launch.data", "tokenize what a training will read, ahead of it", "train", TRAIN),
     "launch": Command("lasp.launch.launch", "train on a cluster: torchrun, Slurm or DeepSpeed", "train", TRAIN),
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)

@@ -274,6 +274,11 @@ class TrainConfig:
             not (self.overwrite and self.resume), f"overwrite = true and resume = {self.resume!r} contradict each other"
         )
 
+    @property
+    def tokenizer(self) -> str:
+        """What names the tokenizer."""
+        return self.data.tokenizer or str(self.model.get("name") or "bytes")
+
 
 SECTIONS: dict[str, type] = {
     "data": DataConfig,

@@ -60,7 +60,7 @@ class Run:
         holds another run or cannot be written.
         """
         check_engine(config)
-        tokenizer = load_tokenizer(config.data.tokenizer or config.model.get("name") or "bytes")
+        tokenizer = load_tokenizer(config.tokenizer)
         model = ModelPlan.make(config.model, config.lora, tokenizer)
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
@@ -152,13 +152,12 @@ def prepare_data(
 
 def _build(source: str, config: TrainConfig, tokenizer: Tokenizer, tell: Tell | None) -> Corpus:
     folder = Path(config.data.cache or Path(config.output) / "tokens")
-    name = config.data.tokenizer or config.model.get("name") or "bytes"
 
     def told(done: int, shards: int) -> None:
         if tell is not None and shards > 1:
             tell(f"tokenizing {source}: {done} of {shards} shards")
 
-    corpus = build_corpus(source, config.data.field, tokenizer, name, folder, told)
+    corpus = build_corpus(source, config.data.field, tokenizer, config.tokenizer, folder, told)
     if tell is not None:
         corpus.check()
     return corpus

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lasp.launch import cli
+from lasp.launch.data import main as main_data
 from lasp.launch.train import RECIPES, main, read_config
 from lasp.train.metrics import read_metrics
 
@@ -102,6 +103,46 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--output", "{folder}/text.txt"], ["text.txt", "is a file, not a folder"]),
         (["{recipe}", "--data.tokenizer", "{folder}/text.txt"], ["text.txt"]),
         (["{recipe}", "--resume", "{folder}/step-000001"], ["step-000001"]),
+        (["{recipe}", "--engine", "fsdp"], ["engine", "fsdp", "fsdp2"]),
+        (["{recipe}", "--engine", "zero3", "--optimizer.name", "muon"], ["zero3", "flat parameters", "muon"]),
+        (["{recipe}", "--engine", "zero1"], ["zero1", "dtype", "float64"]),
+        (["{recipe}", "--accumulation", "0"], ["accumulation must be at least 1, got 0"]),
+        (["{recipe}", "--reduce_dtype", "float16"], ["reduce_dtype", "float16"]),
+        (["{recipe}", "--steps", "0"], ["steps must be at least 1, got 0"]),
+        (["{recipe}", "--save_every", "0"], ["save_every must be at least 1, got 0"]),
+        (["{recipe}", "--data.packing", "best_fit"], ["packing", "best_fit", "first_fit"]),
+        (["{recipe}", "--data.field", ""], ["data.field must name a field"]),
+        (["{recipe}", "--data.tokenizer", ""], ["data.tokenizer must name a tokenizer"]),
+        (["{recipe}", "--data.tokenizer", "{folder}"], ["no tokenizer can be read"]),
+        (["{recipe}", "--data.batch_size", "0"], ["data.batch_size must be at least 1, got 0"]),
+        (["{recipe}", "--config", "{folder}/shares.toml"], ["data.source needs positive shares"]),
+        (["{recipe}", "--config", "{folder}/little.toml"], ["less than 1/1024"]),
+        (["{recipe}", "--data.source", "{folder}/binary.txt"], ["binary.txt", "NUL byte at 3"]),
+        (["{recipe}", "--data.source", "{folder}/rows.jsonl"], ["rows.jsonl", "line at byte 0", "data.field", "body"]),
+        (["{recipe}", "--validation.fraction", "1"], ["validation.fraction must lie in [0, 1), got 1"]),
+        (["{recipe}", "--validation.fraction", "0.001"], ["what is held out of data.source", "0 documents"]),
+        (["{recipe}", "--validation.fraction", "0.1", "--validation.source", "stdlib"], ["exclude each other"]),
+        (["{recipe}", "--validation.source", "{folder}/nowhere"], ["nowhere", "No such file"]),
+        (["{recipe}", "--validation.every", "0"], ["validation.every must be at least 1, got 0"]),
+        (["{recipe}", "--validation.sequences", "0"], ["validation.sequences must be at least 1, got 0"]),
+        (["{recipe}", "--lora.rank=-1"], ["lora.rank must not be negative, got -1"]),
+        (["{recipe}", "--lora.rank", "2", "--lora.target_modules", "nowhere"], ["nowhere"]),
+        (["{recipe}", "--lora.alpha", "0"], ["lora.alpha must be positive, got 0"]),
+        (["{recipe}", "--optimizer.name", "adam"], ["name", "adam", "adamw"]),
+        (["{recipe}", "--optimizer.lr", "nan"], ["optimizer.lr", "nan"]),
+        (["{recipe}", "--optimizer.lr", "1e-5"], ["0 <= min_lr <= lr"]),
+        (["{recipe}", "--optimizer.schedule", "steps"], ["schedule", "wsd"]),
+        (["{recipe}", "--optimizer.decay_steps", "0"], ["optimizer.decay_steps must be at least 1, got 0"]),
+        (["{recipe}", "--optimizer.warmup_steps=-1"], ["optimizer.warmup_steps must not be negative, got -1"]),
+        (["{recipe}", "--optimizer.clip", "0"], ["optimizer.clip must be positive, got 0"]),
+        (["{recipe}", "--optimizer.betas", "[0.9, 1.0]"], ["optimizer.betas", "1.0"]),
+        (["{recipe}", "--optimizer.weight_decay=-0.1"], ["optimizer.weight_decay", "-0.1"]),
+        (["{recipe}", "--sample.tokens", "0"], ["sample.tokens must be at least 1, got 0"]),
+        (["{recipe}", "--sample.temperature=-1"], ["sample.temperature must not be negative"]),
+        (["{recipe}", "--overwrite", "true", "--resume", "latest"], ["contradict each other"]),
+        (["{recipe}", "--config", "{folder}/named.toml"], ["no tokenizer can be read", "empty"]),
+        (["{recipe}", "--model.kind", "gpt"], ["model.kind", "gpt"]),
+        (["{recipe}", "--dp", "0"], ["dp must be at least 1, got 0"]),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, arguments, said):
@@ -109,6 +150,12 @@ def test_user_errors_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, argu
     (tmp_path / "broken.toml").write_text("a = = 3\n")
     (tmp_path / "empty.toml").write_text("# nothing yet\n")
     (tmp_path / "latin.toml").write_bytes(b'output = "\xe9"\n')
+    (tmp_path / "shares.toml").write_text(f'[data.source]\n"{tmp_path}/text.txt" = 0.5\nstdlib = 0\n')
+    (tmp_path / "little.toml").write_text(f'[data.source]\n"{tmp_path}/text.txt" = 1\nstdlib = 1e-6\n')
+    (tmp_path / "named.toml").write_text(f'[model]\nname = "{tmp_path}/empty"\n')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"abc\0")
+    (tmp_path / "rows.jsonl").write_text('{"body": "To be"}\n')
     (tmp_path / "nested.toml").write_text("a = " + "[" * 5000)
     assert main([argument.format(recipe=recipe, folder=tmp_path) for argument in arguments]) == 2
     stderr = capsys.readouterr().err
@@ -172,6 +219,16 @@ def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp
     stderr = capsys.readouterr().err
     assert "intermediate_size is 64 there and 96 here" in stderr
     assert stderr.count("\n") == 1
+
+
+def test_data_is_built_ahead_of_a_training(recipe, tmp_path, capsys):
+    assert main_data(["build", recipe]) == 0
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/text.txt: 27 sequences of 65" in told
+    assert len(list((tmp_path / "run" / "tokens").glob("*.tokens"))) == 1
+    assert main_data(["build", recipe, "--data.source", "nowhere.txt"]) == 2
+    assert main_data([]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
 
 
 @pytest.mark.timeout(120)
@@ -278,7 +335,7 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     assert cli.main(["trian"]) == 2
     assert (
         capsys.readouterr().err
-        == "lasp: error: unknown command 'trian'; choose from train, launch, verify, doctor, tune, bench\n"
+        == "lasp: error: unknown command 'trian'; choose from train, data, launch, verify, doctor, tune, bench\n"
     )
     monkeypatch.setitem(cli.COMMANDS, "echo", cli.Command("lasp.launch.train", "for this test"))
     assert cli.main(["echo", "nowhere.toml"]) == 2

@@ -1,0 +1,166 @@
+"""Which models are trained: verified ones with their weights or without, and adapters around them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lasp.parallel.group import shutdown
+from lasp.train.config import DataConfig, LoraConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
+from lasp.train.data.tokenizer import ByteTokenizer
+from lasp.train.loop import Summary, Trainer, train
+from lasp.train.model import ModelPlan
+from lasp.train.optimizer import build_optimizers
+from lasp.train.ranks import Ranks
+from lasp.train.run import Run
+from lasp.train.sample import sample
+from tests.hf_models import configuration
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_no_process_group() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A tiny hybrid as `save_pretrained` leaves it, with a tokenizer that has a chat template."""
+    path = tmp_path_factory.mktemp("hybrid")
+    config = configuration("qwen3_next")
+    config.vocab_size = 300
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    ByteTokenizer().save(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path, folder: str) -> TrainConfig:
+    """A fine-tuning on conversations, a fifth of which is held out."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!" * (1 + n % 5)}]}
+        for n in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return TrainConfig(
+        output=str(tmp_path / "run"),
+        device="cpu",
+        steps=6,
+        model={"name": folder},
+        data=DataConfig(str(tmp_path / "chat.jsonl"), "messages", seq_len=48, batch_size=2, packing="first_fit"),
+        optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
+        validation=ValidationConfig(fraction=0.2, every=6),
+    )
+
+
+def trained(config: TrainConfig) -> Summary:
+    return train(Run.prepare(config), Ranks.join(config))
+
+
+def test_adapters_are_trained_saved_as_peft_does_and_resumed(config, folder):
+    peft = pytest.importorskip("peft")
+    config = replace(config, lora=LoraConfig(rank=4), save_every=3)
+    whole = trained(config)
+    assert whole.losses[-1] < whole.losses[0] - 0.2
+    saved = peft.AutoPeftModelForCausalLM.from_pretrained(whole.checkpoint)
+    own = Trainer.start(
+        replace(Run.prepare(replace(config, steps=7, resume=str(whole.checkpoint)))), Ranks.join(config)
+    )
+    for name, value in saved.named_parameters():
+        assert torch.equal(dict(own.engine.model.named_parameters())[name], value), name
+    resumed = trained(
+        replace(config, output=config.output + "2", resume=str(whole.checkpoint.with_name("step-000003")))
+    )
+    assert resumed.losses == whole.losses[3:]
+    assert resumed.validation == whole.validation
+    text = sample(
+        whole.checkpoint, Run.prepare(replace(config, output=config.output + "3")).tokenizer, SampleConfig("7?", 3)
+    )
+    assert text.startswith("7?")
+
+
+def test_a_model_is_trained_from_its_weights_and_the_checkpoint_is_one_of_its_family(config, folder):
+    run = Run.prepare(config)
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    built = run.model.build(0, torch.float32)
+    assert all(torch.equal(value, built.state_dict()[name]) for name, value in before.state_dict().items())
+    summary = trained(replace(config, steps=4, save_every=2))
+    saved = transformers.AutoModelForCausalLM.from_pretrained(summary.checkpoint)
+    assert type(saved) is type(before)
+    assert transformers.AutoTokenizer.from_pretrained(summary.checkpoint).eos_token_id == 256
+    resume = str(summary.checkpoint.with_name("step-000002"))
+    resumed = trained(replace(config, output=config.output + "2", steps=4, resume=resume))
+    assert resumed.losses == summary.losses[2:]
+
+
+def test_from_scratch_takes_the_configuration_alone_with_other_fields(config, folder):
+    fields = {"name": folder, "from_scratch": True, "intermediate_size": 96}
+    plan = ModelPlan.make(fields, LoraConfig(), ByteTokenizer())
+    assert (plan.config.intermediate_size, plan.weights) == (96, None)
+    one, two, three = (plan.build(seed, torch.float32).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], three[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": "{folder}", "hidden_size": 64}, "has its own hidden_size: model.from_scratch = true"),
+        ({"name": "{folder}", "from_scratch": True, "hiden_size": 64}, "unknown fields of the model: hiden_size"),
+        ({"name": "{folder}", "from_scratch": "yes"}, "from_scratch must be true or false, got 'yes'"),
+        ({"name": "{empty}"}, "is a folder without a config.json"),
+        ({"name": 3}, "must name a folder or a model of the hub, got 3"),
+        ({"name": "{bert}", "from_scratch": True}, "no model can be built|is not verified"),
+        ({"name": "{folder}", "from_scratch": True, "vocab_size": 9}, "vocab_size=9 is less than the tokenizer's 257"),
+        ({"kind": "transformer"}, 'must be "linear_llama", or model.name name another'),
+        ({"from_scratch": True}, 'must be "linear_llama", or model.name name another'),
+    ],
+)
+def test_models_that_cannot_be_are_refused(folder, tmp_path, fields, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "no_such_family"}')
+    places = {"folder": folder, "empty": tmp_path / "empty", "bert": tmp_path / "bert"}
+    fields = {name: value.format(**places) if isinstance(value, str) else value for name, value in fields.items()}
+    with pytest.raises(ValueError, match=said if "bert" not in str(fields.get("name")) else "cannot be read") as caught:
+        ModelPlan.make(fields, LoraConfig(), ByteTokenizer())
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_for_modules_that_are_not_there_are_refused(folder):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="no model can be built"):
+        ModelPlan.make({"name": folder}, LoraConfig(rank=2, target_modules=["nowhere"]), ByteTokenizer())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_every_optimizer_takes_each_parameter_once_and_resumes(config, name):
+    fields: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+    fields |= {"num_attention_heads": 2, "mixer": "gated_deltanet", "tie_word_embeddings": True}
+    optimizer = OptimizerConfig(name, lr=1e-2, warmup_steps=0, schedule="wsd", decay_steps=2)
+    data = replace(config.data, field="text", source="text.txt")
+    config = replace(config, model=fields, optimizer=optimizer, save_every=3, data=data, validation=ValidationConfig())
+    Path(config.output).parent.joinpath("text.txt").write_text("To be, or not to be.\n" * 60)
+    config = replace(config, data=replace(data, source=str(Path(config.output).parent / "text.txt")))
+    model = Run.prepare(config).model.build(0, torch.float32)
+    made = build_optimizers(model, optimizer)
+    held = [id(p) for o in made for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    whole = trained(config)
+    assert whole.losses[-1] < whole.losses[0] - 0.1
+    resume = str(whole.checkpoint.with_name("step-000003"))
+    assert trained(replace(config, output=config.output + "2", resume=resume)).losses == whole.losses[3:]
