@@ -243,9 +243,11 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_architecture_names_every_file() -> None:
-    """The file tree of docs/architecture.md has a line for each file of the four folders."""
+    """The file tree of docs/architecture.md has a line for each file of the four folders, but for families of foreign
+    models: one file is all that a new one takes, and docs/models.md says what is in it."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    missing = [str(f.relative_to(ROOT)) for f in sources() if f.name != "__init__.py" and f.name not in text]
+    named = [f for f in sources() if f.name != "__init__.py" and f.parent.name != "families"]
+    missing = [str(f.relative_to(ROOT)) for f in named if f.name not in text]
     assert not missing
 
 
