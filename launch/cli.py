@@ -15,6 +15,10 @@ INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended: 128 and the signal's number, as shells have it."""
 
 
+SAVED = 75
+"""Exit code of a training that was told to stop, and has saved: started again, it goes on (EX_TEMPFAIL, sysexits.h)."""
+
+
 class Command(NamedTuple):
     """A subcommand: the module with its `main(argv)`, what it does, and which packages of which extra it needs."""
 

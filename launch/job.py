@@ -12,9 +12,6 @@ from typing import Self
 
 from lasp.train.config import TrainConfig
 
-SAVED = 75
-"""Exit code of a training that was told to stop, and has saved: started again, it goes on (EX_TEMPFAIL, sysexits.h)."""
-
 
 @dataclass(frozen=True)
 class Job:

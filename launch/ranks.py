@@ -27,7 +27,7 @@ GRACE = 10.0
 """Seconds that ranks have to end when they were sent a signal."""
 
 _POLL = 0.01
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def loopback() -> dict[str, str]:
@@ -36,24 +36,25 @@ def loopback() -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
 
 
-def run_ranks(module: str, arguments: list[str], size: int) -> int:
+def run_ranks(module: str, arguments: list[str], size: int, patience: float | None = None) -> int:
     """Run `module.as_rank(arguments)` on `size` processes of this machine and wait for them.
 
     The cores are shared out among the ranks, unless OMP_NUM_THREADS says otherwise. Returns the largest code that a
     rank returned where all ran to their end. Otherwise one line on stderr names the rank that failed first and says
-    why, and the code is 2 for a user error, 1 for anything else; 128 + n when this process received signal n.
+    why, and the code is 2 for a user error, 1 for anything else; 128 + n when this process received signal n. patience:
+    seconds that ranks have to come to their end after a signal, where none of them fails; by default `GRACE`.
     """
     with tempfile.TemporaryDirectory(prefix="lasp-") as folder, _signals() as received:
         ranks: list[_Rank] = []
         try:
             for place in range(size):
                 ranks.append(_Rank.start(module, arguments, place, size, Path(folder)))
-            failed = _watch(ranks, received)
+            failed = _watch(ranks, received, patience)
         finally:
             for rank in ranks:
                 rank.process.kill()
                 rank.process.wait()
-    if received:
+    if received and any(rank.failed() for rank in ranks):
         print_error(f"stopped by {signal.Signals(received[0]).name}")
         return 128 + received[0]
     return _tell(failed, size) if failed else max(rank.process.returncode for rank in ranks)
@@ -126,7 +127,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[_Rank], received: list[int]) -> list[_Rank]:
+def _watch(ranks: list[_Rank], received: list[int], patience: float | None) -> list[_Rank]:
     """Wait until all ranks are gone. Returns those that failed, but for those that were made to end."""
     while _working(ranks) and not received and not any(rank.failed() for rank in ranks):
         time.sleep(_POLL)
@@ -138,14 +139,20 @@ def _watch(ranks: list[_Rank], received: list[int]) -> list[_Rank]:
         failed = [rank for rank in ranks if rank.failed()]
     for rank in _working(ranks):
         rank.process.send_signal(received[0] if received else signal.SIGTERM)
-    _wait(ranks, GRACE, received)
+    known = len(received)
+    if received and patience is not None:
+        _wait(ranks, patience, received, until_failure=True)
+    if len(received) == known:
+        _wait(ranks, GRACE, received)
     return failed
 
 
-def _wait(ranks: list[_Rank], seconds: float, received: list[int]) -> None:
-    """Wait until all ranks are gone, no longer than some time, or until a further signal arrives."""
+def _wait(ranks: list[_Rank], seconds: float, received: list[int], until_failure: bool = False) -> None:
+    """Wait until all ranks are gone, no longer than some time, until a further signal arrives, or until one failed."""
     known, until = len(received), time.monotonic() + seconds
     while _working(ranks) and len(received) == known and time.monotonic() < until:
+        if until_failure and any(rank.failed() for rank in ranks):
+            break
         time.sleep(_POLL)
 
 

@@ -5,8 +5,8 @@ import re
 import shlex
 import sys
 
-from lasp.launch.cli import USER_ERROR
-from lasp.launch.job import SAVED, Job, Plan
+from lasp.launch.cli import SAVED, USER_ERROR
+from lasp.launch.job import Job, Plan
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[\w./@:+=,-]+", re.ASCII)
@@ -48,7 +48,8 @@ def _file(job: Job, options: argparse.Namespace) -> str:
     }
     lines = [f"#SBATCH --{name}={_word(name, value)}" for name, value in directives.items() if value is not None]
     lines.append(f"#SBATCH --array=1-{_at_least_1('--attempts', options.attempts)}%1")
-    srun = ["srun", "--kill-on-bad-exit=1", "--distribution=block:block"]
+    # Killed at the first exit, ranks that have saved would hide its code; and nobody waits long for one that is gone.
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=300", "--distribution=block:block"]
     threads = []
     if options.cpus:
         srun.append(f"--cpus-per-task={options.cpus}")  # which srun does not take from sbatch since Slurm 22.05

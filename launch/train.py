@@ -10,6 +10,7 @@ them. Started as one of several ranks, it trains. The output folder is locked me
 """
 
 import hashlib
+import math
 import os
 import sys
 import tomllib
@@ -20,10 +21,12 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from transformers.utils.logging import disable_progress_bar
 
+from lasp.launch.cli import SAVED
 from lasp.launch.lock import locked
 from lasp.launch.outcome import Failure
 from lasp.launch.place import run_command
 from lasp.launch.ranks import loopback, run_ranks
+from lasp.launch.stop import Stop
 from lasp.parallel.group import join_world
 from lasp.train.config import SECTIONS, TrainConfig
 from lasp.train.loop import StepError, Summary, train
@@ -36,7 +39,8 @@ RECIPES = Path(__file__).with_name("configs")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train. Returns 0; 2 for what the user can put right, after one line on stderr; 1 for a training that failed."""
+    """Train. Returns 0; 2 for what the user can put right, after one line on stderr; 1 for a training that failed; 75
+    for one that was told to stop, and has saved."""
     arguments = sys.argv[1:] if argv is None else argv
     return run_command(lambda: _start(arguments), lambda: _as_rank_of_others(arguments))
 
@@ -140,7 +144,7 @@ def _start(arguments: list[str]) -> int:
     with locked(Path(config.output)):
         Run.prepare(config, print)
         if ranks > 1:
-            return run_ranks("lasp.launch.train", arguments, ranks)
+            return run_ranks("lasp.launch.train", arguments, ranks, patience=math.inf)
         os.environ.update(loopback() | {"LOCAL_RANK": "0"})  # DeepSpeed asks for it
         return _train(config)
 
@@ -151,11 +155,20 @@ def _train(config: TrainConfig, tell: Tell | None = None) -> int:
     disable_progress_bar()  # transformers shows one for every file it reads or writes
     ranks = Ranks.join(config)
     run = Run.prepare_together(config, ranks.everyone, tell)
+    stop = Stop(config.time_limit)
     try:
-        summary = train(run, ranks)
+        with stop.listening():
+            summary = train(run, ranks, stop)
     except StepError as error:
         raise Failure(str(error)) from error
     ranks.leave()
+    if summary.stopped:
+        if ranks.is_main:
+            told = (
+                f"told to stop by {stop.reason or 'another rank'}, saved {summary.checkpoint}: --resume latest goes on"
+            )
+            print(f"lasp: {told}", file=sys.stderr, flush=True)
+        return SAVED
     if ranks.is_main:
         _report(run, summary)
     return 0

@@ -198,6 +198,9 @@ class TrainConfig:
     save_every: int | None = None
     """A checkpoint every so many steps; the last step always writes one."""
 
+    time_limit: float | None = None
+    """Seconds of training after which the run saves and ends, to be resumed; by default it ends with its steps."""
+
     seed: int = 0
     """Decides the initial weights and the order of the data."""
 
@@ -249,6 +252,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(self.time_limit is None or self.time_limit > 0, f"time_limit must be positive, got {self.time_limit}")
         _require(
             self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, got {self.save_every}"
         )

@@ -3,7 +3,7 @@
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +45,9 @@ class Summary:
 
     checkpoint: Path
     """Folder of the last checkpoint."""
+
+    stopped: bool = False
+    """Whether the run was told to stop before its last step."""
 
 
 @dataclass
@@ -116,10 +119,13 @@ class Trainer:
             losses.append(self.engine.backward(inputs, last=number == len(batches) - 1))
         return self.ranks.mean(torch.stack(losses).sum())
 
-    def rest(self) -> Iterator[StepMetrics]:
-        """Train and save until the run is over, one step per item. A ValueError of a step becomes a StepError."""
-        config = self.run.config
-        while self.steps_done < config.steps:
+    def rest(self, stop: Callable[[], bool] | None = None) -> Iterator[StepMetrics]:
+        """Train and save until the run is over, one step per item. A ValueError of a step becomes a StepError.
+
+        stop: asked after every step; where a rank says yes, all save and leave.
+        """
+        config, stopped = self.run.config, False
+        while self.steps_done < config.steps and not stopped:
             try:
                 result = self.step()
                 if self.run.validation and self._due(config.validation.every):
@@ -129,15 +135,16 @@ class Trainer:
                 told = f"{error} (ValueError at {Path(place.filename).name}:{place.lineno})"
                 raise StepError(f"step {self.steps_done + 1}: {told}") from error
             yield result
-            if self._due(config.save_every or config.steps):
+            stopped = stop is not None and self.ranks.any(stop())
+            if stopped or self._due(config.save_every or config.steps):
                 self.checkpoints.save(self.steps_done, self.engine)
 
     def _due(self, every: int) -> bool:
         return self.steps_done % every == 0 or self.steps_done == self.run.config.steps
 
 
-def train(run: Run, ranks: Ranks) -> Summary:
-    """Train a prepared run. All ranks call this together.
+def train(run: Run, ranks: Ranks, stop: Callable[[], bool] | None = None) -> Summary:
+    """Train a prepared run, until its last step or until `stop()` is true on a rank. All ranks call this together.
 
     Rank 0 shows progress and writes metrics, the plot and checkpoints into the output folder. A resumed run continues
     exactly as if it had not been interrupted.
@@ -151,7 +158,7 @@ def train(run: Run, ranks: Ranks) -> Summary:
     with ExitStack() as stack:
         record = stack.enter_context(MetricsFile(metrics, trainer.steps_done)) if ranks.is_main else None
         shown = stack.enter_context(TrainingProgress(run.config.steps, trainer.steps_done, enabled=ranks.is_main))
-        for result in trainer.rest():
+        for result in trainer.rest(stop):
             results.append(result)
             shown.update(result)
             if record is not None:
@@ -161,4 +168,6 @@ def train(run: Run, ranks: Ranks) -> Summary:
         plot_loss(read_metrics(metrics), plot)
     validation = results[-1].validation or {}
     losses = [result.loss for result in results]
-    return Summary(losses, validation, metrics, plot, checkpoint_path(run.config.output, run.config.steps))
+    done = trainer.steps_done
+    checkpoint = checkpoint_path(run.config.output, done)
+    return Summary(losses, validation, metrics, plot, checkpoint, done < run.config.steps)

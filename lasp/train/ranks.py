@@ -91,6 +91,11 @@ class Ranks:
         total = value.detach().clone().view(1)
         return collectives.all_reduce(total, self.mesh.get_group("dp"), "control").wait().item() / self.dp_size
 
+    def any(self, value: bool) -> bool:
+        """Whether something holds on any rank, the same on every rank."""
+        told = torch.tensor([int(value)])
+        return bool(collectives.all_reduce(told, self.everyone.control, "control").wait().item())
+
     def together(self, work: Callable[[], T]) -> T:
         """What some work gives on this rank; the same ValueError on all where one of them cannot do it."""
         result, error = None, None

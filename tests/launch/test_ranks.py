@@ -130,6 +130,26 @@ def test_who_does_not_end_in_time_or_at_the_second_signal_is_killed(capfd, tmp_p
     assert capfd.readouterr().err == f"lasp: error: stopped by {numbers[0].name}\n"
 
 
+@pytest.mark.parametrize(
+    ("second", "code", "told"),
+    [
+        ("report(code=75)", 75, ""),
+        ("report('lost', 1, lost_peer=True)", 128 + signal.SIGUSR1, "stopped by SIGUSR1"),
+        ("report(code=0)", 75, ""),
+    ],
+)
+def test_ranks_that_come_to_their_end_after_a_signal_say_how(capfd, tmp_path, monkeypatch, second, code, told):
+    """Longer than `GRACE`, as long as none of them fails."""
+    send(tmp_path, signal.SIGUSR1)
+    lines = [
+        f"signal.signal(10, lambda *_: ({wait}, {end})); ready(); sleep(300)"
+        for wait, end in (("sleep(1)", "report(code=75)"), ("sleep(0.7)", second))
+    ]
+    monkeypatch.setattr(launcher, "GRACE", 0.1)
+    assert run_ranks(str(tmp_path), lines, 2, patience=60) == code
+    assert capfd.readouterr().err == (f"lasp: error: {told}\n" if told else "")
+
+
 def test_what_nohup_ignores_stays_ignored(capfd, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
