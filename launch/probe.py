@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lasp.parallel import collectives
 from lasp.parallel.collectives import Message
-from lasp.parallel.cost import Wire
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.wires import Wire
 
 SHORT, LONG = 1 << 10, 8 << 20
 """Bytes of the messages whose time is latency, and bandwidth."""
@@ -22,13 +22,15 @@ def probe(group: SequenceGroup, repeat: int = 9) -> Wire:
     """The wire from each rank to the next, the same on every rank of the group, which call this together.
 
     Latency is a short message's way round all ranks, by their number; bandwidth that of a long one which every rank
-    sends to the next while it receives another: medians, of the slowest rank.
+    sends to the next while it receives another; a hop what a gather of short ones takes for each further rank: medians,
+    of the slowest rank.
     """
     device = torch.device("cuda") if group.process_group != group.control else torch.device("cpu")
     short, long = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (SHORT, LONG))
     latency = _slowest(group, lambda: _go_round(group, short), repeat) / group.size
     taken = _slowest(group, lambda: _shift(group, long), repeat)
-    return Wire(latency, LONG / max(taken - latency, 1e-9))
+    gathered = _slowest(group, lambda: _gather(group, short), repeat)
+    return Wire(latency, LONG / max(taken - latency, 1e-9), gathered / max(group.size - 1, 1))
 
 
 def _go_round(group: SequenceGroup, message: Tensor) -> None:
@@ -45,6 +47,10 @@ def _shift(group: SequenceGroup, message: Tensor) -> None:
     buffer = torch.empty_like(message)
     outgoing, incoming = [Message(message, following, 0)], [Message(buffer, before, 0)]
     collectives.rotate(outgoing, incoming, group.process_group, buffer).wait()
+
+
+def _gather(group: SequenceGroup, message: Tensor) -> None:
+    collectives.all_gather(message, group.process_group, "control").wait()
 
 
 def _slowest(group: SequenceGroup, run: Callable[[], None], repeat: int) -> float:

@@ -1,65 +1,28 @@
-"""What a schedule would take: latency and bandwidth of each kind of wire, and ports that send one message at a time.
+"""What a schedule would take, from the latency and the bandwidth of the wires; and the scan that `scan="auto"` takes.
 
-    wires = Wires.read(FILE)                    what `lasp doctor --probe FILE` measured; or Wires.default(backend)
-    seconds(schedule, sizes, wires)             of one scan, until its last message has arrived
-    predictions(scans, links, sizes, wires)     of several, the cheapest first
+    wires = Wires.read(FILE)                what `lasp doctor --probe FILE` measured; or Wires.default(backend)
+    seconds(schedule, sizes, wires)         of one schedule, until its last message has arrived
+    choose(plan, size, node_size, ...)      the scan that takes least, there and back
 
 A message leaves when all that its sender is sent in earlier steps has arrived; messages to several ranks share their
 sender's port, as TCP's do, and each arrives a latency behind its last byte (Hockney's alpha-beta, 1994, with ports).
-What everyone is sent by one collective passes along a ring of all ranks: W - 1 messages one behind the other.
+What everyone is sent by one collective passes along a ring of all ranks: W - 1 messages one behind the other, each a
+hop behind its last byte.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from heapq import heappop, heappush
 from itertools import count, groupby
-from pathlib import Path
-from typing import NamedTuple
 
 from lasp.parallel.remembered import remembered
-from lasp.parallel.scan import Scan
+from lasp.parallel.scan import SCANS, Gather, Scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
-
-
-class Wire(NamedTuple):
-    """latency: seconds of the shortest message; bandwidth: bytes per second and direction of a long one."""
-
-    latency: float
-    bandwidth: float
-
-
-class Wires(NamedTuple):
-    """The wire between two ranks of a node, and that between ranks of different nodes."""
-
-    node: Wire
-    network: Wire
-
-    @staticmethod
-    def default(backend: str) -> Wires:
-        """Where nothing was measured: for "nccl" NVLink of an H100 at 450 GB/s and InfiniBand NDR at 50 GB/s, their
-        data sheets' figures per GPU and direction; else processes of one machine and Ethernet at 10 Gbit/s."""
-        if backend == "nccl":
-            return Wires(Wire(10e-6, 450e9), Wire(20e-6, 50e9))
-        return Wires(Wire(100e-6, 1e9), Wire(200e-6, 1.25e9))
-
-    @staticmethod
-    def read(path: Path | str) -> Wires:
-        """From a file of `lasp doctor --probe`. Raises ValueError, naming the file, where it is none."""
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))["links"]
-            levels = [found.get(one) or found[other] for one, other in (("node", "network"), ("network", "node"))]
-            node, network = (Wire(*(float(level[name]) for name in Wire._fields)) for level in levels)
-        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no file of `lasp doctor --probe`: {error!r}") from error
-        return Wires(node, network)
-
-    def between(self, source: int, target: int, node_size: int | None) -> Wire:
-        """The wire between two ranks; node_size: how many consecutive ones share a node, None if all do."""
-        return self.node if node_size is None or source // node_size == target // node_size else self.network
+from lasp.parallel.wires import Wire, Wires
 
 
 @remembered
@@ -76,7 +39,7 @@ def _gather_seconds(messages: list[Message], links: Links, sizes: Sizes, wires: 
     """All ranks at once: as slow as the slowest wire of their ring."""
     ring = [wires.between(rank, (rank + 1) % links.size, links.node_size) for rank in range(links.size)]
     longest = max(sum(sizes.of(m) for m in messages if m.source == rank) for rank in range(links.size))
-    return (links.size - 1) * max(wire.latency + longest / wire.bandwidth for wire in ring)
+    return (links.size - 1) * max(wire.hop + longest / wire.bandwidth for wire in ring)
 
 
 class _Traffic:
@@ -149,8 +112,36 @@ class _Port:
         return gone
 
 
-def predictions(scans: Iterable[Scan], links: Links, sizes: Sizes, wires: Wires) -> dict[Scan, float]:
-    """Seconds of each scan, with the options that fit; the cheapest first, and of equals the one that came first."""
-    fitted = [scan.fitted(links, sizes) for scan in scans]
-    found = {scan: seconds(scan.schedule(links), sizes, wires) for scan in fitted}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+@remembered
+def choose(there: Links, back: Links, sizes: Sizes, wires: Wires) -> Scan:
+    """The scan whose schedules over the links `there` and `back` take least together; told once at INFO.
+
+    A gather unless another takes a tenth less: one message, which is on its way for as long as there is to compute.
+    """
+    found = {scan: _round_trip(scan, there, back, sizes, wires) for scan in _candidates(there, sizes)}
+    gather, best = found[Gather()], min(found, key=found.__getitem__)
+    chosen = best if found[best] < _WORTH * gather else Gather()
+    if gather:
+        told = ", ".join(f"{scan} {1e3 * time:.3g} ms" for scan, time in found.items())
+        _log.info('scan="auto" takes %s for %d ranks and states of %d bytes: %s', chosen, there.size, sizes.state, told)
+    return chosen
+
+
+_log = logging.getLogger(__name__)
+_WORTH = 0.9
+
+
+def _candidates(links: Links, sizes: Sizes) -> Iterator[Scan]:
+    for kind in SCANS.values():
+        scan = kind()
+        try:
+            scan.check(links.size, links.node_size)
+        except ValueError:
+            continue
+        yield scan.fitted(links, sizes)
+
+
+def _round_trip(scan: Scan, there: Links, back: Links, sizes: Sizes, wires: Wires) -> float:
+    forward, backward = scan.schedule(there), scan.schedule(back)
+    backward = backward.after(forward) if scan.remembers else backward
+    return seconds(forward, sizes, wires) + seconds(backward, sizes, wires)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
+from lasp.parallel.cost import choose
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Map, Monoid
 from lasp.parallel.remembered import remembered
-from lasp.parallel.scan import Scan
+from lasp.parallel.scan import Auto, Scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 
 T = TypeVar("T")
@@ -119,6 +120,14 @@ class Flight:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all scans: each begins behind what the device was given before it, and memory goes round in order."""
     return torch.cuda.Stream(device)
+
+
+def exchange_of(scan: Scan, plan: Plan, group: SequenceGroup, own: Map, monoid: Monoid, keeps: bool = True) -> Exchange:
+    """The exchange of a call whose maps are like `own`, by the cheapest scan if it is to be chosen."""
+    if isinstance(scan, Auto):
+        there, back = (Links.of(plan, group.size, reverse, group.node_size) for reverse in (False, True))
+        scan = choose(there, back, sizes_of(own, monoid), group.wires)
+    return Exchange(scan, plan, group, keeps)
 
 
 class Exchange:

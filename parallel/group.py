@@ -30,6 +30,7 @@ from lasp.parallel.agreement import Agreement, Call, Channel, Refused, part
 from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut, even_lengths
 from lasp.parallel.layout import LAYOUTS, Layout, even_slices
+from lasp.parallel.wires import PROCESSES, Wires
 
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
 MODEL_AXES = ("tp", "pp")
@@ -58,6 +59,7 @@ class SequenceGroup:
     axis: str | None = None  # of the mesh, where there is one
     heads: int = 1  # neighbours that exchange heads in ulysses x ring
     node_size: int | None = None  # how many consecutive ranks share each host; None where they lie otherwise
+    wires: Wires = PROCESSES  # what connects the ranks, for scan="auto"
 
     @classmethod
     def from_mesh(
@@ -67,21 +69,23 @@ class SequenceGroup:
         layout: Layout = "contiguous",
         heads: int = 1,
         checks: bool | Literal["calls", "off"] = True,
+        wires: Wires | Path | str | None = None,
     ) -> SequenceGroup:
         """The ranks along one axis of a mesh (`lasp.init_mesh`). Every rank of the mesh calls this.
 
         layout: "contiguous" or "zigzag". checks: True or "calls" to begin every call that is given the group with a
         header that all ranks compare; False or "off" trusts that the ranks hold the even cut of the sequence. heads:
         how many neighbouring ranks exchange heads in `softmax_attention(method="ulysses_ring")`, while the rest of the
-        group is a ring; it divides the size. Raises ValueError, on every rank of the mesh, for an unknown axis or
-        layout, or where the ranks differ.
+        group is a ring; it divides the size. wires: what connects the ranks, for scan="auto": a file of `lasp doctor
+        --probe`, or a value of `lasp.parallel.wires`; by default what its backend usually runs on. Raises ValueError,
+        on every rank of the mesh, for an unknown axis or layout, or where the ranks differ.
         """
         error = None
         if axis not in (mesh.mesh_dim_names or ()):
             error = f"the mesh has axes {', '.join(mesh.mesh_dim_names or ())}, not {axis!r}"
         fields = {"axis": axis, "shape of the mesh": list(mesh.shape), **_said(layout, heads, checks)}
         _agree_on_mesh("from_mesh", mesh.mesh.flatten().tolist(), fields, error)
-        return cls._make(mesh.get_group(axis), layout, heads, checks, mesh, axis)
+        return cls._make(mesh.get_group(axis), layout, heads, checks, wires, mesh, axis)
 
     @classmethod
     def from_group(
@@ -90,12 +94,13 @@ class SequenceGroup:
         layout: Layout = "contiguous",
         checks: bool | Literal["calls", "off"] = True,
         heads: int = 1,
+        wires: Wires | Path | str | None = None,
     ) -> SequenceGroup:
         """The ranks of an existing process group, by default the world. Every rank of it calls this.
 
         The other arguments, and what is refused, are as in `from_mesh`.
         """
-        return cls._make(process_group, layout, heads, checks)
+        return cls._make(process_group, layout, heads, checks, wires)
 
     @classmethod
     def _make(
@@ -104,6 +109,7 @@ class SequenceGroup:
         layout: Layout,
         heads: int,
         checks: bool | Literal["calls", "off"],
+        wires: Wires | Path | str | None,
         mesh: DeviceMesh | None = None,
         axis: str | None = None,
     ) -> SequenceGroup:
@@ -123,15 +129,20 @@ class SequenceGroup:
         elif checks not in (True, False, "calls", "off"):
             error = f"checks must be True, False, 'calls' or 'off', got {checks!r}"
         checks = checks in (True, "calls")
+        known = Wires.default(str(dist.get_backend(process_group)))
+        try:
+            known = _known_wires(wires) or known
+        except ValueError as reason:
+            error = error or str(reason)
         # Groups of the same ranks are told apart by what the first of these draws.
         drawn = secrets.randbelow(_DRAWN)
-        fields = _said(layout, heads, checks)
+        fields = _said(layout, heads, checks) | {"wires": [list(wire) for wire in known]}
         told = drawn + _DRAWN * _host()
         numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, told).wait()
         _controls[control] = None
         channel.identity = {"layout": layout, "the group (by a random number)": numbers[0] % _DRAWN}
         neighbours = node_size([number // _DRAWN for number in numbers])
-        return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads, neighbours)
+        return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads, neighbours, known)
 
     def slices(self, length: int) -> list[slice]:
         """The token ranges of a sequence of `length` tokens that this rank holds, in local order."""
@@ -189,7 +200,7 @@ class SequenceGroup:
         the scans of earlier layers would queue behind buckets of gradients. Made at the first use, by all of them.
         """
         if self.mesh is None or self.axis is None:
-            return self._make(self.process_group, "contiguous", 1, self.checks)
+            return self._make(self.process_group, "contiguous", 1, self.checks, self.wires)
         root = self.mesh._get_root_mesh()
         axes = tuple(name for name in root.mesh_dim_names or () if name not in MODEL_AXES or name == self.axis)
         flat = root[axes]._flatten("_".join(axes)) if len(axes) > 1 else root[axes]
@@ -199,7 +210,7 @@ class SequenceGroup:
                 f"the ranks of a sequence lie along axis {self.axis!r}, of a mesh with axes {root.mesh_dim_names}: "
                 f"{' and '.join(MODEL_AXES)} hold parts of a model, not of a sequence"
             )
-        return self._make(flat.get_group(), "contiguous", 1, self.checks, flat)
+        return self._make(flat.get_group(), "contiguous", 1, self.checks, self.wires, flat)
 
     def agree(self, operation: str, fields: dict[str, Any], error: str | None = None, tokens: int = 0) -> Agreement:
         """Start the header exchange of a call: `fields` must be equal on all ranks, `error` is this rank's own."""
@@ -245,6 +256,15 @@ def node_size(hosts: list[int]) -> int | None:
     """How many consecutive ranks share each host; None where hosts have unequal numbers, or others lie between."""
     nodes = [len(list(same)) for _, same in groupby(hosts)]
     return nodes[0] if len(set(nodes)) == 1 and len(nodes) == len(set(hosts)) else None
+
+
+def _known_wires(wires: Any) -> Wires | None:
+    """Those that a caller means; None for None. Raises ValueError for anything that tells of no wires."""
+    if isinstance(wires, str | Path):
+        return Wires.read(wires)
+    if wires is not None and not isinstance(wires, Wires):
+        raise ValueError(f"wires must be a file of `lasp doctor --probe` or a Wires, got {wires!r}")
+    return wires
 
 
 def _said(layout: str, heads: int, checks: bool | str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from lasp.kernels.recurrence import Recurrence
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
-from lasp.parallel.exchange import Direction, Exchange, enter_ends, enter_runs, given_back
+from lasp.parallel.exchange import Direction, enter_ends, enter_runs, exchange_of, given_back
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Affine
@@ -96,8 +96,9 @@ class _CausalRecurrence(torch.autograd.Function):
                 plan = call.plan()
                 initial = _initial(plan, initial_state)
                 maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
-                ctx.exchange = Exchange(call.scan, plan, call.group, trained)
-                flight = ctx.exchange.start(maps, _affine(recurrence, inputs))
+                monoid = _affine(recurrence, inputs)
+                ctx.exchange = exchange_of(call.scan, plan, call.group, maps[0], monoid, trained)
+                flight = ctx.exchange.start(maps, monoid)
                 inside = recurrence.inside(inputs, chain)
                 arrived, kept = flight.wait()
                 chain.enter(enter_runs(plan, arrived, initial))
@@ -271,14 +272,15 @@ def _document_totals(call: Call, plan: Plan, own: list[Tensor], phase: str) -> l
     if call.group is None:
         return own
     one = torch.ones_like(own[0][..., :1, :1])
-    exchange = Exchange(call.scan, plan, call.group, keeps=False)
+    monoid = Affine(lambda link: one)
+    exchange = exchange_of(call.scan, plan, call.group, Segment(one, own[0]), monoid, keeps=False)
     nothing: list[Tensor | None] = [None] * len(own)
     totals = list(own)
     ahead = [own[plan.runs_of(link)[-1]] for link in plan.own_links]
     back = [given_back(plan, link, own[plan.runs_of(link)[0]]) for link in plan.own_links]
     for reverse, states, enter in ((False, ahead, enter_runs), (True, back, enter_ends)):
         maps = [Segment(one, state) for state in states]
-        flight = exchange.start(maps, Affine(lambda link: one), Direction(phase, reverse))
+        flight = exchange.start(maps, monoid, Direction(phase, reverse))
         entering = enter(plan, flight.wait().states, nothing)
         totals = [total if more is None else total + more for total, more in zip(totals, entering, strict=True)]
     return totals

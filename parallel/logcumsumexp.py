@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.logcumsumexp import LogSum, ratio, running, suffix_sums
 from lasp.kernels.segment import Segment
 from lasp.parallel.call import Turn
-from lasp.parallel.exchange import Exchange, enter_ends, enter_runs, given_back
+from lasp.parallel.exchange import enter_ends, enter_runs, exchange_of, given_back
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import LogSums
 from lasp.parallel.scan import Scan
@@ -48,7 +48,7 @@ class _LogCumSumExp(torch.autograd.Function):
         if turn.group is not None:
             with turn.forward():
                 maps = [_link_map(link, plan, parts, starts) for link in plan.own_links]
-                ctx.exchange = Exchange(scan, plan, turn.group, trained)
+                ctx.exchange = exchange_of(scan, plan, turn.group, maps[0], LogSums(), trained)
                 arrived, kept = ctx.exchange.start(maps, LogSums()).wait()
         nothing = torch.full_like(initial[0], -torch.inf)
         entering = [nothing if z is None else z.squeeze(-1) for z in enter_runs(plan, arrived, starts)]

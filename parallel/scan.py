@@ -234,14 +234,24 @@ class Heads(Gather):
     name = "heads"
 
 
+@dataclass(frozen=True)
+class Auto(Scan):
+    """The one that the cost model finds cheapest for the links and states of a call (`parallel/cost.py`)."""
+
+    name = "auto"
+
+    def messages(self, links: Links) -> Iterable[Message]:
+        raise AssertionError("a scan is chosen before it runs")
+
+
 ScanName = Literal["auto", "gather", "ring", "doubling", "pipeline", "two_level", "heads"]  # what editors complete
 
 
 def check_scan(scan: str | Scan, group: SequenceGroup | None = None) -> Scan:
     """The scan that a name stands for. Raises ValueError where there is none, or it is none for this group."""
     if not isinstance(scan, Scan):
-        check_choice("scan", scan, ("auto", *SCANS, Heads.name))
-        scan = Gather() if scan == "auto" else (SCANS | {Heads.name: Heads})[scan]()
+        check_choice("scan", scan, (Auto.name, *SCANS, Heads.name))
+        scan = (SCANS | {Auto.name: Auto, Heads.name: Heads})[scan]()
     if group is not None:
         scan.check(group.size, group.node_size)
     return scan

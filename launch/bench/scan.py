@@ -66,14 +66,15 @@ def show(figures: dict[str, Any]) -> None:
                 )  # fmt: skip
     print(markdown(headings, rows))
     for wired in figures["networks"]:
-        latency, bandwidth = wired["wire"]
-        print(
-            f"\n{wired['network']}: measured {1e6 * latency:.0f} us and {8 * bandwidth / 1e6:.0f} Mbit/s a rank", end=""
+        latency, bandwidth, hop = wired["wire"]
+        told = (
+            f"{1e6 * latency:.0f} us, in a collective {1e6 * hop:.0f} us, and {8 * bandwidth / 1e6:.0f} Mbit/s a rank"
         )
+        print(f"\n{wired['network']}: measured {told}", end="")
     print(f"\n\n{sum(near)} of {len(near)} predictions within {100 * NEAR:.0f} %; ", end="")
     print(f"the scan chosen within {100 * CLOSE:.0f} % of the best in {sum(close)} of {len(close)}")
-    told = figures["machine"]
-    print(f"{figures['ranks']} ranks on {told['chip']}, {told['threads']} threads in all, torch {told['torch']}, gloo")
+    made = figures["machine"]
+    print(f"{figures['ranks']} ranks on {made['chip']}, {made['threads']} threads in all, torch {made['torch']}, gloo")
 
 
 def _run(told: dict[str, Any], rate: str | None) -> dict[str, Any]:

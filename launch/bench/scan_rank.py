@@ -16,12 +16,13 @@ from lasp.kernels.segment import Segment
 from lasp.launch.bench.timing import Contestant, interleave
 from lasp.launch.probe import probe
 from lasp.parallel import collectives
-from lasp.parallel.cost import Wires, seconds
+from lasp.parallel.cost import seconds
 from lasp.parallel.exchange import Exchange, sizes_of
 from lasp.parallel.layout import make_plan
 from lasp.parallel.monoid import Affine
 from lasp.parallel.scan import check_scan
 from lasp.parallel.schedule import Links
+from lasp.parallel.wires import Wires
 
 KEY_DIM, VALUE_DIM = 128, 128
 

@@ -62,7 +62,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]]
         "ranks disagree on dims: rank 0: [4, 4], rank 1: [4, 4], rank 2: [4, 2]",
     ),
     "kind of decay": (lambda a: {"log_decay": None}, "ranks disagree on"),
-    "scan": (lambda a: {"scan": "ring"}, "ranks disagree on scan: rank 0: gather"),
+    "scan": (lambda a: {"scan": "ring"}, "ranks disagree on scan: rank 0: auto"),
     "scale": (lambda a: {"scale": 2.0}, "ranks disagree on scale: rank 0: 0.5"),
     "mask": (lambda a: {"causal": False, "log_decay": None}, "ranks disagree on causal"),
     "documents": (lambda a: {"cu_seqlens": [0, 24]}, "ranks disagree on cu_seqlens"),

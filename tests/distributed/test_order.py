@@ -130,7 +130,7 @@ def test_calls_in_another_order(world, group_of) -> None:
     x = lasp.shard(tokens(0), group)
     for first, second, message in (
         (partial(linear, x, group), partial(delta, x, group), "the call: rank 0: linear_attention, number 1, rank 1"),
-        (partial(linear, x, group), partial(linear, x, group, scan="ring"), "scan: rank 0: gather, rank 1: gather"),
+        (partial(linear, x, group), partial(linear, x, group, scan="ring"), "scan: rank 0: auto, rank 1: auto"),
         (partial(linear, x, group), partial(lasp.unshard, x, group), "rank 2: unshard, number 3"),
         (partial(softmax, x, group), partial(softmax, x, group, window=3), "window: rank 0: None"),
     ):

@@ -109,7 +109,7 @@ CASES += changed(
         "scale of text": {"scale": "0.5"},
         "scale its own value": ({"scale": 0.5}, "harmless"),
         "scan ring": {"scan": "ring"},
-        "scan gather": ({"scan": "gather"}, "harmless"),
+        "scan gather": {"scan": "gather"},
         "scan unknown": {"scan": "star"},
         "backend unknown": {"backend": "abacus"},
         "backend torch": ({"backend": "torch"}, "harmless"),

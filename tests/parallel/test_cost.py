@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
-from lasp.parallel.cost import Wire, Wires, predictions, seconds
+from lasp.parallel.cost import choose, seconds
 from lasp.parallel.layout import make_plan
 from lasp.parallel.scan import SCANS, Doubling, Gather, Pipeline, Ring, Scan
 from lasp.parallel.schedule import Links, Sizes
+from lasp.parallel.wires import Wire, Wires
 
-SLOW = Wire(latency=1.0, bandwidth=1.0)
+SLOW = Wire(latency=1.0, bandwidth=1.0, hop=1.0)
 WIRES = Wires(SLOW, SLOW)
 SIZES = Sizes(state=8, transfer=2, rows=4)
 
@@ -48,28 +50,51 @@ def test_a_longer_message_takes_longer() -> None:
         assert cost(kind(), 8, Sizes(16, 2, 4)) > cost(kind(), 8)
 
 
-def test_the_cheapest_first() -> None:
+def chosen(ranks: int, sizes: Sizes, wire: Wire, node_size: int | None = None) -> Scan:
+    plan = make_plan((4,) * ranks, 0, "contiguous", None)
+    there, back = (Links.of(plan, ranks, reverse, node_size) for reverse in (False, True))
+    return choose(there, back, sizes, Wires(wire, wire))
+
+
+def test_the_choice(caplog: pytest.LogCaptureFixture) -> None:
     """Short states are a matter of latency, where few steps count; long ones of bytes, where a pipeline does."""
-    scans = [kind() for kind in SCANS.values()]
-    for bandwidth, expected in ((1e12, Doubling), (1e-3, Pipeline)):
-        found = predictions(scans, links(16), Sizes(1 << 20, 1 << 20, 128), Wires(*[Wire(1e-3, bandwidth)] * 2))
-        assert list(found.values()) == sorted(found.values())
-        assert isinstance(next(iter(found)), expected)
+    sizes = Sizes(1 << 20, 1 << 20, 128)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(chosen(16, sizes, Wire(1e-3, 1e12, 1e-3)), Doubling)
+    assert 'scan="auto" takes doubling for 16 ranks and states of 1048576 bytes: gather 30 ms, ring ' in caplog.text
+    assert isinstance(chosen(16, sizes, Wire(1e-3, 1e6, 1e-3)), Pipeline)
+    assert isinstance(chosen(16, sizes, Wire(1e-3, 1e12, 1e-6)), Gather), "a collective hops faster than Python"
+
+
+def test_a_gather_unless_another_is_worth_it() -> None:
+    assert chosen(2, Sizes(1 << 20, 0, 128), Wire(1e-4, 1e9, 1e-4)) == Gather()
+    assert chosen(1, Sizes(1 << 20, 0, 128), SLOW) == Gather()
+    assert isinstance(chosen(2, Sizes(1 << 20, 1 << 20, 128), Wire(1e-6, 1e6, 1e-6)), Ring), "transfers stay at home"
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_tiny_states_are_gathered(backend: str) -> None:
+    plan = make_plan((4,) * 4, 0, "contiguous", None)
+    there, back = (Links.of(plan, 4, reverse, 4) for reverse in (False, True))
+    assert choose(there, back, Sizes(4096, 4096, 16), Wires.default(backend)) == Gather()
 
 
 def test_between_nodes() -> None:
-    wires = Wires(Wire(0.0, 8.0), SLOW)
+    wires = Wires(Wire(0.0, 8.0, 0.0), SLOW)
     assert wires.between(0, 3, 4) == wires.node
     assert wires.between(3, 4, 4) == wires.network
     assert wires.between(3, 4, None) == wires.node
 
 
 def test_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "links.json"
-    file.write_text(json.dumps({"links": {"node": {"latency": 1e-4, "bandwidth": 2e9}}}), encoding="utf-8")
-    assert Wires.read(file) == Wires(*[Wire(1e-4, 2e9)] * 2)
-    file.write_text(json.dumps({"links": {"node": {"latency": "slow", "bandwidth": 2e9}}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"links\.json' is no file of `lasp doctor --probe`"):
-        Wires.read(file)
+    file, node = tmp_path / "links.json", {"latency": 1e-4, "bandwidth": 2e9}
+    file.write_text(json.dumps({"links": {"node": node}}), encoding="utf-8")
+    assert Wires.read(file) == Wires(*[Wire(1e-4, 2e9, 2e-5)] * 2)
+    file.write_text(json.dumps({"links": {"node": node, "network": {**node, "hop": 1e-5}}}), encoding="utf-8")
+    assert Wires.read(file).network == Wire(1e-4, 2e9, 1e-5)
+    for latency in ("slow", 0, None):
+        file.write_text(json.dumps({"links": {"node": {**node, "latency": latency}}}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"links\.json' is no file of `lasp doctor --probe`"):
+            Wires.read(file)
     with pytest.raises(ValueError, match=r"none\.json' is no file of"):
         Wires.read(tmp_path / "none.json")
