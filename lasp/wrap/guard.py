@@ -12,7 +12,7 @@ from torch import nn
 
 from lasp.wrap.attention import NAME, attention
 from lasp.wrap.model import loss
-from lasp.wrap.refusal import check_forwards, check_noise, has_own_forward, is_tokenwise, path_to, takes_group
+from lasp.wrap.refusal import check_forwards, check_noise, has_own_forward, is_tokenwise, path_to
 from lasp.wrap.swap import is_swapped, replaced
 from lasp.wrap.wiring import WIRING, Wiring
 
@@ -36,9 +36,9 @@ def check_unchanged(model: Any, modules: Sequence[nn.Module], wiring: Wiring) ->
             raise ValueError(f"{joined} joined since lasp.parallelize; {_AGAIN}")
     if wiring.before is not None:
         _check_attention(modules)
-    has_loss = model is wiring.model and not takes_group(model)
-    if has_loss and not is_swapped(model, "_compute_logits_and_loss"):
+    if wiring.family is not None and model is wiring.model:
         _check_loss(model)
+        wiring.family.check_options(model)
 
 
 def _named(module: nn.Module, model: nn.Module, method: str) -> str:

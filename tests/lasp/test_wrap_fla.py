@@ -92,6 +92,17 @@ def test_other_rotations_are_refused() -> None:
         model(IDS)
 
 
+def test_a_loss_that_is_chosen_afterwards_is_refused() -> None:
+    model = lasp.parallelize(make(GLAForCausalLM), None)
+    model.config.use_l2warp = True
+    with pytest.raises(ValueError, match="use_l2warp"):
+        model(IDS)
+    model.config.use_l2warp = False
+    model.loss_function = torch.nn.functional.cross_entropy
+    with pytest.raises(ValueError, match="loss_function was replaced"):
+        model(IDS)
+
+
 def test_padding_is_refused() -> None:
     model = lasp.parallelize(make(GLAForCausalLM), None)
     with pytest.raises(ValueError, match="no attention_mask here"):
