@@ -2,14 +2,17 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from lasp.launch import address, torchrun
 from lasp.launch.launch import main
+from lasp.launch.network import lacking, network
 from lasp.launch.place import Place
 from lasp.train.metrics import read_metrics
 
@@ -222,3 +225,28 @@ def test_a_training_really_runs(folder, real, launcher):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("last loss") == 1
     assert [step.step for step in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(lacking() is not None, reason="needs network namespaces")
+def test_two_nodes_go_on_after_a_rank_is_killed(folder, real):
+    """Two agents, each with one rank, in namespaces whose only way to each other is a network; no shared host name."""
+    arguments = ["--nodes", "2", "--gpus", "1", "--steps", "300", "--save_every", "20"]
+    command = [sys.executable, "-m", "lasp.launch.cli", "launch", "torchrun", "tiny.toml", *arguments]
+    with network(2, 1e9) as net:
+        nodes = [
+            subprocess.Popen(
+                [*net.command(place), *command, "--endpoint", "10.99.0.1:29500"],
+                env=real, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for place in range(2)
+        ]  # fmt: skip
+        saved = folder / "run" / "checkpoints" / "step-000020"
+        while not saved.exists() and all(node.poll() is None for node in nodes):
+            time.sleep(0.1)
+        [rank] = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
+        said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [step.step for step in read_metrics(folder / "run" / "metrics.jsonl")] == list(range(1, 301))
