@@ -78,6 +78,8 @@ def test_a_file_that_joins_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_page_says_what_the_records_say() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert stand_ins() in text
+    if f"# Models of transformers {transformers.__version__}\n" not in text:
+        pytest.skip("the page is of another release, which knows other models")
     accepted = re.search(r"## Parallel and exact: (\d+)\n\n(.*)\n", text)
     assert accepted is not None
     names = accepted[2].split(", ")
