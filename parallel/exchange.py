@@ -177,7 +177,9 @@ class Exchange:
         chain = self.plan.links[::-1] if direction.reverse else self.plan.links
         rank = _Rank(schedule, chain, self.plan.rank, self.group, maps, monoid, scan.wire)
         yield from rank.follow()
-        return Arrival(rank.entering(), rank.transfers(keep))
+        arrival = Arrival(rank.entering(), rank.transfers(keep))
+        rank.known.clear()  # whose values refer to the rank: the buffers would wait for Python's collector
+        return arrival
 
 
 @remembered
@@ -437,6 +439,9 @@ class _Known:
             assert not isinstance(own, Tensor), "something passes through all but the first"
             value = own(value) if isinstance(value, Tensor) else value.then(own)
         return value
+
+    def clear(self) -> None:
+        self._values.clear()
 
     def settle(self, spans: set[Span], arrived: int) -> None:
         """Put these together, and forget all else that came from other ranks of links before `arrived`."""

@@ -48,6 +48,10 @@ class Decay:
         """What queries see inside their chunk, [N, R, V]."""
         return self.tiles.product(self.tiles.scores.values, self.v)
 
+    def ahead(self) -> tuple[Tensor, ...]:
+        """What can be known before the states are."""
+        return (self.inside(),)
+
     def read_out(self, entered: ChunkChain, onto: Tensor | None = None) -> Tensor:
         """What they read of the entering states, added to the tile `onto` if that is given."""
         tiles = self.tiles

@@ -97,13 +97,14 @@ class Delta:
         transfers.diagonal(dim1=-2, dim2=-1).add_(1 if tiles.whole is None else tiles.whole.squeeze(-2))
         chain.link(block)
 
-    def inside(self) -> Tensor:
-        """What queries see inside their chunk where nothing entered it, [N, R, V]."""
-        return self.tiles.product(self.tiles.scores.values, self.written)
+    def ahead(self) -> tuple[Tensor, ...]:
+        """What can be known before the states are: what queries see inside their chunk where nothing entered it
+        [N, R, V], and what reads the entering state for them [N, R, K]."""
+        return self.tiles.product(self.tiles.scores.values, self.written), self._readers()
 
-    def read_out(self, entered: ChunkChain) -> Tensor:
+    def read_out(self, entered: ChunkChain, readers: Tensor) -> Tensor:
         """What the entering states add to that."""
-        return self.tiles.product(self._readers(), entered.at_starts(self.tiles.block))
+        return self.tiles.product(readers, entered.at_starts(self.tiles.block))
 
     def forward(self, chain: ChunkChain) -> Tensor:
         """States and outputs, where the true state at the block's start is known. Makes no maps."""

@@ -18,12 +18,12 @@ class PortableRecurrence(Recurrence):
     def states(self, inputs: Inputs) -> ChunkChain:
         return self._chain(stages.chunk_states(inputs, self._numbers(inputs)))
 
-    def inside(self, inputs: Inputs, chain: ChunkChain) -> Tensor:
-        """The output of attention within chunks."""
-        (output,) = stages.inside(inputs, self._numbers(inputs))
-        return output
+    def inside(self, inputs: Inputs, chain: ChunkChain) -> list[Tensor]:
+        """The output of attention within chunks; of the delta family also what will read the entering states."""
+        found: list[Tensor] = stages.inside(inputs, self._numbers(inputs))
+        return found
 
-    def read_out(self, inputs: Inputs, entered: ChunkChain, inside: Tensor) -> Tensor:
+    def read_out(self, inputs: Inputs, entered: ChunkChain, inside: list[Tensor]) -> Tensor:
         (output,) = stages.read_out(inputs, self._numbers(inputs), entered.tensors(), inside)
         return output
 

@@ -4,7 +4,7 @@ Three stages each way, so that a scan over ranks can travel between the first an
 algorithms 2 and 3):
 
     forward    chunk_states       states between chunks, from an empty memory     reads k, v
-               inside             attention within each chunk                    reads q, k, v
+               inside             all that needs no entering state               reads q, k, v
                read_out           what the state entering each chunk adds        reads q
     backward   adjoint_states     gradients of the states, from no later tokens  reads q, do
                grad_outputs       gradients of inside and read_out               reads q, k, v, do
@@ -80,26 +80,31 @@ def chunk_states(inputs: Inputs, numbers: Numbers) -> Filled:
 
 @operator
 def inside(inputs: Inputs, numbers: Numbers) -> Filled:
-    """Outputs [B, T, Ho, V] of attention within each chunk, in the compute dtype."""
+    """Outputs [B, T, Ho, V] of attention within each chunk, and of the delta family what reads the entering states for
+    each query [B, T, Ho, K], in the compute dtype."""
     geometry = numbers.geometry(inputs)
-    output = _new_output(inputs, geometry, geometry.dtype)
-    yield [output]
+    dims = [geometry.value_dim] if inputs.beta is None else [geometry.value_dim, geometry.key_dim]
+    seen = [_new_output(inputs, geometry, geometry.dtype, dim) for dim in dims]
+    yield seen
     if not geometry.masked:
-        output.zero_()
+        seen[0].zero_()
         return
     for block in _blocks(inputs, geometry):
-        put(block.inside(), block.tiles.block, output)
+        for tile, total in zip(block.ahead(), seen, strict=True):
+            put(tile, block.tiles.block, total)
 
 
 @operator
-def read_out(inputs: Inputs, numbers: Numbers, chain: Sequence[Tensor], seen: Tensor) -> Filled:
-    """The output, given the chain that entered and what is seen inside: what each chunk's queries read is added."""
+def read_out(inputs: Inputs, numbers: Numbers, chain: Sequence[Tensor], seen: Sequence[Tensor]) -> Filled:
+    """The output, given the chain that entered and what `inside` found: what each chunk's queries read is added."""
     geometry = numbers.geometry(inputs)
-    output = _new_output(inputs, geometry, inputs.v.dtype)
+    output = _new_output(inputs, geometry, inputs.v.dtype, geometry.value_dim)
     yield [output]
     entered = ChunkChain(geometry.slots, *chain)
     for block in _blocks(inputs, geometry):
-        add(block.read_out(entered), block.tiles.block, seen, output)
+        tiles = block.tiles
+        read = block.read_out(entered) if isinstance(block, Decay) else block.read_out(entered, tiles.read(seen[1]))
+        add(read, tiles.block, seen[0], output)
 
 
 @operator
@@ -156,7 +161,8 @@ def forward(inputs: Inputs, numbers: Numbers, incoming: Sequence[Tensor | None])
     asks for it.
     """
     geometry = numbers.geometry(inputs)
-    output, chain = _new_output(inputs, geometry, inputs.v.dtype), _new_chain(inputs, geometry, maps=False)
+    output = _new_output(inputs, geometry, inputs.v.dtype, geometry.value_dim)
+    chain = _new_chain(inputs, geometry, maps=False)
     yield [output, *chain]
     entered = _begun(chain, incoming, geometry)
     for block in _blocks(inputs, geometry):
@@ -216,9 +222,9 @@ def gradients_of(tensors: Sequence[Tensor], trained: bool) -> Gradients:
     return Gradients(q, k, v, log_decay, *rest)
 
 
-def _new_output(inputs: Inputs, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+def _new_output(inputs: Inputs, geometry: Geometry, dtype: torch.dtype, dim: int) -> Tensor:
     q = inputs.q
-    shape = (*q.shape[:2], max(geometry.heads, q.shape[2]), geometry.value_dim)
+    shape = (*q.shape[:2], max(geometry.heads, q.shape[2]), dim)
     return torch.empty(shape, dtype=dtype, device=q.device)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +18,7 @@ from torch import Tensor
 import lasp
 from lasp.kernels.logcumsumexp import LogSum
 from lasp.kernels.segment import Segment
+from lasp.parallel import exchange as exchange_module
 from lasp.parallel.exchange import Exchange, Flight
 from lasp.parallel.group import node_size
 from lasp.parallel.layout import Link, Plan, make_plan
@@ -136,6 +139,33 @@ def test_a_scan_gets_on_while_the_ranks_compute(scan: Scan, owners: tuple[int, .
         return on_its_way and all(state is None or state.isfinite().all() for state in flight.wait().states)
 
     assert all(run(len(plans), work, node_size=size))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_a_gather_in_chunks_holds_two_of_them(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Of the maps of eight ranks that cross, on the way there and back; the whole gather holds those of all others."""
+    living: dict[int, weakref.WeakSet[Any]] = defaultdict(weakref.WeakSet)
+    most: Counter[int] = Counter()
+    links = links_of(EIGHT)
+    buffer = exchange_module._Rank._buffer
+
+    def seen(rank: Any, message: Message) -> Tensor:
+        made = buffer(rank, message)
+        living[rank.rank].add(made.untyped_storage())
+        most[rank.rank] = max(most[rank.rank], len(living[rank.rank]))
+        return made
+
+    monkeypatch.setattr(exchange_module._Rank, "_buffer", seen)
+
+    def work(group: lasp.SequenceGroup) -> None:
+        plan, own = plan_of(EIGHT, (False,) * 8, group.rank), Segment(torch.full((2, 4, 1), 0.5), torch.ones(2, 4, 3))
+        exchange = Exchange(Gather(chunk_ranks=chunk), plan, group, keeps=True)
+        assert exchange.start([own], Affine()).wait().kept is None
+        exchange.start_back([own], Affine(), None).wait()
+
+    run(8, work)
+    assert Gather(chunk_ranks=chunk).schedule(links).steps == 8 // chunk
+    assert 0 < max(most.values()) <= 2 * chunk + 1
 
 
 def test_what_ends_a_scan_in_flight_is_raised_where_it_is_awaited() -> None:
