@@ -42,6 +42,8 @@ COMMANDS = {
     "train": Command("lasp.launch.train", "train a model with the sequence cut over ranks", "train", TRAIN),
     "data": Command("lasp.launch.data", "tokenize what a training will read, ahead of it", "train", TRAIN),
     "launch": Command("lasp.launch.launch", "train on a cluster: torchrun, Slurm or DeepSpeed", "train", TRAIN),
+    "runs": Command("lasp.launch.runs", "list runs: the state of each and how far it is", "train", TRAIN),
+    "plot": Command("lasp.launch.plot", "draw the losses of runs into one picture", "train", TRAIN),
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)
     ),

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,17 +37,48 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
+def holder(folder: Path) -> str | None:
+    """Which process holds a folder, on which host; None where no run does."""
+    try:
+        file = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _named(file)
+    except OSError:
+        return None  # a file system without locks
+    finally:
+        os.close(file)
+    return None
+
+
+def _named(file: int) -> str:
+    return os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+
+
 def _take(file: int, folder: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except BlockingIOError as error:
-        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-        raise ValueError(
-            f"{str(folder)!r} is in use by {holder}: one output folder is for one run at a time"
-        ) from error
+        told = f"{str(folder)!r} is in use by {_named(file)}"
+        raise ValueError(f"{told}: one output folder is for one run at a time") from error
     except OSError as error:
         told = f"lasp: warning: no lock on {str(folder)!r} ({error.strerror}): see that no other run writes there"
         print(told, file=sys.stderr, flush=True)
         return
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _lock(file: int, tries: int = 3) -> None:
+    """Lock for this process alone. `holder` looks for a moment, which is no run: BlockingIOError for more than that."""
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(0.1)

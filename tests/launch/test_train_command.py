@@ -333,10 +333,8 @@ def test_lasp_knows_its_subcommands(capsys, monkeypatch):
     usage = capsys.readouterr().out
     assert all(name in usage for name in cli.COMMANDS)
     assert cli.main(["trian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "lasp: error: unknown command 'trian'; choose from train, data, launch, verify, doctor, tune, bench\n"
-    )
+    known = ", ".join(cli.COMMANDS)
+    assert capsys.readouterr().err == f"lasp: error: unknown command 'trian'; choose from {known}\n"
     monkeypatch.setitem(cli.COMMANDS, "echo", cli.Command("lasp.launch.train", "for this test"))
     assert cli.main(["echo", "nowhere.toml"]) == 2
 

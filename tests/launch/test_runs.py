@@ -1,0 +1,89 @@
+"""`lasp runs` and `lasp plot`, on folders as runs leave them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lasp.launch import plot, runs
+from lasp.launch.lock import holder, locked
+from lasp.train.metrics import StepMetrics
+
+
+def leave(folder: Path, steps: int, saved: int | None, of: int = 4) -> Path:
+    """What a run of `of` steps leaves after some of them."""
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": n + 1, "loss": 5.0 - n, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0} for n in range(steps)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if saved is not None:
+        checkpoint = folder / "checkpoints" / f"step-{saved:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "run.json").write_text(json.dumps({"steps": of}))
+    return folder
+
+
+def test_runs_are_listed_with_state_and_last_step(tmp_path, capsys):
+    leave(tmp_path / "a", 4, 4)
+    leave(tmp_path / "b", 3, 2)
+    leave(tmp_path / "c", 1, None)
+    leave(tmp_path / "d", 2, 1)
+    (tmp_path / "e").mkdir()
+    with locked(tmp_path / "d"):
+        assert runs.main([str(tmp_path)]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    found = [[word.strip() for word in line if word.strip()][:5] for line in lines]
+    assert found == [
+        ["run", "state", "step", "loss", "saved"],
+        ["a", "done", "4/4", "2.000", "4"],
+        ["b", "stopped", "3/4", "3.000", "2"],
+        ["c", "no checkpoint", "1", "5.000", found[3][4]],
+        ["d", "running", "2/4", "4.000", "1"],
+    ]
+    assert [state.name for state in runs.find_runs(tmp_path / "a")] == ["a"]
+
+
+def test_who_holds_a_folder_is_told_without_holding_it(tmp_path):
+    assert holder(tmp_path) is None
+    with locked(tmp_path):
+        assert holder(tmp_path).startswith("process ")
+    assert holder(tmp_path) is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_runs_are_drawn_into_one_picture(tmp_path, capsys, suffix):
+    folders = [str(leave(tmp_path / name, 4, 4)) for name in "ab"]
+    picture = tmp_path / f"both.{suffix}"
+    assert plot.main([*folders, "--output", str(picture), "--smooth", "2"]) == 0
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+
+
+def test_losses_are_smoothed_over_the_steps_before():
+    assert plot.smoothed([4.0, 2.0, 3.0, 1.0], 2) == [4.0, 3.0, 2.5, 2.0]
+    assert plot.smoothed([4.0, 2.0], 1) == [4.0, 2.0]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
+    run = str(leave(tmp_path / "a", 2, None))
+    (leave(tmp_path / "broken" / "b", 0, None) / "metrics.jsonl").write_text("{}\n")
+    for main, arguments, said in (
+        (runs.main, ["/nowhere/at/all"], "'/nowhere/at/all' is no folder"),
+        (runs.main, [str(tmp_path / "broken")], "metrics.jsonl': "),
+        (plot.main, [], "RUN"),
+        (plot.main, [str(tmp_path)], "is no run with steps"),
+        (plot.main, [run, "--output", "loss.gif"], "--output must end in .png, .svg, .pdf, got 'loss.gif'"),
+        (plot.main, [run, "--smooth", "0"], "--smooth must be at least 1, got 0"),
+    ):
+        assert main(arguments) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("lasp: error: ")
+        assert line.count("\n") == 1
+        assert said in line
+
+
+def test_held_out_losses_are_drawn_too(tmp_path):
+    step = StepMetrics(1, 2.0, 1e-3, 1.0, 9.0, {"books": 3.0})
+    plot._draw({"a": [step]}, 1, tmp_path / "a.svg")
+    assert "held out of books" in (tmp_path / "a.svg").read_text()
