@@ -54,17 +54,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Bytes of the loss; the two peaks of each lever and number of ranks, and the longest sequence that follows."""
     found: dict[str, Any] = {"machine": machine(1), "gib": options.gib, "loss": {}, "cells": []}
-    if "loss" in options.part:
-        context = multiprocessing.get_context("spawn")
-        found["shape"] = options.loss
-        for kind in ("fused", "plain"):
-            with context.Pool(1) as pool:
-                found["loss"][kind] = pool.apply(_loss_bytes, (kind, *options.loss))
-    for ranks in options.ranks if "lengths" in options.part else ():
-        for lever in options.levers:
-            peaks = [_peak(ranks, lever, tokens, options.tile) for tokens in options.tokens]
-            found["cells"].append({"ranks": ranks, "lever": lever, "tokens": options.tokens, "peaks": peaks})
-            found["cells"][-1]["longest"] = _longest(options, peaks, ranks)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__, "lasp.models"])  # what takes seconds, once
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        if "loss" in options.part:
+            found["shape"] = options.loss
+            for kind in ("fused", "plain"):
+                with processes.Pool(1) as pool:
+                    found["loss"][kind] = pool.apply(_loss_bytes, (kind, *options.loss))
+        for ranks in options.ranks if "lengths" in options.part else ():
+            for lever in options.levers:
+                peaks = [_peak(ranks, lever, tokens, options.tile) for tokens in options.tokens]
+                found["cells"].append({"ranks": ranks, "lever": lever, "tokens": options.tokens, "peaks": peaks})
+                found["cells"][-1]["longest"] = _longest(options, peaks, ranks)
     return found
 
 
@@ -122,8 +124,8 @@ def _loss_bytes(kind: str, vocabulary: int, tokens: int, dim: int) -> int:
 
 def _peak(ranks: int, lever: str, tokens: int, tile: int) -> int:
     """The most memory of any rank in a training step."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _ENVIRONMENT):
-        mp.spawn(_rank, (ranks, folder, lever, tokens, tile), nprocs=ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (ranks, folder, lever, tokens, tile), nprocs=ranks, start_method="forkserver")
         return max(int(file.read_text(encoding="ascii")) for file in Path(folder).glob("peak*"))
 
 
