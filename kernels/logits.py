@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,43 +13,36 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from lasp.kernels.head import Step, label_log_probs
 from lasp.kernels.precision import compute_dtype, exact, product_dtype
 
-# What is done to each number by itself, and what a tensor tells of itself without its numbers. requires_grad is False
-# among these: DDP and FSDP2 hook on what does, and so would compute it.
+# What is done to each number by itself, and what a tensor tells of itself without its numbers.
 _STEPS = {"mul", "div", "tanh", "to", "float", "double", "bfloat16", "half", "contiguous"}
-_FACTS = {getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")} | {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_nested", "is_cuda", "grad_fn")
-}
+_FACTS = {"shape", "dtype", "layout", "ndim", "dim", "size", "numel", "is_floating_point", "is_nested"}
+_OPERATORS = (
+    "add", "radd", "sub", "rsub", "rtruediv", "pow", "matmul", "rmatmul", "neg", "abs", "lt", "le", "gt", "ge",
+    "getitem", "setitem", "iter", "repr", "format", "float", "array",
+)  # fmt: skip
 
 
-class Logits(Tensor):
-    """head(hidden), [..., V]: a tensor like any other, differentiable, whose numbers are computed at their first use.
+class Logits:
+    """head(hidden), [..., V]: as good as a tensor, differentiable, whose numbers are computed at their first use.
 
     Casts, scales and softcaps are no use yet: they are remembered, and `log_probs` of labels makes no [..., V] at all.
+    It is no Tensor by class, so that libraries that hook on a module's outputs (DDP, FSDP2, DeepSpeed) let it be.
     """
 
-    _head: nn.Linear
-    _hidden: Tensor
-    _product: torch.dtype
-    _steps: tuple[Step, ...]
-    _recorded: bool
-    _numbers: Tensor | None
+    def __init__(self, head: nn.Linear, hidden: Tensor, product: torch.dtype, steps: tuple[Step, ...] = ()) -> None:
+        sample = torch.empty(0, dtype=product, device=hidden.device)
+        for step in steps:
+            sample = step(sample)
+        self.device = sample.device
+        self._form = torch.empty(*hidden.shape[:-1], head.out_features, dtype=sample.dtype, device="meta")
+        self._head, self._hidden, self._product, self._steps = head, hidden, product, steps
+        self._recorded = torch.is_grad_enabled()
+        self._numbers: Tensor | None = None
 
     @classmethod
     def of(cls, head: nn.Linear, hidden: Tensor) -> Logits:
         """What the head makes now, autocast included. The head's weight is read when it is needed."""
-        return cls._made(head, hidden, product_dtype(hidden), ())
-
-    @classmethod
-    def _made(cls, head: nn.Linear, hidden: Tensor, product: torch.dtype, steps: tuple[Step, ...]) -> Logits:
-        sample = torch.empty(0, dtype=product, device=hidden.device)
-        for step in steps:
-            sample = step(sample)
-        shape = (*hidden.shape[:-1], head.out_features)
-        made: Logits = Tensor._make_wrapper_subclass(cls, shape, dtype=sample.dtype, device=sample.device)
-        made._head, made._hidden, made._product, made._steps = head, hidden, product, steps
-        made._recorded, made._numbers = torch.is_grad_enabled(), None
-        return made
+        return cls(head, hidden, product_dtype(hidden))
 
     def numbers(self) -> Tensor:
         """The logits as an ordinary tensor, the same one at every call."""
@@ -72,6 +66,10 @@ class Logits(Tensor):
         weight, bias = self._parameters()
         return label_log_probs(self._hidden, weight, bias, labels, ignore_index, self._product, self._steps)
 
+    @property
+    def requires_grad(self) -> bool:
+        return self._recorded and (self._hidden.requires_grad or self._head.weight.requires_grad)
+
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         """Read late: a library that shards parameters gathers them at this."""
         weight = self._head.weight
@@ -82,23 +80,55 @@ class Logits(Tensor):
             )
         return weight, self._head.bias
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        self = args[0] if args and len(tensors) == 1 and isinstance(args[0], Logits) else None
-        if self is not None and self._numbers is None and getattr(func, "__name__", None) in _STEPS:
-            steps = (*self._steps, lambda x: func(x, *args[1:], **kwargs))
-            return cls._made(self._head, self._hidden, self._product, steps)
-        args, kwargs = tree_map_only(Logits, Logits.numbers, (args, kwargs))
-        return func(*args, **kwargs)
+    def _then(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of tensors that treats each number by itself."""
+        others = any(isinstance(x, Tensor | Logits) for x in tree_flatten((args, kwargs))[0])
+        if others or self._numbers is not None:
+            return getattr(self.numbers(), name)(*_numbers(args), **_numbers(kwargs))
+        steps = (*self._steps, lambda x: getattr(x, name)(*args, **kwargs))
+        return Logits(self._head, self._hidden, self._product, steps)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._then("mul", other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._then("div", other)
+
+    def __len__(self) -> int:
+        return len(self._form)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and not name.startswith("__"):
+            raise AttributeError(name)
+        if name in _FACTS:
+            return getattr(self._form, name)
+        if name in _STEPS:
+            return lambda *args, **kwargs: self._then(name, *args, **kwargs)
+        return getattr(self.numbers(), name)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(f"{func} was called on logits that are not computed, behind __torch_function__")
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _STEPS and args and isinstance(args[0], Logits):
+            return args[0]._then(name, *args[1:], **(kwargs or {}))
+        return func(*_numbers(args), **_numbers(kwargs or {}))
+
+
+def _numbers(arguments: Any) -> Any:
+    return tree_map_only(Logits, Logits.numbers, arguments)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def call(self: Logits, *args: Any) -> Any:
+        return getattr(self.numbers(), name)(*_numbers(args))
+
+    return call
+
+
+for _name in _OPERATORS:  # which Python looks for in the class
+    setattr(Logits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def log_probs_of(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:

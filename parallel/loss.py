@@ -169,7 +169,7 @@ def _arguments(
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str, Any]:
     """Returns what all ranks must share."""
-    check_tensors(logits=logits, labels=labels)
+    check_tensors(labels=labels, **({} if isinstance(logits, Logits) else {"logits": logits}))
     if logits.dim() < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating [..., vocabulary], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[:-1] != labels.shape:

@@ -36,5 +36,5 @@ def fuse_loss(model: Model) -> Model:
     return model
 
 
-def _logits(head: nn.Linear, hidden: Tensor) -> Tensor:
+def _logits(head: nn.Linear, hidden: Tensor) -> Logits:
     return Logits.of(head, hidden)

@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--levers", choices=LEVERS, nargs="+", default=[*LEVERS], help="the last one of those in turn")
     parser.add_argument("--gib", type=float, default=4.0, help="of each rank")
-    parser.add_argument("--tokens", type=int, nargs=2, default=[512, 1536], help="of each rank, where it is measured")
+    parser.add_argument("--tokens", type=int, nargs=2, default=[4096, 6144], help="of each rank, where it is measured")
     parser.add_argument(
         "--tile", type=int, default=512, help="tokens of a tile of an MLP or of logits, not over --tokens"
     )
@@ -137,9 +137,11 @@ def _rank(rank: int, ranks: int, folder: str, lever: str, tokens: int, tile: int
     )
     group = lasp.SequenceGroup.from_group()
     model, optimizer = _model(group, lever, tile)
-    _step(model, optimizer, group, 64 * ranks)  # the optimizer's states, and the libraries' buffers
+    _backward(model, group, 64 * ranks)  # the libraries' buffers
+    optimizer.step()  # its states, which outlive a step
+    optimizer.zero_grad(set_to_none=False)  # the gradients are there from the beginning, as in accumulation
     with AnonymousPeak() as peak:
-        _step(model, optimizer, group, tokens * ranks)
+        _backward(model, group, tokens * ranks)
     Path(folder, f"peak{rank}").write_text(str(peak.bytes), encoding="ascii")
     lasp.shutdown()
 
@@ -161,13 +163,12 @@ def _model(group: lasp.SequenceGroup, lever: str, tile: int) -> tuple[Any, torch
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, group: lasp.SequenceGroup, tokens: int) -> None:
+def _backward(model: Any, group: lasp.SequenceGroup, tokens: int) -> None:
+    """All of a training step that depends on its tokens."""
     ids = torch.randint(SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(1))
     with mock.patch("lasp.memory.checkpoints.save_on_cpu", _save_in_shared_memory):
         model(**lasp.shard_batch({"input_ids": ids, "labels": ids}, group)).loss.backward()
     lasp.sync_gradients(model, group)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @contextmanager

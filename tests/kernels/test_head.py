@@ -113,7 +113,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(found) if isinstance(x, Tensor))])
+        self.numbers = max(
+            [self.numbers, *(x.numel() for x in tree_leaves(found) if isinstance(x, Tensor) and not x.is_meta)]
+        )
         return found
 
 
