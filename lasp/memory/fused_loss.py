@@ -20,8 +20,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse_loss(model: Model) -> Model:
     """Let a model compute its loss as `lasp.linear_cross_entropy` does: no [tokens, vocabulary] in memory; in place.
 
-    The model keeps its contract: `output.logits` is there, and is computed when it is used, of the weights of that
-    moment; whoever gives labels and takes the loss has none. Scales, casts and softcaps of logits are part of the loss.
+    The model keeps its contract: `output.logits` is there, as good as a tensor, and is computed when it is used, of the
+    weights of that moment; whoever gives labels and takes the loss has none. Scales, casts and softcaps of logits are
+    part of the loss.
     For a model of `lasp.models`, or one that is parallelised, after `lasp.parallelize`; `lasp.unparallelize` undoes it.
     `lasp.token_log_probs(output.logits, None, labels)` makes no logits either. Returns the model. Raises ValueError for
     a head that is no plain linear layer, and for models with another loss.
