@@ -1,6 +1,6 @@
 """The wires between ranks: who reaches whom, how long a message takes, how many bytes pass in a second.
 
-The link file, which `lasp.parallel.cost.Wires.read` understands, holds one link per level that was measured: "node",
+The link file, which `lasp.parallel.wires.Wires.read` understands, holds one link per level that was measured: "node",
 between ranks of one machine, and "network", between machines.
 
     {"links": {"node": {"latency": 3.1e-05, "bandwidth": 1.2e+09}, "network": {...}}, "torch": "2.13.0", "date": "...",

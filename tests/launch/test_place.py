@@ -77,6 +77,7 @@ def test_ranks_of_one_job_agree_on_a_port_and_jobs_do_not():
     assert len({first.port, another.port, later.port}) == 3
     assert all(20_000 <= found.port < 32_000 for found in (first, another, later))
     assert Place.read({**SRUN, "MASTER_PORT": "1234"}).port == 1234
+    assert Place.read(HYDRA).port == 20_000  # MPICH does not name its jobs
 
 
 @pytest.mark.parametrize(
