@@ -81,8 +81,8 @@ def once(world: MPI.Comm) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def subgroups(world: MPI.Comm) -> dict[int, dist.ProcessGroup | None]:
-    """Process groups of the first 1, 2 and 4 ranks."""
-    return {size: dist.new_group(list(range(size))) for size in (1, 2, WORLD)}
+    """Process groups of the first 1, 2, 3 and 4 ranks."""
+    return {size: dist.new_group(list(range(size))) for size in (1, 2, 3, WORLD)}
 
 
 @pytest.fixture(scope="session")

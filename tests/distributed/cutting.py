@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 import lasp
 from lasp.parallel.layout import even_pieces, pieces_of
-from lasp.parallel.scan import SCANS
+from lasp.parallel.scan import SCANS, Scan
 from tests.oracle import Problem, make_problem, solve
 
 LENGTH = 37
 CUTS = {1: [(37,)], 2: [(19, 18), (5, 32), (37, 0)], 4: [(10, 9, 9, 9), (1, 20, 0, 16)]}
 CASES = [(size, lengths) for size, cuts in CUTS.items() for lengths in cuts]
-UNEVEN = [(2, (5, 32)), (4, (1, 20, 0, 16))]
+UNEVEN = [(2, (5, 32)), (3, (20, 0, 17)), (4, (1, 20, 0, 16))]
 # Real ranks prove of a scan that its messages meet; tests/parallel/test_scan.py that it is right, on many more.
 SCANNED = [(scan, *case) for scan in SCANS for case in (CASES if scan in ("gather", "ring") else UNEVEN)]
 # Documents of one token, none, ending at a border of 10 | 9 | 9 | 9 and of 1 | 20 | 0 | 16, and across several ranks.
@@ -74,7 +74,7 @@ def solve_cut(
     problem: Problem,
     group: lasp.SequenceGroup,
     lengths: tuple[int, ...],
-    scan: str,
+    scan: str | Scan,
     chunk_size: int = 8,
     backend: str = "auto",
 ) -> dict[str, torch.Tensor]:

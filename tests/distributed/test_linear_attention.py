@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.kernels import reference
-from lasp.parallel.scan import SCANS
+from lasp.parallel.scan import SCANS, Gather, Pipeline, Scan, TwoLevel
 from tests.distributed.cutting import DOCUMENTS, SCANNED, case, cut_problem, even_lengths, solve_cut
 from tests.oracle import DECAYS, assert_close, errors, make_problem, solve
 
@@ -26,6 +26,27 @@ def test_parity(group_of, size: int, lengths: tuple[int, ...], decay: str, scan:
         return
     problem, expected = case(decay, cu_seqlens=cu_seqlens)
     assert_close(solve_cut(problem, group, lengths, scan), expected, problem, 1e-10)
+
+
+@pytest.mark.parametrize("scan", [Gather(chunk_ranks=1), Gather(chunk_ranks=3), TwoLevel(2), Pipeline(3)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_options_of_scans(group_of, scan: Scan, layout: str) -> None:
+    group, lengths = group_of(4, layout=layout), even_lengths(4, layout)
+    problem, expected = case("channel", cu_seqlens=DOCUMENTS)
+    assert_close(solve_cut(problem, group, lengths, scan), expected, problem, 1e-10)
+
+
+def test_bf16_on_the_wire(group_of) -> None:
+    """Of states alone: transfers travel as they are, and a ledger tells that states take a quarter of fp64."""
+    group = group_of(4)
+    problem, expected = case("channel", 36, initial=False)
+    with lasp.traffic() as ledger:
+        found = solve_cut(problem, group, (9,) * 4, Gather(wire=torch.bfloat16))
+    assert 1e-4 < max(errors(found, expected, problem).values()) < 1e-2
+    sent = [
+        record.bytes for phase in ("forward", "backward") for record in ledger.of(phase) if record.op == "all_gather"
+    ]
+    assert sent == [3 * (STATE // 4 + TRANSFER["channel"]), 3 * STATE // 4]
 
 
 @pytest.mark.parametrize("size", [2, 4])
