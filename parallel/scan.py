@@ -202,23 +202,37 @@ class TwoLevel(Scan):
 
     def messages(self, links: Links) -> Iterator[Message]:
         size = self.node_size or links.node_size or 1
-        nodes = [(node, list(own)) for node, own in groupby(range(len(links.ranks)), lambda i: links.ranks[i] // size)]
-        for (node, own), (_, following) in zip(nodes, [*nodes[1:], (None, [])], strict=True):
-            passed = links.starts[following[0]] if following and links.asks(following[0]) else len(links.ranks)
-            for link, rank in product(own, range(node * size, (node + 1) * size)):
-                asked = any(links.asks(i) and links.starts[i] <= link < i for i in own if links.ranks[i] == rank)
-                if asked or passed <= link:
-                    yield Message(0, links.ranks[link], rank, link, link + 1, not links.is_state(link, link + 1))
-        hop = 0
-        for (source, before), (target, own) in pairwise(nodes):
-            start, link = links.starts[own[0]], own[0]
-            hop = hop + 1 if start < before[0] else 1
-            if links.asks(link):
-                for block in range(size):
-                    whole = Message(hop, source * size + block, target * size + block, start, link, False, block, size)
-                    yield whole
-                    for rank in range(target * size, (target + 1) * size):
-                        yield whole._replace(step=hop + 1, source=whole.target, target=rank)
+        stretches = groupby(range(len(links.ranks)), lambda link: links.ranks[link] // size)
+        nodes = [(node, list(own)) for node, own in stretches]
+        yield from _inside_nodes(links, nodes, size)
+        yield from _between_nodes(links, nodes, size)
+
+
+Nodes = list[tuple[int, list[int]]]  # each node with consecutive links of its ranks; zigzag meets most of them twice
+
+
+def _inside_nodes(links: Links, nodes: Nodes, size: int) -> Iterator[Message]:
+    """Every link's map to the ranks of its node that have later links, and to all of them if the node passes it on."""
+    for (node, own), (_, following) in zip(nodes, [*nodes[1:], (-1, [])], strict=True):
+        passed_on = links.starts[following[0]] if following and links.asks(following[0]) else len(links.ranks)
+        for link, rank in product(own, range(node * size, (node + 1) * size)):
+            later = any(links.asks(i) and links.starts[i] <= link < i for i in own if links.ranks[i] == rank)
+            if later or passed_on <= link:
+                yield Message(0, links.ranks[link], rank, link, link + 1, maps=not links.is_state(link, link + 1))
+
+
+def _between_nodes(links: Links, nodes: Nodes, size: int) -> Iterator[Message]:
+    """What enters a node, each block from a rank to the same one of the next node, and then to all ranks there."""
+    hop = 0
+    for (source, before), (target, own) in pairwise(nodes):
+        start, link = links.starts[own[0]], own[0]
+        hop = hop + 1 if start < before[0] else 1  # it waits for what entered the node before, or not
+        if links.asks(link):
+            for block in range(size):
+                here = target * size + block
+                yield Message(hop, source * size + block, here, start, link, block=block, blocks=size)
+                for rank in range(target * size, (target + 1) * size):
+                    yield Message(hop + 1, here, rank, start, link, block=block, blocks=size)
 
 
 SCANS: dict[str, type[Scan]] = {scan.name: scan for scan in (Gather, Ring, Doubling, Pipeline, TwoLevel)}
