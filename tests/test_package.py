@@ -55,7 +55,13 @@ def test_import_is_quick_and_takes_no_extras(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "argument", "code", "said"),
     [
-        ("lasp", "no-such", 2, "lasp: error: unknown command 'no-such'; choose from train, verify, tune, bench"),
+        (
+            "lasp",
+            "no-such",
+            2,
+            "lasp: error: unknown command 'no-such'; choose from "
+            "train, data, launch, runs, plot, verify, doctor, tune, bench",
+        ),
         ("lasp.launch.cli", "--version", 0, f"lasp {lasp.__version__}"),
     ],
 )
