@@ -115,7 +115,7 @@ def _check_model(path: Path, config: Any) -> None:
 _FREE = (
     "output", "overwrite", "resume", "allow_change", "steps", "save_every", "time_limit", "engine", "reduce_dtype",
     "device", "sp", "dp", "layout", "accumulation", "data.batch_size", "data.cache", "validation.every",
-    "validation.sequences", "validation.source", "sample",
+    "validation.sequences", "validation.source", "memory", "sample",
 )  # fmt: skip
 
 

@@ -159,6 +159,22 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """Levers that let the sequence be longer (docs/memory.md); none changes the curve."""
+
+    fuse_loss: bool = False
+    """The loss from hidden states and the head's weight, without [tokens, vocabulary] in memory."""
+
+    mlp_tile: int | None = None
+    """MLPs, experts and norms take so many tokens at a time, and compute them again in backward."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.mlp_tile is None or self.mlp_tile >= 1, f"memory.mlp_tile must be at least 1, got {self.mlp_tile}"
+        )
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The text a trained model writes at the end of a run, as a first impression of it."""
 
@@ -238,6 +254,9 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters in the place of full training."""
 
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Memory outside the mixers."""
+
     data: DataConfig = field(default_factory=DataConfig)
     """The text and the batches."""
 
@@ -288,6 +307,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "validation": ValidationConfig,
     "lora": LoraConfig,
+    "memory": MemoryConfig,
     "optimizer": OptimizerConfig,
     "sample": SampleConfig,
 }

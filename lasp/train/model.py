@@ -7,8 +7,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lasp.memory.fused_loss import fuse_loss
+from lasp.memory.tiles import tile_mlp
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
-from lasp.train.config import LoraConfig
+from lasp.train.config import LoraConfig, MemoryConfig
 from lasp.train.data.tokenizer import Tokenizer
 from lasp.wrap.refusal import check_model
 
@@ -86,6 +88,15 @@ class ModelPlan:
 
         options = {"r": self.lora.rank, "lora_alpha": self.lora.alpha, "target_modules": self.lora.target_modules}
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+def pull(model: Any, levers: MemoryConfig) -> Any:
+    """A parallelised model with these levers on memory, in place. ValueError where one does not fit the model."""
+    if levers.fuse_loss:
+        fuse_loss(model)
+    if levers.mlp_tile is not None:
+        tile_mlp(model, levers.mlp_tile)
+    return model
 
 
 def _own_config(fields: dict[str, Any], tokenizer: Tokenizer) -> LinearLlamaConfig:

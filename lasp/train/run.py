@@ -18,7 +18,7 @@ from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.packing import PACKINGS, held_out
 from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.train.engines import check_engine
-from lasp.train.model import ModelPlan
+from lasp.train.model import ModelPlan, pull
 from lasp.train.ranks import Ranks
 from lasp.wrap.parallelize import parallelize
 
@@ -90,7 +90,7 @@ class Run:
     def build_model(self, ranks: Ranks) -> Any:
         """The model before its first step, its sequences cut over sp."""
         model = self.model.build(self.config.seed, _WEIGHT_DTYPES[self.config.dtype])
-        return parallelize(model.to(ranks.device), ranks.sequence)
+        return pull(parallelize(model.to(ranks.device), ranks.sequence), self.config.memory)
 
     def share(self, ranks: Ranks) -> Share:
         """What a rank reads of any rows."""

@@ -11,7 +11,15 @@ import torch
 import transformers
 
 from lasp.parallel.group import shutdown
-from lasp.train.config import DataConfig, LoraConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
+from lasp.train.config import (
+    DataConfig,
+    LoraConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from lasp.train.data.tokenizer import ByteTokenizer
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.model import ModelPlan
@@ -164,3 +172,11 @@ def test_every_optimizer_takes_each_parameter_once_and_resumes(config, name):
     assert whole.losses[-1] < whole.losses[0] - 0.1
     resume = str(whole.checkpoint.with_name("step-000003"))
     assert trained(replace(config, output=config.output + "2", resume=resume)).losses == whole.losses[3:]
+
+
+def test_levers_on_memory_leave_the_curve_as_it_is(config):
+    config, levers = replace(config, steps=3), MemoryConfig(fuse_loss=True, mlp_tile=7)
+    plain = trained(config)
+    pulled = trained(replace(config, output=config.output + "2", memory=levers))
+    assert pulled.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert pulled.validation == pytest.approx(plain.validation, rel=1e-5)

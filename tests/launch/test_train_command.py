@@ -142,6 +142,7 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--overwrite", "true", "--resume", "latest"], ["contradict each other"]),
         (["{recipe}", "--config", "{folder}/named.toml"], ["no tokenizer can be read", "empty"]),
         (["{recipe}", "--model.kind", "gpt"], ["model.kind", "gpt"]),
+        (["{recipe}", "--memory.mlp_tile", "0"], ["memory.mlp_tile must be at least 1, got 0"]),
         (["{recipe}", "--dp", "0"], ["dp must be at least 1, got 0"]),
     ],
 )

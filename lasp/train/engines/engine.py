@@ -1,6 +1,7 @@
 """Engine: what the loop asks of whoever holds the model, its gradients and its optimizer."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,9 +50,9 @@ class Engine(Protocol):
         """Go on from a state. ValueError, naming `source` and what differs, when it is of another model."""
 
 
-def autocast(config: TrainConfig, ranks: Ranks) -> torch.autocast:
+def autocast(config: TrainConfig, ranks: Ranks) -> AbstractContextManager[Any]:
     """Around a forward: bfloat16 computes in it, from weights that stay float32."""
-    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast(ranks.device.type, torch.bfloat16) if config.dtype == "bfloat16" else nullcontext()
 
 
 def compare(source: str, found: dict[str, Any], expected: dict[str, Tensor]) -> None:
