@@ -1,4 +1,4 @@
-"""Recurrences by exchanging tokens for heads, over 2 and 4 ranks, against the token-by-token reference."""
+"""Recurrences by exchanging tokens for heads, over 2, 3 and 4 ranks, against the token-by-token reference."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CASES += [(size, "zigzag", even_lengths(size, "zigzag")) for size in (2, 4)]
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["", "packed"])
 @pytest.mark.parametrize("beta", [None, 1.0], ids=["linear", "delta"])
 def test_parity(group_of, size: int, layout: str, lengths: tuple[int, ...], decay: str, cu_seqlens, beta) -> None:
-    """Fewer heads of keys than ranks among them: 4 of queries, 2 of the others."""
+    """Fewer heads of keys than ranks among them: as many of queries as the ranks divide, 2 of the others."""
     if (group := group_of(size, layout)) is None or (beta is not None and decay == "head"):
         return
-    problem, expected = case(decay, cu_seqlens=cu_seqlens, beta=beta)
+    problem, expected = case(decay, cu_seqlens=cu_seqlens, beta=beta, heads=(6 if size == 3 else 4, 2, 2, 2))
     assert_close(solve_cut(problem, group, lengths, "heads"), expected, problem, 1e-10)
 
 
