@@ -463,7 +463,7 @@ class _Known:
                 pieces = 1 + ways[known[1]][0]
                 if known[0] not in ways or pieces < ways[known[0]][0]:
                     ways[known[0]] = pieces, known
-        assert first in ways, f"nobody has told of links {span} before step {before}"
+        assert first in ways, f"links {span} before step {before}: a schedule is checked when it is made"
         path = []
         while first < last:
             path.append(ways[first][1])

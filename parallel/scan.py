@@ -70,7 +70,9 @@ class Scan(ABC):
 
 @remembered
 def _schedule(scan: Scan, links: Links) -> Schedule:
-    return Schedule.of(links, scan.messages(links))
+    schedule = Schedule.of(links, scan.messages(links))
+    schedule.check(str(scan))
+    return schedule
 
 
 @dataclass(frozen=True)

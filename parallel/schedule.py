@@ -15,6 +15,7 @@ what they cost.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -122,6 +123,26 @@ class Schedule:
         travelling = [m for m in messages if m.source != m.target and links.size > 1]
         return Schedule(links, tuple(sorted(travelling, key=lambda m: m.step)))
 
+    def check(self, scan: str) -> None:
+        """Raises ValueError where a rank would have to send, or needs in the end, what nobody has told it by then: the
+        same on every rank, before any data moves."""
+        everyone = _Told()
+        told = [_Told(everyone) for _ in range(self.links.size)]
+        for link, rank in enumerate(self.links.ranks):
+            told[rank].add(Message(-1, rank, rank, link, link + 1))
+        for message in self.messages:
+            (everyone if message.target == EVERYONE else told[message.target]).add(message)
+        needs = [(m.source, m) for m in self.messages]
+        asking = ((link, rank) for link, rank in enumerate(self.links.ranks) if self.links.asks(link))
+        end = self.messages[-1].step + 1 if self.messages else 0
+        needs += [(rank, Message(end, rank, rank, self.links.starts[link], link)) for link, rank in asking]
+        for rank, need in needs:
+            if not told[rank].covers(need):
+                raise ValueError(
+                    f"scan {scan!r}: rank {rank} needs in step {need.step} what links {need.first} to {need.last - 1} "
+                    "do together, and by then it holds and was told of too few of them"
+                )
+
     @cached_property
     def steps(self) -> int:
         """How many messages wait for one another at most."""
@@ -164,3 +185,39 @@ class Schedule:
         passed = self.links.passed(rank)
         alone = [m for m in self.to(rank) if not m.maps and not self.links.is_state(m.first, m.last)]
         return sorted(m.first for m in alone if m.target == rank or m.first in passed)
+
+
+class _Told:
+    """The stretches of links that one rank knows of, beside those that everyone does."""
+
+    def __init__(self, everyone: _Told | None = None) -> None:
+        self._everyone = everyone
+        self._steps: dict[int, dict[int, dict[tuple[int, int], int]]] = defaultdict(lambda: defaultdict(dict))
+
+    def add(self, message: Message) -> None:
+        self._steps[message.first][message.last].setdefault((message.block, message.blocks), message.step)
+
+    def covers(self, need: Message) -> bool:
+        """Whether stretches that are known ahead of its step, laid end to end, make up a message's."""
+        ways, seen = [need.first], set()
+        while ways:
+            link = ways.pop()
+            if link == need.last:
+                return True
+            if link not in seen:
+                seen.add(link)
+                ways += self._ends(link, need)
+        return False
+
+    def _ends(self, link: int, need: Message) -> list[int]:
+        """Where known stretches end that begin with a link."""
+        own = [last for last, blocks in self._steps.get(link, {}).items() if last <= need.last and _has(blocks, need)]
+        return own if self._everyone is None else own + self._everyone._ends(link, need)
+
+
+def _has(blocks: dict[tuple[int, int], int], need: Message) -> bool:
+    """Whether a whole, the block asked for, or all blocks of a whole are known in time."""
+    known = {block for block, step in blocks.items() if step < need.step}
+    if (0, 1) in known or (need.block, need.blocks) in known:
+        return True
+    return need.blocks == 1 and any(len([b for b in known if b[1] == count]) == count for _, count in known)

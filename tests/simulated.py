@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import Queue
-from threading import Barrier, Lock
+from queue import Empty, Queue
+from threading import Barrier, BrokenBarrierError, Lock
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -106,4 +106,8 @@ def run(
         for rank in range(ranks)
     ]
     with in_memory(), ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(function, groups))
+        found = [pool.submit(function, group) for group in groups]
+    # A rank that fails lets the others wait in vain: its error is the one to be told.
+    for future in sorted(found, key=lambda future: isinstance(future.exception(), Empty | BrokenBarrierError)):
+        future.result()
+    return [future.result() for future in found]

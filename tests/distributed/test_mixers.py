@@ -137,5 +137,5 @@ def test_bytes_are_those_of_the_table(group_of, name: str) -> None:
         rows = k if name == "lightnet" else 0
         gathered = sum(record.bytes for record in ledger.of(phase) if record.op == "all_gather")
         halo = sum(record.bytes for record in ledger.of(phase) if record.op == "all_to_all")
-        assert gathered == 4 * 3 * heads * (states[phase] + rows)
+        assert gathered == 4 * 3 * heads * (states[phase] + rows), "TRANSFERS says how much of A travels"
         assert halo == 4 * 3 * channels * neighbours[phase]

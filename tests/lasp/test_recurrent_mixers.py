@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.kernels import reference
-from lasp.layers import Mixer, mixer_class
+from lasp.layers import MIXERS, Mixer, mixer_class
 from lasp.layers.features import FEATURE_MAPS, Hedgehog, LearnedQuadratic, TransformerToRnn, softmax, taylor
+from lasp.layers.recurrent import RecurrentMixer
 
 HIDDEN, HEADS, LENGTH, DIM = 24, 4, 13, 6
 
@@ -194,6 +198,34 @@ DEFINITIONS = {f.__name__: f for f in (
 def make(name: str, **options: object) -> Mixer:
     torch.manual_seed(0)
     return mixer_class(name)(HIDDEN, HEADS, layer_idx=1, num_layers=4, **options).double()
+
+
+def test_every_mixer_has_a_definition_and_a_line_in_the_docs() -> None:
+    elsewhere = {"linear", "lightning", "retention", "softmax"}  # tests/lasp/test_layers.py
+    assert MIXERS.keys() == DEFINITIONS.keys() | elsewhere
+    page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text(encoding="utf-8")
+    assert [name for name in MIXERS if f"`{name}`" not in page] == []
+
+
+def test_the_mixer_that_the_docs_add() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text(encoding="utf-8")
+    lines = page.split("    class ToyDecay")[1].split("\n`gate =")[0]
+    found: dict[str, Any] = {"RecurrentMixer": RecurrentMixer, "nn": torch.nn, "F": F, "torch": torch}
+    exec(textwrap.dedent("    class ToyDecay" + lines), found)
+    torch.manual_seed(0)
+    mixer = found["ToyDecay"](HIDDEN, HEADS, num_kv_heads=2).double()
+    x = torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64)
+    q, k, v = (
+        part.unflatten(-1, (-1, HIDDEN // HEADS)) for part in (mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    )
+    q, k, v = F.silu(q), F.silu(k).repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+    decay = (-F.softplus(mixer.decay_proj(x))).exp().repeat_interleave(2, 2)[..., None, None]
+    state, outputs = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), []
+    for t in range(LENGTH):
+        state = decay[:, t] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append((q[:, t, :, None] @ state)[:, :, 0] * (HIDDEN // HEADS) ** -0.5)
+    expected = mixer.out_proj(mixer.norm(torch.stack(outputs, 1)).flatten(-2))
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])

@@ -24,7 +24,7 @@ from lasp.parallel.group import node_size
 from lasp.parallel.layout import Link, Plan, make_plan
 from lasp.parallel.monoid import Affine, LogSums
 from lasp.parallel.scan import SCANS, Auto, Doubling, Gather, Pipeline, Ring, Scan, ScanName, TwoLevel, check_scan
-from lasp.parallel.schedule import EVERYONE, Links, Message, Sizes
+from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 from tests.simulated import run
 
 CONTIGUOUS, ZIGZAG, EIGHT = (0, 1, 2, 3), (0, 1, 2, 2, 1, 0), tuple(range(8))
@@ -328,3 +328,13 @@ def test_what_documents_make_of_links() -> None:
     assert [link.opens for link in plan.links] == [True, True, False, False]
     assert [link.closes for link in plan.links] == [True, False, False, True]
     assert [link.reset for link in plan.links] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_schedule_that_lacks_a_message_is_refused_by_all(lost: int) -> None:
+    links = Links.of(make_plan((4,) * 4, 0, "contiguous", None), 4)
+    whole = Doubling().schedule(links)
+    lacking = Schedule(links, whole.messages[:lost] + whole.messages[lost + 1 :])
+    target = whole.messages[lost].target
+    with pytest.raises(ValueError, match=rf"scan 'doubling': rank {target} needs in step \d what links \d to \d do"):
+        lacking.check("doubling")
