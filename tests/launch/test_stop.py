@@ -30,6 +30,14 @@ seq_len = 65
 """
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """What a shell starts behind `&` ignores SIGINT, and what it starts in turn as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
