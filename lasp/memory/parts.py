@@ -54,7 +54,12 @@ def is_mlp(module: nn.Module) -> bool:
 
 
 def is_mixture(module: nn.Module) -> bool:
-    """Whether a module is the experts of a mixture, which are told of every token which it goes to."""
+    """Whether a module is the experts of a mixture, which are told of every token which it goes to.
+
+    Adapters of peft on their parameters belong to them: these act within the wrapper's forward alone.
+    """
+    while isinstance(inside := getattr(module, "base_layer", None), nn.Module):
+        module = inside
     return _name(module).endswith("Experts")
 
 

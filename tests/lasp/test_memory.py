@@ -112,10 +112,12 @@ def test_what_a_checkpoint_keeps_goes_to_the_cpu(monkeypatch: pytest.MonkeyPatch
     assert [shape for shape in kept if shape.numel() > 2 * 23] == [(2, 23, 32)] * 2
 
 
-def test_lora_in_tiles() -> None:
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
+def test_lora_in_tiles(name: str) -> None:
+    """On linear layers; and on the parameters of experts, where it acts within peft's wrapper alone."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    plain = lasp.parallelize(peft.get_peft_model(make("qwen3_5"), config).double(), None)
+    plain = lasp.parallelize(peft.get_peft_model(make(name), config).double(), None)
     step(plain)
     own = LEVERS["all"](copy.deepcopy(plain))
     step(own)
