@@ -168,7 +168,18 @@ class MemoryConfig:
     mlp_tile: int | None = None
     """MLPs, experts and norms take so many tokens at a time, and compute them again in backward."""
 
+    checkpoint_every: int | None = None
+    """Every n-th layer keeps its input alone, and is computed again in backward: 1 for all layers."""
+
+    offload: bool = False
+    """Keep those inputs in the CPU's memory."""
+
     def __post_init__(self) -> None:
+        every = self.checkpoint_every
+        _require(every is None or every >= 1, f"memory.checkpoint_every must be at least 1, got {every}")
+        _require(
+            not self.offload or every is not None, "memory.offload moves what memory.checkpoint_every keeps: set it"
+        )
         _require(
             self.mlp_tile is None or self.mlp_tile >= 1, f"memory.mlp_tile must be at least 1, got {self.mlp_tile}"
         )

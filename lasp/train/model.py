@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lasp.memory.checkpoints import checkpoint_activations
 from lasp.memory.fused_loss import fuse_loss
 from lasp.memory.tiles import tile_mlp
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
@@ -96,6 +97,8 @@ def pull(model: Any, levers: MemoryConfig) -> Any:
         fuse_loss(model)
     if levers.mlp_tile is not None:
         tile_mlp(model, levers.mlp_tile)
+    if levers.checkpoint_every is not None:
+        checkpoint_activations(model, every=levers.checkpoint_every, offload=levers.offload)
     return model
 
 

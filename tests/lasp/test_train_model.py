@@ -174,8 +174,10 @@ def test_every_optimizer_takes_each_parameter_once_and_resumes(config, name):
     assert trained(replace(config, output=config.output + "2", resume=resume)).losses == whole.losses[3:]
 
 
-def test_levers_on_memory_leave_the_curve_as_it_is(config):
-    config, levers = replace(config, steps=3), MemoryConfig(fuse_loss=True, mlp_tile=7)
+@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
+def test_levers_on_memory_leave_the_curve_as_it_is(config, rank):
+    levers = MemoryConfig(fuse_loss=True, mlp_tile=7, checkpoint_every=1, offload=True)
+    config = replace(config, steps=3, lora=LoraConfig(rank=rank))
     plain = trained(config)
     pulled = trained(replace(config, output=config.output + "2", memory=levers))
     assert pulled.losses == pytest.approx(plain.losses, rel=1e-5)

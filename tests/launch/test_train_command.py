@@ -143,6 +143,8 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--config", "{folder}/named.toml"], ["no tokenizer can be read", "empty"]),
         (["{recipe}", "--model.kind", "gpt"], ["model.kind", "gpt"]),
         (["{recipe}", "--memory.mlp_tile", "0"], ["memory.mlp_tile must be at least 1, got 0"]),
+        (["{recipe}", "--memory.checkpoint_every", "0"], ["memory.checkpoint_every must be at least 1, got 0"]),
+        (["{recipe}", "--memory.offload", "true"], ["memory.offload moves what memory.checkpoint_every keeps: set it"]),
         (["{recipe}", "--dp", "0"], ["dp must be at least 1, got 0"]),
     ],
 )
