@@ -2,7 +2,7 @@
 
     wires = Wires.read(FILE)                what `lasp doctor --probe FILE` measured; or Wires.default(backend)
     seconds(schedule, sizes, wires)         of one schedule, until its last message has arrived
-    choose(plan, size, node_size, ...)      the scan that takes least, there and back
+    choose(there, back, sizes, wires)       the scan that takes least over the links of both ways
 
 A message leaves when all that its sender is sent in earlier steps has arrived; messages to several ranks share their
 sender's port, as TCP's do, and each arrives a latency behind its last byte (Hockney's alpha-beta, 1994, with ports).
@@ -23,6 +23,9 @@ from lasp.parallel.remembered import remembered
 from lasp.parallel.scan import SCANS, Gather, Scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 from lasp.parallel.wires import Wire, Wires
+
+_log = logging.getLogger(__name__)
+_WORTH = 0.9  # of a gather's time
 
 
 @remembered
@@ -127,10 +130,6 @@ def choose(there: Links, back: Links, sizes: Sizes, wires: Wires) -> Scan:
     return chosen
 
 
-_log = logging.getLogger(__name__)
-_WORTH = 0.9
-
-
 def _candidates(links: Links, sizes: Sizes) -> Iterator[Scan]:
     for kind in SCANS.values():
         scan = kind()
@@ -142,6 +141,5 @@ def _candidates(links: Links, sizes: Sizes) -> Iterator[Scan]:
 
 
 def _round_trip(scan: Scan, there: Links, back: Links, sizes: Sizes, wires: Wires) -> float:
-    forward, backward = scan.schedule(there), scan.schedule(back)
-    backward = backward.after(forward) if scan.remembers else backward
-    return seconds(forward, sizes, wires) + seconds(backward, sizes, wires)
+    ways = scan.schedule(there), scan.schedule_back(back, there)
+    return sum(seconds(way, sizes, wires) for way in ways)

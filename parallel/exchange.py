@@ -19,13 +19,13 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lasp.kernels.chunks import ceil_div
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.cost import choose
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Map, Monoid
-from lasp.parallel.remembered import remembered
 from lasp.parallel.scan import Auto, Scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 
@@ -156,7 +156,7 @@ class Exchange:
 
     def _schedule(self, scan: Scan, direction: Direction) -> Schedule:
         if direction.reverse and self.keeps:
-            return _schedule_back(scan, self._back, self._there)
+            return scan.schedule_back(self._back, self._there)
         return scan.schedule(self._back if direction.reverse else self._there)
 
     @cached_property
@@ -180,11 +180,6 @@ class Exchange:
         arrival = Arrival(rank.entering(), rank.transfers(keep))
         rank.known.clear()  # whose values refer to the rank: the buffers would wait for Python's collector
         return arrival
-
-
-@remembered
-def _schedule_back(scan: Scan, links: Links, there: Links) -> Schedule:
-    return scan.schedule(links).after(scan.schedule(there))
 
 
 def sizes_of(own: Map, monoid: Monoid, wire: torch.dtype | None = None) -> Sizes:
@@ -368,7 +363,7 @@ class _Form(NamedTuple):
 
 def _length(shape: torch.Size, dtype: torch.dtype, wire: torch.dtype | None) -> int:
     """How many elements of a dtype a state takes on the wire."""
-    return math.prod(shape) if wire is None else -(-math.prod(shape) * wire.itemsize // dtype.itemsize)
+    return math.prod(shape) if wire is None else ceil_div(math.prod(shape) * wire.itemsize, dtype.itemsize)
 
 
 def _narrow(state: Tensor, wire: torch.dtype | None) -> Tensor:

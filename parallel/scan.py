@@ -23,6 +23,7 @@ from typing import ClassVar, Literal
 import torch
 
 from lasp.kernels.arguments import check_choice, check_integer
+from lasp.kernels.chunks import ceil_div
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.remembered import remembered
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
@@ -62,6 +63,10 @@ class Scan(ABC):
         """The messages that travel."""
         return _schedule(self, links)
 
+    def schedule_back(self, back: Links, there: Links) -> Schedule:
+        """Those of the way back, without the transfers that the way there has told where these are remembered."""
+        return _schedule_back(self, back, there) if self.remembers else self.schedule(back)
+
     def __str__(self) -> str:
         given = [(field.name, getattr(self, field.name)) for field in fields(self)]
         options = ", ".join(f"{name}={value}" for name, value in given if value is not None)
@@ -73,6 +78,11 @@ def _schedule(scan: Scan, links: Links) -> Schedule:
     schedule = Schedule.of(links, scan.messages(links))
     schedule.check(str(scan))
     return schedule
+
+
+@remembered
+def _schedule_back(scan: Scan, back: Links, there: Links) -> Schedule:
+    return scan.schedule(back).after(scan.schedule(there))
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ class Gather(Scan):
 
     def messages(self, links: Links) -> Iterator[Message]:
         owners = links.ranks
-        chunk = len(owners) if self.chunk_ranks is None else self.chunk_ranks * -(-len(owners) // links.size)
+        chunk = len(owners) if self.chunk_ranks is None else self.chunk_ranks * ceil_div(len(owners), links.size)
         if any(links.asks(i) and {*owners[links.starts[i] : i]} != {owners[i]} for i in range(len(owners))):
             for i, rank in enumerate(owners):
                 yield Message(i // chunk, rank, EVERYONE, i, i + 1, maps=True)

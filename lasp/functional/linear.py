@@ -99,11 +99,11 @@ def linear_attention(
     scale: of the queries, K**-0.5 by default. initial_state: [B, H, K, V], with cu_seqlens [documents, H, K, V].
     cu_seqlens: bounds of packed documents [documents + 1], for B = 1. cut: that of the batch (`lasp.shard_batch`), in
     the place of group and cu_seqlens; only data is exchanged then. causal=False: every token reads its whole document;
-    no decay. scan: "auto" or one of `lasp.parallel.scan`, by name or with options (`Pipeline(blocks=4)`): "gather"
-    (LASP-2), "ring" (LASP-1), "doubling", "pipeline" (ZeCO), "two_level"; "heads" exchanges tokens for heads instead,
-    which the ranks must divide (Ulysses, arXiv:2309.14509). backend: "torch", "triton", "fla" (both on a GPU, fp32 and
-    shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in tokens; of Triton's 16, 32 or 64, of
-    flash-linear-attention's 64.
+    no decay. scan: "auto" (the cheapest over the group's wires) or one of `lasp.parallel.scan`, by name or with options
+    (`Pipeline(blocks=4)`): "gather" (LASP-2), "ring" (LASP-1), "doubling", "pipeline" (ZeCO), "two_level"; "heads"
+    exchanges tokens for heads instead, which the ranks must divide (Ulysses, arXiv:2309.14509). backend: "torch",
+    "triton", "fla" (both on a GPU, fp32 and shorter) or "auto" (`lasp.backend_report`). chunk_size: of the kernel, in
+    tokens; of Triton's 16, 32 or 64, of flash-linear-attention's 64.
 
     Returns the output [B, T, Ho, V] in v's dtype; with output_final_state also the final states, shaped like
     initial_state, in fp32 (fp64 for fp64 inputs) and the same on every rank. Differentiable in q, k, v, log_decay and

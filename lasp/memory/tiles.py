@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp.kernels.arguments import check_integer, told
+from lasp.kernels.chunks import ceil_div
 from lasp.memory.checkpoints import is_trained, repeat
 from lasp.memory.parts import is_mixture, tokenwise_parts
 from lasp.wrap.swap import surround
@@ -41,7 +42,7 @@ def _tiled(tokens: int, original: Callable[..., Any], module: nn.Module, *args: 
     rows = _rows(given, 3 if is_mixture(module) else 1)
     if rows is None or rows <= tokens or not is_trained(module):
         return original(module, *args, **kwargs)
-    parts = [_split(x, tokens) if isinstance(x, Tensor) else [x] * -(-rows // tokens) for x in given]
+    parts = [_split(x, tokens) if isinstance(x, Tensor) else [x] * ceil_div(rows, tokens) for x in given]
     outputs = [
         repeat(original, module, tile[: len(args)], dict(zip(kwargs, tile[len(args) :], strict=True)))
         for tile in zip(*parts, strict=True)

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, memory, scan, step, wrapped
+from lasp.launch.bench.options import at_least
 
 BENCHMARKS = {
     "kernels": kernels,
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=(benchmark.__doc__ or "").splitlines()[0])
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-        command.add_argument("--repeat", type=int, default=9, metavar="N", help="repetitions per contestant")
+        command.add_argument("--repeat", type=at_least(1), default=9, metavar="N", help="repetitions per contestant")
         benchmark.add_options(command)
         for option, triton in TRITON.items() if name == "kernels" else ():
             triton.add_options(command.add_argument_group(f"with {option}"))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lasp.launch.bench import scan_rank
+from lasp.launch.bench.options import at_least, network_rate
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
 from lasp.launch.network import Network, bits_per_second, network
@@ -30,10 +31,12 @@ NEAR, CLOSE = 0.25, 0.10
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The ranks, the states, and the networks."""
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--mib", type=int, nargs="+", default=[1, 4, 16], help="of a state")
+    parser.add_argument("--ranks", type=at_least(2), default=4)
+    parser.add_argument("--mib", type=at_least(1), nargs="+", default=[1, 4, 16], help="of a state")
     parser.add_argument("--scans", nargs="+", choices=SCANS, default=list(SCANS))
-    parser.add_argument("--emulate", nargs="+", metavar="rate=RATE", help="such as rate=1gbit rate=200mbit")
+    parser.add_argument(
+        "--emulate", type=network_rate, nargs="+", metavar="rate=RATE", help="such as rate=1gbit rate=200mbit"
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

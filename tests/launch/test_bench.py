@@ -143,3 +143,30 @@ def test_bench_memory_measures_the_loss_and_a_lever(tmp_path: Path, capsys: pyte
     (cell,) = found["cells"]
     assert 5e8 < cell["peaks"][0] < 2e9  # weights, gradients and AdamW's states
     assert "| offload |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "1"], "argument --ranks: must be a whole number of at least 2, got '1'"),
+        (["--mib", "0"], "argument --mib: must be a whole number of at least 1, got '0'"),
+        (["--repeat", "none"], "argument --repeat: must be a whole number of at least 1, got 'none'"),
+        (["--emulate", "fast"], "argument --emulate: a network is emulated by its rate alone"),
+    ],
+)
+def test_wrong_options_are_told_before_ranks_start(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["scan", *arguments])
+    assert said in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_made_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    with pytest.raises(SystemExit, match="2"):
+        main(["scan", "--emulate", "rate=1gbit"])
+    assert "no network can be emulated here: network namespaces need root" in capsys.readouterr().err

@@ -160,28 +160,6 @@ def test_a_port_that_is_taken_and_a_rank_0_that_never_comes_are_told(port, monke
     assert not dist.is_initialized()
 
 
-TINY = """
-output = "{folder}/run"
-steps = 3
-device = "cpu"
-[model]
-num_hidden_layers = 1
-hidden_size = 32
-intermediate_size = 32
-num_attention_heads = 2
-[data]
-source = "{folder}/text.txt"
-seq_len = 65
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> str:
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
-    (tmp_path / "tiny.toml").write_text(TINY.format(folder=tmp_path))
-    return str(tmp_path / "tiny.toml")
-
-
 LASP = [sys.executable, "-m", "lasp.launch.cli"]
 
 

@@ -15,20 +15,6 @@ from lasp.launch.stop import Stop
 from lasp.launch.train import main
 from lasp.train.metrics import read_metrics
 
-TINY = """
-output = "{folder}/run"
-steps = 100000
-device = "cpu"
-[model]
-num_hidden_layers = 1
-hidden_size = 32
-intermediate_size = 32
-num_attention_heads = 2
-[data]
-source = "{folder}/text.txt"
-seq_len = 65
-"""
-
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal():
@@ -39,10 +25,9 @@ def as_in_a_terminal():
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> str:
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
-    (tmp_path / "tiny.toml").write_text(TINY.format(folder=tmp_path))
-    return str(tmp_path / "tiny.toml")
+def steps() -> int:
+    """More than anybody waits for."""
+    return 100000
 
 
 def checkpoints(folder: Path) -> list[str]:

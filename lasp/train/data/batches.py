@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lasp.kernels.chunks import ceil_div
 from lasp.parallel.batch import IGNORE_INDEX
 from lasp.train.data.corpus import Corpus
 from lasp.train.data.packing import Piece, Rows, Stream
@@ -91,7 +92,7 @@ class Batches:
 def all_rows(data: Data, share: Share, limit: int | None = None) -> Iterator[MicroBatch]:
     """Every row of some data once, in order, or so many; the last ones are filled up with rows without a target."""
     count = min(len(data.rows), limit or len(data.rows))
-    for turn in range(-(-count // (share.dp_size * share.batch_size))):
+    for turn in range(ceil_div(count, share.dp_size * share.batch_size)):
         yield lay([(data, i) if i < count else None for i in share.numbers(turn)], share.slices, data)
 
 

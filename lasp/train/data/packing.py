@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lasp.kernels.chunks import ceil_div
+
 _OPEN = 64
 
 
@@ -35,7 +37,7 @@ class Split:
         return cls(documents, np.cumsum(documents[:, 1] - documents[:, 0]), seq_len)
 
     def __len__(self) -> int:
-        return -(-int(self.ends[-1]) // self.seq_len) if len(self.ends) else 0
+        return ceil_div(int(self.ends[-1]), self.seq_len) if len(self.ends) else 0
 
     def row(self, index: int) -> list[Piece]:
         """The pieces of a row, in order."""

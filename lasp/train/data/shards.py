@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from lasp.kernels.chunks import ceil_div
+
 _HEADER = 4096
 _FORMAT = "lasp tokens 1"
 _BLOCK = 1 << 24
@@ -98,7 +100,7 @@ def write_shard(path: Path, documents: Iterable[Document], vocab_size: int, abou
         counts = {"bounds": len(bounds), "hashes": len(hashes), "tokens": bounds[-1], "spoken": bounds[-1]}
         for name, kind in (kinds | ({"spoken": "|b1"} if any_spoken else {})).items():
             sections[name] = (kind, offset, counts[name])
-            offset += -(-counts[name] * np.dtype(kind).itemsize // 64) * 64
+            offset += ceil_div(counts[name] * np.dtype(kind).itemsize, 64) * 64
         with partial.open("wb") as file:
             file.truncate(offset)
             for name, (kind, start, _) in sections.items():
