@@ -1,7 +1,8 @@
-"""What a schedule would take, from the latency and the bandwidth of the wires; and the scan that `scan="auto"` takes.
+"""What an exchange would take, from the latency and the bandwidth of the wires; and the scan that `scan="auto"` takes.
 
     wires = Wires.read(FILE)                what `lasp doctor --probe FILE` measured; or Wires.default(backend)
     seconds(schedule, sizes, wires)         of one schedule, until its last message has arrived
+    rounds_seconds(rounds, size, wires)     of rounds of parcels, in which all ranks wait for one another
     choose(there, back, sizes, wires)       the scan that takes least over the links of both ways
 
 A message leaves when all that its sender is sent in earlier steps has arrived; messages to several ranks share their
@@ -15,9 +16,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import count, groupby
+from typing import Any, NamedTuple
 
 from lasp.parallel.remembered import remembered
 from lasp.parallel.scan import SCANS, Gather, Scan
@@ -25,7 +27,8 @@ from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 from lasp.parallel.wires import Wire, Wires
 
 _log = logging.getLogger(__name__)
-_WORTH = 0.9  # of a gather's time
+WORTH = 0.9
+"""Of the time of what is taken by default, the most that another may take to be taken instead."""
 
 
 @remembered
@@ -34,15 +37,41 @@ def seconds(schedule: Schedule, sizes: Sizes, wires: Wires) -> float:
     collective = [m for m in schedule.messages if m.target == EVERYONE]
     if collective:
         steps = groupby(collective, lambda m: m.step)
-        return sum(_gather_seconds(list(messages), schedule.links, sizes, wires) for _, messages in steps)
+        rounds = [tuple(Parcel(m.source, m.target, sizes.of(m)) for m in messages) for _, messages in steps]
+        return rounds_seconds(rounds, schedule.links.size, wires, schedule.links.node_size)
     return _Traffic(schedule, sizes, wires).run()
 
 
-def _gather_seconds(messages: list[Message], links: Links, sizes: Sizes, wires: Wires) -> float:
-    """All ranks at once: as slow as the slowest wire of their ring."""
-    ring = [wires.between(rank, (rank + 1) % links.size, links.node_size) for rank in range(links.size)]
-    longest = max(sum(sizes.of(m) for m in messages if m.source == rank) for rank in range(links.size))
-    return (links.size - 1) * max(wire.hop + longest / wire.bandwidth for wire in ring)
+class Parcel(NamedTuple):
+    """So many bytes from a rank to another, or by a collective to EVERYONE."""
+
+    source: int
+    target: int
+    bytes: int
+
+
+Round = tuple[Parcel, ...]  # what is on its way at once, and all of it there before the next round
+
+
+def rounds_seconds(rounds: Sequence[Round], size: int, wires: Wires, node_size: int | None = None) -> float:
+    """What rounds take over `size` ranks, of which so many neighbours share a node."""
+    return sum(_round_seconds(parcels, size, wires, node_size) for parcels in rounds if parcels)
+
+
+def _round_seconds(parcels: Round, size: int, wires: Wires, node_size: int | None) -> float:
+    """As slow as the slowest rank, whose parcels share its port; a collective, as the slowest wire of a ring of all."""
+    loads: dict[int, float] = defaultdict(float)
+    if parcels[0].target == EVERYONE:
+        for parcel in parcels:
+            loads[parcel.source] += parcel.bytes
+        ring = [wires.between(rank, (rank + 1) % size, node_size) for rank in range(size)]
+        return (size - 1) * max(wire.hop + max(loads.values()) / wire.bandwidth for wire in ring)
+    latencies: dict[int, float] = defaultdict(float)
+    for source, target, length in parcels:
+        wire = wires.between(source, target, node_size)
+        loads[source] += length / wire.bandwidth
+        latencies[source] = max(latencies[source], wire.latency)
+    return max(latencies[rank] + load for rank, load in loads.items())
 
 
 class _Traffic:
@@ -123,11 +152,23 @@ def choose(there: Links, back: Links, sizes: Sizes, wires: Wires) -> Scan:
     """
     found = {scan: _round_trip(scan, there, back, sizes, wires) for scan in _candidates(there, sizes)}
     gather, best = found[Gather()], min(found, key=found.__getitem__)
-    chosen = best if found[best] < _WORTH * gather else Gather()
+    chosen = best if found[best] < WORTH * gather else Gather()
     if gather:
-        told = ", ".join(f"{scan} {1e3 * time:.3g} ms" for scan, time in found.items())
-        _log.info('scan="auto" takes %s for %d ranks and states of %d bytes: %s', chosen, there.size, sizes.state, told)
+        announce('scan="auto"', chosen, f"{there.size} ranks and states of {sizes.state} bytes", found)
     return chosen
+
+
+def announce(what: str, chosen: object, case: str, found: Mapping[Any, float]) -> None:
+    """Say at INFO what was chosen, with the predictions of all: once for each case and choice, whose batches differ."""
+    if next(_announced(what, str(chosen), case)) == 0:
+        told = ", ".join(f"{name} {1e3 * time:.3g} ms" for name, time in found.items())
+        _log.info("%s takes %s for %s: %s", what, chosen, case, told)
+
+
+@remembered
+def _announced(what: str, chosen: str, case: str) -> Iterator[int]:
+    """How often it was."""
+    return count()
 
 
 def _candidates(links: Links, sizes: Sizes) -> Iterator[Scan]:

@@ -13,17 +13,15 @@ Ulysses is an exchange before and after a ring, often of one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels.arguments import check_choice
 from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge_sinks, sinks_gradient
-from lasp.kernels.softmax.mask import Mask, Span
+from lasp.kernels.softmax.mask import Span
 from lasp.kernels.softmax.operators import Operator, Scores
 from lasp.parallel.call import ALONE, Turn
 from lasp.parallel.cut import Cut
@@ -31,38 +29,8 @@ from lasp.parallel.group import SequenceGroup
 from lasp.parallel.heads import HeadExchange, heads_to_tokens, tokens_to_heads
 from lasp.parallel.keys import Gather, KeyExchange, Ring, span
 from lasp.parallel.layout import Piece, joined_pieces
-from lasp.parallel.rotation import Rotation, make_rotation
+from lasp.parallel.methods import copies, members, rotation_of
 from lasp.parallel.untraced import outside
-
-Method = Literal["auto", "ring", "gather", "ulysses", "ulysses_ring"]
-METHODS: tuple[Method, ...] = get_args(Method)
-
-
-def check_method(name: str, group: SequenceGroup | None, query_heads: int, key_heads: int, window: int | None) -> str:
-    """The method that `name` stands for (`lasp.softmax_attention` documents the rule of "auto").
-
-    Raises ValueError when there is none of that name, or it does not fit the group or the number of heads.
-    """
-    check_choice("method", name, METHODS)
-    size, split = (1, 1) if group is None else (group.size, group.heads)
-    if name == "auto":
-        if split > 1 and query_heads % split == 0:
-            return "ulysses_ring"
-        return "gather" if window is None and size * key_heads <= query_heads else "ring"
-    if name == "ulysses_ring" and split == 1 and size > 1:
-        raise ValueError("method 'ulysses_ring' needs a group made with heads=h, the ranks that exchange heads")
-    exchanging = _exchanging(name, group)
-    if query_heads % exchanging:
-        raise ValueError(
-            f"method {name!r} deals out heads to {exchanging} ranks, which must divide their number, got {query_heads} "
-            "query heads; 'ring' and 'gather' take any number, 'ulysses_ring' a multiple of the group's heads=h"
-        )
-    return name
-
-
-def _exchanging(method: str, group: SequenceGroup | None) -> int:
-    """How many neighbouring ranks exchange heads."""
-    return 1 if group is None else {"ulysses": group.size, "ulysses_ring": group.heads}.get(method, 1)
 
 
 @dataclass(frozen=True)
@@ -89,48 +57,45 @@ def shared_attention(
     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hk, V] and key_mask [B, T] of this rank's tokens; sinks [Hq].
     Returns the output [B, T, Hq, V] in v's dtype.
     """
-    group, members = call.group, _exchanging(call.method, call.group)
-    if group is None or members == 1:
+    group, together = call.group, members(call.method, call.group)
+    if group is None or together == 1:
         return _attend(call, q, k, v, sinks, key_mask)
-    heads = _head_exchange(call, group, members)
-    # Each rank needs at least one head of keys and values, the one that its queries share.
-    copies = members // gcd(members, k.shape[2])
-    k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
+    heads = _head_exchange(call, group, together)
+    k, v = (x.repeat_interleave(copies(together, k.shape[2]), 2) for x in (k, v))
     q, k, v = tokens_to_heads(heads, q, k, v)
     if key_mask is not None:
-        shown = key_mask.to(torch.uint8)[..., None, None].expand(-1, -1, members, 1)
+        shown = key_mask.to(torch.uint8)[..., None, None].expand(-1, -1, together, 1)
         key_mask = heads.scatter((shown,), "forward")[0][..., 0, 0].bool()
     if sinks is not None:
         sinks = sinks[heads.rank * q.shape[2] : (heads.rank + 1) * q.shape[2]]
     return heads_to_tokens(heads, _attend(call, q, k, v, sinks, key_mask))[0]
 
 
-def _head_exchange(call: Call, group: SequenceGroup, members: int) -> HeadExchange:
+def _head_exchange(call: Call, group: SequenceGroup, together: int) -> HeadExchange:
     """The exchange among this rank and its neighbours."""
-    first = group.rank - group.rank % members
-    pieces = [p for p in call.cut.pieces if first <= p.rank < first + members]
+    first = group.rank - group.rank % together
+    pieces = [p for p in call.cut.pieces if first <= p.rank < first + together]
     return HeadExchange(
         call.turn,
-        tuple(range(first, first + members)),
+        tuple(range(first, first + together)),
         group.rank - first,
-        call.cut.lengths[first : first + members],
+        call.cut.lengths[first : first + together],
         tuple(piece._replace(rank=piece.rank - first) for piece in pieces),
     )
 
 
 def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """Attention by ring or gather, with queries and keys of all members of this rank's head exchange."""
-    group, members = call.group, _exchanging(call.method, call.group)
-    cut, ranks, rank = call.cut, call.cut.size // members, call.cut.rank // members
-    pieces = cut.keep(("joined", members), lambda: joined_pieces(cut.pieces, members))
+    group, together = call.group, members(call.method, call.group)
+    cut, ranks, rank = call.cut, call.cut.size // together, call.cut.rank // together
+    pieces = cut.keep(("joined", together), lambda: joined_pieces(cut.pieces, together))
     exchange: KeyExchange
     if group is not None and ranks > 1 and call.method == "gather":
         exchange = Gather(pieces, cut.lengths, rank, group.process_group)
     else:
-        mask = call.attention.mask
-        rotation = cut.keep(("rotation", members, mask.causal, mask.window), lambda: plan_rotation(pieces, ranks, mask))
+        rotation = rotation_of(pieces, ranks, call.attention.mask)
         # On the ring with this rank are those at its place among the members of their exchange.
-        peers = range(cut.rank % members, cut.size, members)
+        peers = range(cut.rank % together, cut.size, together)
         exchange = Ring(rotation, peers, rank, None if group is None else group.process_group)
     queries = tuple(piece for piece in pieces if piece.rank == rank)
     turn = call.turn if ranks > 1 else ALONE
@@ -144,11 +109,6 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, k
         part = _Part(turn, call.attention, queries, exchange)
         output: Tensor = _Attention.apply(part, q, k, v, sinks, key_mask)
     return output
-
-
-def plan_rotation(pieces: tuple[Piece, ...], ranks: int, mask: Mask) -> Rotation:
-    """How far each piece's keys must travel under a mask."""
-    return make_rotation(pieces, ranks, lambda own, other: mask.shows(span(own), span(other)))
 
 
 class _Part(NamedTuple):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lasp.functional.checks import check_documents, check_heads, check_tokens
 from lasp.kernels.arguments import check_flags, check_integer, check_number, check_tensors
+from lasp.kernels.precision import compute_dtype
 from lasp.kernels.softmax.blocks import BlockAttention
 from lasp.kernels.softmax.mask import Mask
-from lasp.parallel import softmax
+from lasp.parallel import methods, softmax
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -34,7 +35,7 @@ def softmax_attention(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     group: SequenceGroup | None = None,
     cut: Cut | None = None,
-    method: softmax.Method = "auto",
+    method: methods.Method = "auto",
 ) -> Tensor:
     """Softmax attention, `o_t = sum_i softmax(scale·q_t·k_i)_i v_i` over the keys that token t sees.
 
@@ -51,9 +52,9 @@ def softmax_attention(
     method: "ring" (Ring Attention, arXiv:2310.01889) needs no more memory on more ranks and skips what the mask
     empties; "gather" (LASP-2H, arXiv:2502.07563) is one message, and keeps all keys; "ulysses" (arXiv:2309.14509) deals
     out heads, whose number the ranks must divide; "ulysses_ring" (arXiv:2405.07719) does so over the neighbours of a
-    group made with heads=h. "auto" is "ulysses_ring" in such a group if h divides the query heads; else "gather" if
-    there is no window and the keys of all ranks have no more heads together than the queries of one (few-headed keys);
-    else "ring". Causal work is even over ranks on the zigzag layout.
+    group made with heads=h. "auto" is the one whose exchanges take least over the group's wires, of those that the
+    heads allow: "gather" where the keys of all ranks have no more heads together than the queries of one; "ring" unless
+    another saves a tenth. Causal work is even over ranks on the zigzag layout.
 
     Returns the output [B, T, H, V] in v's dtype; 0 where a token sees nothing. Differentiable in q, k, v and sinks,
     once. Raises ValueError, on every rank of the group, for arguments that do not fit.
@@ -76,9 +77,16 @@ def softmax_attention(
     mask = Mask(lies.bounds or (0, lies.total), causal, window)
     attention = BlockAttention(mask, scale, None if softcap is None else float(softcap))
     heads, key_heads = _attention_heads(q, k, v)
-    chosen = softmax.check_method(method, ranks, heads, key_heads, window)
     q, k, v = (_with_heads(x, count) for x, count in ((q, heads), (k, key_heads), (v, key_heads)))
+    chosen = _chosen(q, k, v, lies, mask, key_mask is not None) if method == "auto" else method
     return softmax.shared_attention(softmax.Call(attention, lies, turn, chosen), q, k, v, sinks, key_mask)
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, cut: Cut, mask: Mask, key_mask: bool) -> str:
+    """The method that "auto" stands for, from what all ranks have agreed on."""
+    dims = q.shape[3], v.shape[3], q.element_size(), compute_dtype(q).itemsize
+    shapes = methods.Shapes(q.shape[0], q.shape[2], k.shape[2], *dims, key_mask)
+    return cut.keep(("method", mask.causal, mask.window, shapes), lambda: methods.choose(cut, mask, shapes))
 
 
 def _with_heads(x: Tensor, heads: int) -> Tensor:
@@ -108,7 +116,7 @@ def _check_softmax(
     _check_window(options["window"], options["causal"])
     if options["softcap"] is not None and not options["softcap"] > 0:
         raise ValueError(f"softcap must be positive, got {options['softcap']}")
-    query_heads, key_heads = _attention_heads(q, k, v)
+    query_heads, _ = _attention_heads(q, k, v)
     if sinks is not None and (list(sinks.shape) != [query_heads] or not sinks.is_floating_point()):
         raise ValueError(f"sinks must be floating [{query_heads}], got {sinks.dtype} {list(sinks.shape)}")
     if key_mask is not None and (key_mask.shape != q.shape[:2] or key_mask.dtype != torch.bool):
@@ -116,11 +124,10 @@ def _check_softmax(
     for name, x in (("sinks", sinks), ("key_mask", key_mask)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    method = softmax.check_method(options["method"], group, query_heads, key_heads, options["window"])
+    methods.check_method(options["method"], group, query_heads)
     tensors = [x for x in (q, k, v, sinks) if x is not None]
     return options | {
         "scale": q.shape[3] ** -0.5 if options["scale"] is None else options["scale"],
-        "method": method,
         "device": q.device.type,
         "batch": q.shape[0],
         "heads": heads,

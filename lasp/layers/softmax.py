@@ -11,7 +11,7 @@ from lasp.layers.context import Context
 from lasp.layers.mixer import Mixer
 from lasp.layers.rotary import Rotary
 from lasp.layers.state import KeyValues
-from lasp.parallel.softmax import Method
+from lasp.parallel.methods import Method
 
 
 class SoftmaxAttention(Mixer):

@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 
 from lasp.kernels.arguments import check_choice
 from lasp.layers import MIXERS, mixer_class
+from lasp.parallel.methods import METHODS
 from lasp.parallel.scan import check_scan
-from lasp.parallel.softmax import METHODS
 
 # Shapes of "160m" and "410m" after Pythia (arXiv 2304.01373), of "1b" after LASP-2 (arXiv 2502.07563) with the
 # vocabulary of Llama 3; "tiny" is for tests and demonstrations, with a byte per token.

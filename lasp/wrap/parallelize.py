@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp.kernels.arguments import check_choice
-from lasp.parallel import softmax
+from lasp.parallel import methods
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.parameters import outline
@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
-    model: Model, group: SequenceGroup | None, *, attention: softmax.Method = "auto", scan: ScanName | Scan = "auto"
+    model: Model, group: SequenceGroup | None, *, attention: methods.Method = "auto", scan: ScanName | Scan = "auto"
 ) -> Model:
     """Make a model take this rank's part of every sequence (`lasp.shard_batch`); in place, this instance only.
 
@@ -50,7 +50,7 @@ def parallelize(
         if hasattr(target, WIRING):
             raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
         check_scan(scan, group)
-        check_choice("attention", attention, softmax.METHODS)
+        check_choice("attention", attention, methods.METHODS)
         check_model(target)
         check_adapters(model)
         return Arguments({"model": outline(target), "attention": attention, "scan": str(scan)}, 1)
@@ -89,7 +89,7 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def wire(model: Any, group: SequenceGroup | None, attention: softmax.Method, scan: str | Scan) -> None:
+def wire(model: Any, group: SequenceGroup | None, attention: methods.Method, scan: str | Scan) -> None:
     """`parallelize` for a foreign model that is known."""
     family = family_of(model)
     assert family is not None, "checked"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.methods import Method
 from lasp.parallel.scan import Scan
-from lasp.parallel.softmax import Method
 from lasp.wrap.family import Family
 
 WIRING = "_lasp_wiring"

@@ -22,7 +22,7 @@ import lasp
 from lasp.launch.bench.timing import Contestant, compared, interleave, machine
 from lasp.parallel import collectives
 from lasp.parallel.layout import Layout
-from lasp.parallel.softmax import Method
+from lasp.parallel.methods import Method
 
 OURS: dict[str, tuple[Method, Layout]] = {
     "lasp ring, zigzag": ("ring", "zigzag"),

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 import lasp
 from lasp.kernels.softmax.blocks import BlockAttention
+from lasp.kernels.softmax.mask import Mask
 from lasp.parallel import collectives, keys
 from lasp.parallel.collectives import Pending
 from lasp.parallel.layout import even_pieces, pieces_of
-from lasp.parallel.softmax import check_method
+from lasp.parallel.methods import Shapes, rounds
+from lasp.parallel.schedule import EVERYONE
 from tests.attention import AttentionProblem, largest_error, make_attention, solve_attention
 from tests.distributed.cutting import put_together
 
@@ -256,6 +258,31 @@ def test_gather_bytes(group_of, size: int) -> None:
     assert backward == [("reduce_scatter", (size - 1) * VALUES * SUM, 1)]
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_is_priced_by_is_what_it_sends(cached_group_of, method: str, layout: str) -> None:
+    """The rounds of `method="auto"` and the ledger, which counts the messages themselves."""
+    group = cached_group_of(4, layout, 2 if method == "ulysses_ring" else 1)
+    sent = traffic_of(group, method, key_mask=True)
+    mask, shapes = Mask((0, 4 * TOKENS)), Shapes(2, HEADS[0], HEADS[1], *DIMS, INPUT, SUM, key_mask=True)
+    for records, way in zip(sent, rounds(method, group.cut(4 * TOKENS), mask, shapes), strict=True):
+        parcels = [parcel for together in way for parcel in together]
+        heard = [p for p in parcels if p.target == group.rank or (p.target == EVERYONE and p.source != group.rank)]
+        assert sum(parcel.bytes for parcel in heard) == sum(num_bytes for _, num_bytes, _ in records)
+        assert len(way) == sum(steps for _, _, steps in records)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 2), (3, 3, 3)], ids=str)
+def test_auto(world, cached_group_of, heads: tuple[int, ...]) -> None:
+    """One of them, the same on all ranks, which may say so themselves; with the outputs and gradients of any."""
+    group, problem = cached_group_of(4, "zigzag", 1), make_attention(LENGTH, heads=heads)
+    with lasp.traffic() as ledger:
+        found = solve_cut(problem, group, even_lengths(LENGTH, 4, "zigzag"), "auto")
+    assert largest_error(found, solve_attention(problem)) < 1e-10
+    ops = {"all_to_all"} if heads[0] == 4 else {"ring"}
+    assert {record.op for record in ledger.records if record.phase != "control"} - {"all_gather"} == ops
+
+
 def head_bytes(members: int) -> tuple[int, int]:
     """Bytes that an exchange of heads among `members` receives, of q, k, v and of the output. Keys are at least one
     head per rank."""
@@ -417,7 +444,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 
 # Fine on each rank alone, wrong together.
 DISAGREEMENTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "method": (lambda a: {"method": "gather"}, "ranks disagree on method: rank 0: ring, rank 1: ring, rank 2: gather"),
+    "method": (lambda a: {"method": "gather"}, "ranks disagree on method: rank 0: auto, rank 1: auto, rank 2: gather"),
     "window": (lambda a: {"window": 3}, "ranks disagree on window: rank 0: None"),
     "sinks": (lambda a: {"sinks": torch.zeros(4)}, "ranks disagree on sinks"),
     "key mask": (lambda a: {"key_mask": torch.ones(1, 6, dtype=torch.bool)}, "ranks disagree on key_mask"),
@@ -458,12 +485,3 @@ def test_ranks_that_disagree(world, cached_group_of, name: str) -> None:
 def test_heads_must_divide_the_group(group_of) -> None:
     with pytest.raises(ValueError, match="heads must divide the number of ranks in the group, 4, got 3"):
         group_of(4, heads=3)
-
-
-def test_auto_follows_its_rule(group_of) -> None:
-    group, split = group_of(4), group_of(4, heads=2)
-    assert check_method("auto", split, 4, 4, None) == "ulysses_ring"
-    assert check_method("auto", split, 3, 3, None) == "ring"
-    assert check_method("auto", group, 8, 2, None) == "gather"
-    assert check_method("auto", group, 8, 2, 16) == "ring"
-    assert check_method("auto", group, 8, 4, None) == "ring"

@@ -472,7 +472,7 @@ CASES += changed(
     {
         "method": {"method": "gather"},
         "method unknown": {"method": "star"},
-        "auto for ring": ({"method": "auto"}, "harmless"),
+        "method auto": {"method": "auto"},
         "window 0": {"window": 0},
         "softcap": {"softcap": 20.0},
         "softcap -1": {"softcap": -1.0},
