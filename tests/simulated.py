@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Empty, Queue
@@ -81,11 +81,21 @@ def broadcast(tensor: Tensor, source: int, place: Place) -> Pending[Tensor]:
     return Pending([], tensor)
 
 
+def all_to_all(
+    parts: list[Tensor], sizes: list[int], peers: Sequence[int], place: Place, phase: str
+) -> Pending[list[Tensor]]:
+    others = [(part, peer) for part, peer in zip(parts, peers, strict=True) if peer != place.rank]
+    for part, peer in others:
+        send(part, peer, place, -2)
+    lines = {peer: place.wires.between(peer, place.rank, -2) for _, peer in others}
+    return Pending([], [lines[p].get(timeout=SECONDS) if p in lines else x for x, p in zip(parts, peers, strict=True)])
+
+
 @contextmanager
 def in_memory() -> Iterator[None]:
-    """Let the exchanges of scans and of final states be those of this file."""
+    """Let the exchanges of scans, of final states and of halos be those of this file."""
     with pytest.MonkeyPatch.context() as patch:
-        for fake in (gather, broadcast, all_reduce, send, receive):
+        for fake in (gather, broadcast, all_reduce, send, receive, all_to_all):
             patch.setattr(collectives, fake.__name__, fake)
         yield
 

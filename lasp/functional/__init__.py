@@ -4,6 +4,15 @@ from lasp.functional.conv import causal_conv1d
 from lasp.functional.delta import delta_product, delta_rule
 from lasp.functional.linear import linear_attention
 from lasp.functional.logcumsumexp import logcumsumexp
+from lasp.functional.memories import routed_delta_rule
 from lasp.functional.softmax import softmax_attention
 
-__all__ = ["causal_conv1d", "delta_product", "delta_rule", "linear_attention", "logcumsumexp", "softmax_attention"]
+__all__ = [
+    "causal_conv1d",
+    "delta_product",
+    "delta_rule",
+    "linear_attention",
+    "logcumsumexp",
+    "routed_delta_rule",
+    "softmax_attention",
+]

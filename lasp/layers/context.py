@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lasp.layers.state import State
+from lasp.parallel.call import Arguments, Turn, begin_call
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Context:
         """Whether the sequence has documents."""
         cut = self.sequence.get("cut")
         return cut.packed if cut is not None else self.sequence.get("cu_seqlens") is not None
+
+    def turn(self, operation: str, x: Tensor) -> Turn:
+        """One call over the ranks about tokens x [B, T, ...], beside those of `lasp.functional`."""
+        group, cut = self.sequence.get("group"), self.sequence.get("cut")
+        return begin_call(group, operation, lambda: Arguments({"shape": [x.shape[0], *x.shape[2:]]}, x.shape[1]), cut)
 
     def positions(self, x: Tensor) -> Tensor | None:
         """Of the tokens of x [B, T, ...], counted from 0 in their documents, [1, T]; None where a rank cannot tell."""

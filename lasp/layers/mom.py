@@ -3,12 +3,15 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.functional import delta_rule
+from lasp.functional import routed_delta_rule
 from lasp.layers.context import Context
+from lasp.layers.deltanet import unit_length
 from lasp.layers.gated_deltanet import GatedDeltaNet
 from lasp.layers.mamba2 import inverse_softplus
+from lasp.parallel.balance import beside, router_balance
 
 
 class MixtureOfMemories(GatedDeltaNet):
@@ -16,24 +19,27 @@ class MixtureOfMemories(GatedDeltaNet):
 
     A memory that a token is not sent to stays exactly as it is. Each memory has its own keys, values, β and decays; the
     queries are common. The memories' outputs are summed by the router's weights, renormalised over the chosen ones; the
-    shared memory counts with weight 1 (MoM, arXiv 2502.13685). The memories are heads of one call, in which a token
-    erases, writes and decays nothing where it is not sent: one exchange, on any layout, at the arithmetic of all
-    memories. The short convolution sees the text as it is, before the router.
+    shared memory counts with weight 1 (MoM, arXiv 2502.13685). The tokens of each memory are gathered and run together
+    in one call with one exchange, on any layout. The short convolution sees the text as it is, before the router.
 
     Args:
         num_memories: how many, beside the shared one.
         top_k: to how many of them a token is sent.
+        balance: weight of a loss that asks the router to use all memories alike (`lasp.parallel.balance`; 0.01 in the
+            paper). It is no part of the model's loss: its gradient joins in backward, once per forward.
         *args, **kwargs: as for `Mixer`.
 
     Raises:
-        ValueError: a top_k that is not in [1, num_memories], and what `DeltaNet` raises.
+        ValueError: a top_k that is not in [1, num_memories], a negative balance, and what `DeltaNet` raises.
     """
 
-    def __init__(self, *args: Any, num_memories: int = 4, top_k: int = 2, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_memories: int = 4, top_k: int = 2, balance: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not 1 <= top_k <= num_memories:
             raise ValueError(f"top_k must lie in [1, num_memories], got {top_k} and {num_memories}")
-        self.num_memories, self.top_k = num_memories, top_k
+        if not 0 <= balance < float("inf"):
+            raise ValueError(f"balance must be a number of at least 0, got {balance}")
+        self.num_memories, self.top_k, self.balance = num_memories, top_k, balance
         hidden, states = self.q_proj.in_features, (num_memories + 1) * self.num_kv_heads
         self.k_proj = nn.Linear(hidden, states * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, states * self.head_dim, bias=False)
@@ -44,20 +50,28 @@ class MixtureOfMemories(GatedDeltaNet):
         self.A_log = nn.Parameter(torch.linspace(1, 16, states).log())
         self.router = nn.Linear(hidden, num_memories, bias=False)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which memories each token is sent to, bool, and with which weights, both [B, T, num_memories + 1]."""
+    def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return unit_length(q), self._memories(unit_length(k)), self._memories(v)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which memories each token is sent to and with which weights, [B, T, top_k + 1], the shared one last; and all
+        scores, [B, T, num_memories]."""
         scores = self.router(x).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
         best, index = scores.topk(self.top_k, dim=-1)
-        weights = torch.zeros_like(scores).scatter(-1, index, best / best.sum(-1, keepdim=True))
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
-        shared = torch.ones_like(scores[..., :1])
-        return torch.cat([chosen, shared.bool()], -1), torch.cat([weights, shared], -1)
+        memories = F.pad(index, (0, 1), value=self.num_memories)
+        return memories, F.pad(best / best.sum(-1, keepdim=True), (0, 1), value=1.0), scores
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        chosen, weights = self.route(x)
-        chosen = chosen.repeat_interleave(self.num_kv_heads, -1)
-        beta, log_decay = (torch.where(chosen, gate, 0) for gate in (self.beta(x), self.log_decay(x)))
-        q = q.repeat(1, 1, self.num_memories + 1, 1)
-        o, state = self.recur(q, k, v, log_decay, context, delta_rule, beta=beta)
-        o = o.unflatten(2, (self.num_memories + 1, -1)) * weights[..., None, None].to(o.dtype)
-        return o.sum(2), state
+        memories, weights, scores = self.route(x)
+        beta, log_decay = self._memories(self.beta(x)), self._memories(self.log_decay(x))
+        o, state = self.recur(q, k, v, log_decay, context, routed_delta_rule, beta=beta, memories=memories)
+        o = torch.einsum("btnhv,btn->bthv", o, weights.to(o.dtype))
+        if self.balance and torch.is_grad_enabled():
+            turn = context.turn("router_balance", x)
+            loss = router_balance(turn, scores, memories[..., :-1], context.attention_mask)
+            o = beside(o, self.balance * loss)
+        return o, state
+
+    def _memories(self, x: Tensor) -> Tensor:
+        """[B, T, memories·H, ...] as [B, T, memories, H, ...], the shared one the last."""
+        return x.unflatten(2, (self.num_memories + 1, -1))

@@ -1,0 +1,140 @@
+"""The delta rule with several memories: each by itself, token by token over what it is sent; and its router."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+import lasp
+from lasp.functional import routed_delta_rule
+from lasp.kernels import reference
+from lasp.layers import MixtureOfMemories
+from lasp.parallel.balance import router_balance
+from lasp.parallel.call import ALONE
+from tests.ranks import CUTS, DOCUMENTS, assert_same, cut_results, results
+from tests.simulated import run
+
+MEMORIES, HEADS, KEYS, VALUES = 4, 2, 6, 5
+
+
+def literal(
+    *, q: Tensor, memories: Tensor, initial_state: Tensor, bounds: tuple[int, ...] | None = None, **tokens: Any
+) -> Any:
+    states = [[] for _ in initial_state]
+    output = q.new_zeros(*memories.shape, q.shape[2], VALUES)
+    spans = (
+        [(row, 0, q.shape[1]) for row in range(len(q))] if bounds is None else [(0, *span) for span in pairwise(bounds)]
+    )
+    for document, (row, start, stop) in enumerate(spans):
+        for memory in range(MEMORIES):
+            sent = memories[row, start:stop] == memory
+            at = start + sent.any(-1).nonzero().flatten()
+            before = initial_state[document : document + 1, memory * HEADS : (memory + 1) * HEADS]
+            own = {name: x[row : row + 1, at, memory] for name, x in tokens.items()}
+            read, after = reference.delta_rule(q[row : row + 1, at], **own, initial_state=before)
+            choice = sent[sent.any(-1)].int().argmax(-1)
+            output = output.index_put((torch.full_like(at, row), at, choice), read[0])
+            states[document].append(after)
+    return output, torch.cat([torch.cat(own, 1) for own in states])
+
+
+@cache
+def case(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Two of three memories to a token, and none of them ever the fourth; what comes of it token by token."""
+    rng = torch.Generator().manual_seed(0)
+    batch, documents = (1, len(DOCUMENTS) - 1) if packed else (2, 2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    of_all = batch, 37, MEMORIES, HEADS
+    tokens = {
+        "q": normal(batch, 37, 2 * HEADS, KEYS),
+        "k": normalize(normal(*of_all, KEYS), dim=-1),
+        "v": normal(*of_all, VALUES),
+        "beta": 2 * normal(*of_all).sigmoid(),
+        "log_decay": -normal(*of_all).abs(),
+        "memories": normal(batch, 37, 3).argsort(-1)[..., :2],
+    }
+    fixed = {"initial_state": normal(documents, MEMORIES * HEADS, KEYS, VALUES)}
+    grad = normal(batch, 37, 2, 2 * HEADS, VALUES)
+    return tokens, fixed, grad, results(literal, tokens, fixed, grad, bounds=DOCUMENTS if packed else None)
+
+
+def routed(**given: Any) -> Any:
+    return routed_delta_rule(**given, output_final_state=True, chunk_size=4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_memory_by_itself(cut: str, packed: bool) -> None:
+    tokens, fixed, grad, wanted = case(packed)
+    assert_same(cut_results(routed, tokens, fixed, grad, CUTS[cut], DOCUMENTS if packed else None), wanted)
+
+
+def test_all_memories_as_heads_are_the_same() -> None:
+    tokens, fixed, grad, wanted = case(False)
+    assert_same(results(lambda **given: routed(**given, scan="heads"), tokens, fixed, grad), wanted)
+    on_meta = {name: x.to("meta") for name, x in {**tokens, **fixed}.items()}
+    assert [x.shape for x in routed(**on_meta)] == [x.shape for x in routed(**tokens, **fixed)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"memories": torch.zeros(2, 37, 2, dtype=torch.int64)}, "different memories below 4"),
+        ({"memories": torch.full((2, 37, 1), 4)}, "different memories below 4"),
+        ({"memories": torch.zeros(2, 37, 1)}, "int64"),
+        ({"initial_state": torch.zeros(2, 4, KEYS, VALUES)}, "4 x 2 heads"),
+        ({"k": torch.ones(2, 37, HEADS, KEYS)}, "M, H"),
+        ({"q": torch.ones(2, 37, 3, KEYS, dtype=torch.float64)}, "divide its heads"),
+    ],
+)
+def test_mistakes_are_value_errors(wrong: dict[str, Tensor], words: str) -> None:
+    tokens, fixed, *_ = case(False)
+    with pytest.raises(ValueError, match=words):
+        routed(**{**tokens, **fixed, **wrong})
+
+
+def router_gradients(x: Tensor, balance: float, lengths: tuple[int, ...]) -> Tensor:
+    """What the router of a layer gets from the sum of its output, over ranks that hold so many tokens of x each."""
+
+    torch.manual_seed(0)
+    whole = MixtureOfMemories(16, 2, balance=balance).double()
+
+    def rank(group: lasp.SequenceGroup) -> Tensor:
+        mixer, start = deepcopy(whole), sum(lengths[: group.rank])
+        y, _ = mixer(x[:, start : start + lengths[group.rank]], cut=lasp.Cut(group, lengths))
+        return torch.autograd.grad(y.sum(), mixer.router.weight)[0]
+
+    return torch.stack(run(len(lengths), rank)).sum(0)
+
+
+@pytest.mark.parametrize("lengths", [(11,), (2, 0, 6, 3)])
+def test_the_routers_balance_is_that_of_the_whole_sequence(lengths: tuple[int, ...]) -> None:
+    x = torch.randn(2, 11, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = router_gradients(x, 0.5, lengths) - router_gradients(x, 0.0, lengths)
+    torch.manual_seed(0)
+    weight = MixtureOfMemories(16, 2).double().router.weight
+    scores = (x @ weight.T).softmax(-1)
+    share = one_hot(scores.topk(2).indices, 4).sum(2).double().mean((0, 1))
+    (wanted,) = torch.autograd.grad(0.5 * 4 * (share * scores.mean((0, 1))).sum(), weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_padding_does_not_count_in_the_balance() -> None:
+    scores = torch.rand(2, 7, 4, dtype=torch.float64).softmax(-1)
+    chosen, mask = scores.topk(2).indices, torch.arange(7) < 5
+    alone, padded = (
+        router_balance(ALONE, *parts) for parts in ((scores[:, :5], chosen[:, :5]), (scores, chosen, mask.expand(2, 7)))
+    )
+    torch.testing.assert_close(padded, alone)
+    even = torch.full((1, 4, 4), 0.25), torch.arange(4).view(1, 4, 1)
+    assert router_balance(ALONE, *even).item() == pytest.approx(1)
