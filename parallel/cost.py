@@ -6,7 +6,8 @@
     choose(there, back, sizes, wires)       the scan that takes least over the links of both ways
 
 A message leaves when all that its sender is sent in earlier steps has arrived; messages to several ranks share their
-sender's port, as TCP's do, and each arrives a latency behind its last byte (Hockney's alpha-beta, 1994, with ports).
+sender's port, as TCP's do, and each arrives a latency behind its last byte (Hockney's alpha-beta, 1994, with ports). Of
+a latency the share that is Python's keeps the port, as the overhead of LogP does (Culler and others, 1993).
 What everyone is sent by one collective passes along a ring of all ranks: W - 1 messages one behind the other, each a
 hop behind its last byte.
 """
@@ -107,11 +108,13 @@ class _Traffic:
         port = self.ports[rank]
         port.rank = rank
         for message in port.advance(now):
-            self._plan(now + self._wire(message).latency, message)
+            wire = self._wire(message)
+            self._plan(now + wire.latency - wire.overhead, message)
         ready = min(self.missing[rank], default=math.inf)  # what goes ahead of this step or in it waits for nothing
         for line in port.lines.values():
             if line and line[0].step <= ready and line[0] not in port.moving:
-                port.moving[line[0]] = self.sizes.of(line[0]) / self._wire(line[0]).bandwidth
+                wire = self._wire(line[0])
+                port.moving[line[0]] = wire.overhead + self.sizes.of(line[0]) / wire.bandwidth
         if port.moving:
             self._plan(now + min(port.moving.values()) * len(port.moving), port, port.version)
 
@@ -150,7 +153,7 @@ def choose(there: Links, back: Links, sizes: Sizes, wires: Wires) -> Scan:
 
     A gather unless another takes a tenth less: one message, which is on its way for as long as there is to compute.
     """
-    found = {scan: _round_trip(scan, there, back, sizes, wires) for scan in _candidates(there, sizes)}
+    found = {scan: _round_trip(scan, there, back, sizes, wires) for scan in _candidates(there, sizes, wires)}
     gather, best = found[Gather()], min(found, key=found.__getitem__)
     chosen = best if found[best] < WORTH * gather else Gather()
     if gather:
@@ -171,14 +174,14 @@ def _announced(what: str, chosen: str, case: str) -> Iterator[int]:
     return count()
 
 
-def _candidates(links: Links, sizes: Sizes) -> Iterator[Scan]:
+def _candidates(links: Links, sizes: Sizes, wires: Wires) -> Iterator[Scan]:
     for kind in SCANS.values():
         scan = kind()
         try:
             scan.check(links.size, links.node_size)
         except ValueError:
             continue
-        yield scan.fitted(links, sizes)
+        yield scan.fitted(links, sizes, wires)
 
 
 def _round_trip(scan: Scan, there: Links, back: Links, sizes: Sizes, wires: Wires) -> float:

@@ -169,7 +169,8 @@ class Exchange:
 
     def _steps(self, maps: Sequence[Map], monoid: Monoid, direction: Direction, keep: list[int]) -> Steps:
         sizes = sizes_of(maps[0], monoid, self.scan.wire)
-        scan = self.scan.fitted(self._back if direction.reverse else self._there, sizes)
+        links = self._back if direction.reverse else self._there
+        scan = self.scan.fitted(links, sizes, self.group.wires)
         schedule = self._schedule(scan, direction)
         if schedule.messages:
             received = schedule.received(self.plan.rank, sizes)

@@ -27,6 +27,7 @@ from lasp.kernels.chunks import ceil_div
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.remembered import remembered
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
+from lasp.parallel.wires import Wires
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Scan(ABC):
     def messages(self, links: Links) -> Iterable[Message]:
         """What is sent. A message from a rank to itself goes without saying."""
 
-    def fitted(self, links: Links, sizes: Sizes) -> Scan:
-        """With every option that follows from the links and the bytes; the same on every rank."""
+    def fitted(self, links: Links, sizes: Sizes, wires: Wires) -> Scan:
+        """With every option that follows from the links, the bytes and the wires; the same on every rank."""
         return self
 
     def schedule(self, links: Links) -> Schedule:
@@ -145,14 +146,27 @@ class Pipeline(Scan):
         if self.blocks is not None:
             check_integer("blocks", self.blocks, 1)
 
-    def fitted(self, links: Links, sizes: Sizes) -> Pipeline:
-        """As many as make the last block arrive first, where a message costs as much as 256 KiB of its bytes."""
-        hops = Ring().schedule(links).steps
-        best = round(math.sqrt(max(hops - 1, 0) * sizes.state / 2**18)) if self.blocks is None else self.blocks
-        return Pipeline(max(1, min(best, sizes.rows)))
+    def fitted(self, links: Links, sizes: Sizes, wires: Wires) -> Pipeline:
+        """As many blocks as let the last arrive first, by the model of `cost.py`."""
+        return Pipeline(max(1, min(self.blocks or _best_blocks(links, sizes, wires), sizes.rows)))
 
     def messages(self, links: Links) -> Iterator[Message]:
         return _hops(links, self.blocks or 1)
+
+
+@remembered
+def _best_blocks(links: Links, sizes: Sizes, wires: Wires) -> int:
+    """Where every block of n takes a slowest hop's overhead and an n-th of a state's way, `hops + n - 1` of them take
+    least for n² = (hops - 1)·way / overhead, but for blocks of whole rows."""
+    ring = Ring().schedule(links)
+    hops = {wires.between(m.source, m.target, links.node_size) for m in ring.messages}
+    overhead, way = max(((w.overhead, sizes.state / w.bandwidth) for w in hops), key=sum, default=(0.0, 0.0))
+    if ring.steps < 2:
+        return 1
+    best = max(1, int(math.sqrt((ring.steps - 1) * way / max(overhead, 1e-9))))
+    lengths = {ceil_div(sizes.rows, best), ceil_div(sizes.rows, best + 1), max(1, sizes.rows // (best + 1))}
+    taken = {ceil_div(sizes.rows, n): overhead + way * n / sizes.rows for n in sorted(lengths)}
+    return min(taken, key=lambda blocks: (ring.steps + blocks - 1) * taken[blocks])
 
 
 def _hops(links: Links, blocks: int) -> Iterator[Message]:

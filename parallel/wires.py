@@ -19,6 +19,11 @@ class Wire(NamedTuple):
     bandwidth: float
     hop: float
 
+    @property
+    def overhead(self) -> float:
+        """Seconds of a message's latency that are Python's: messages of a rank take them one after the other."""
+        return max(self.latency - self.hop, 0.0)
+
 
 class Wires(NamedTuple):
     """The wire between two ranks of a node, and that between ranks of different nodes."""

@@ -46,7 +46,7 @@ def _cell(group: lasp.SequenceGroup, mib: int, told: dict[str, Any], wires: Wire
     heads = (mib << 20) // (4 * KEY_DIM * VALUE_DIM)
     own = Segment(torch.full((1, heads, KEY_DIM, 1), 0.5), torch.ones(1, heads, KEY_DIM, VALUE_DIM))
     links, sizes = Links.of(plan, group.size), sizes_of(own, Affine())
-    scans = {name: check_scan(name).fitted(links, sizes) for name in told["scans"]}
+    scans = {name: check_scan(name).fitted(links, sizes, wires) for name in told["scans"]}
     run: dict[str, Contestant] = {
         name: partial(_exchange, Exchange(scan, plan, group, keeps=False), own) for name, scan in scans.items()
     }

@@ -40,6 +40,24 @@ def test_formulas(ranks: int) -> None:
     assert steps * (a + state) <= cost(Doubling(), ranks) <= steps * (a + steps * whole)
 
 
+@pytest.mark.parametrize("wire", [Wire(3e-4, 1e9, 6e-5), Wire(1e-3, 1.25e8, 2e-4), Wire(3e-5, 4.5e11, 3e-6)])
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+def test_the_pipeline_has_as_many_blocks_as_are_best(ranks: int, wire: Wire) -> None:
+    """Of all numbers of blocks none is predicted to take less."""
+    sizes, wires = Sizes(1 << 22, 0, 128), Wires(wire, wire)
+    fitted = Pipeline().fitted(links(ranks), sizes, wires)
+    everyone = min(cost(Pipeline(blocks), ranks, sizes, wires) for blocks in range(1, 65))
+    assert cost(fitted, ranks, sizes, wires) < 1.01 * everyone
+
+
+def test_a_node_s_wires_do_not_count_where_a_hop_leaves_it() -> None:
+    """The slowest hop is what blocks wait for."""
+    fast, slow, sizes = Wire(1e-5, 1e12, 1e-6), Wire(1e-3, 1e8, 1e-4), Sizes(1 << 22, 0, 128)
+    there = Links.of(make_plan((4,) * 8, 0, "contiguous", None), 8, node_size=4)
+    assert Pipeline().fitted(there, sizes, Wires(fast, slow)) == Pipeline().fitted(links(8), sizes, Wires(slow, slow))
+    assert Pipeline().fitted(links(8), sizes, Wires(fast, slow)) != Pipeline().fitted(there, sizes, Wires(fast, slow))
+
+
 @pytest.mark.parametrize("scan", SCANS)
 def test_one_rank_waits_for_nobody(scan: str) -> None:
     assert cost(SCANS[scan](), 1) == 0

@@ -25,6 +25,7 @@ from lasp.parallel.layout import Link, Plan, make_plan
 from lasp.parallel.monoid import Affine, LogSums
 from lasp.parallel.scan import SCANS, Auto, Doubling, Gather, Pipeline, Ring, Scan, ScanName, TwoLevel, check_scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
+from lasp.parallel.wires import PROCESSES
 from tests.simulated import run
 
 CONTIGUOUS, ZIGZAG, EIGHT = (0, 1, 2, 3), (0, 1, 2, 2, 1, 0), tuple(range(8))
@@ -253,9 +254,9 @@ def test_nodes_are_equal_and_of_consecutive_ranks() -> None:
 
 def test_the_pipeline_takes_no_more_blocks_than_rows() -> None:
     links = links_of(tuple(range(8)))
-    assert Pipeline(64).fitted(links, SIZES) == Pipeline(10)
-    assert Pipeline().fitted(links, SIZES) == Pipeline(1)
-    assert Pipeline().fitted(links, Sizes(2**22, 0, 128)) == Pipeline(10)
+    assert Pipeline(64).fitted(links, SIZES, PROCESSES) == Pipeline(10)
+    assert Pipeline().fitted(links, SIZES, PROCESSES) == Pipeline(1)
+    assert Pipeline().fitted(links_of((0, 1)), Sizes(2**22, 0, 128), PROCESSES) == Pipeline(1), "one hop"
     blocks = [SIZES._replace(rows=4).of(Message(0, 0, 1, 0, 1, block=i, blocks=3)) for i in range(3)]
     assert blocks == [500, 250, 250]
 
