@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,37 @@ from lasp.kernels.inputs import Gradients, Inputs
 from lasp.kernels.recurrence import Recurrence
 
 
+class Ahead(NamedTuple):
+    """What is known of the output before the states are, in fp32: what queries see inside their chunk, [B, T, HO, V],
+    and of the delta family what reads the entering state for each, [B, T, HO, K]: the query less what was erased."""
+
+    output: Tensor
+    readers: Tensor | None
+
+
 class TritonRecurrence(Recurrence):
     """On a GPU."""
 
     def states(self, inputs: Inputs) -> States:
         return States(Arranged(inputs, self, processors(inputs.q.device)))
 
-    def inside(self, inputs: Inputs, chain: States) -> Tensor | None:
-        """The output of attention within chunks, in fp32; None without a mask, and for the delta family, where what
-        tokens write is known when the state is."""
-        return self._attend(chain, None, None, torch.float32) if self.causal and inputs.beta is None else None
+    def inside(self, inputs: Inputs, chain: States) -> Ahead | None:
+        """What attention within chunks gives where no state enters them; None without a mask."""
+        own = chain.own
+        if not self.causal:
+            return None
+        if own.solved is None:
+            return Ahead(self._attend(chain, None, None, torch.float32), None)
+        seen = operators.attend(own.q, own.k, own.solved.written, None, None, own.setting, True, torch.float32)
+        return Ahead(seen, _readers(own, own.solved))
 
-    def read_out(self, inputs: Inputs, entered: States, inside: Tensor | None) -> Tensor:
-        return self._attend(entered, entered.states, inside, inputs.v.dtype)
+    def read_out(self, inputs: Inputs, entered: States, inside: Ahead | None) -> Tensor:
+        if inside is None or inside.readers is None:
+            return self._attend(entered, entered.states, None if inside is None else inside.output, inputs.v.dtype)
+        own, plain = entered.own, entered.own.setting._replace(sums=None, scale=1.0)
+        before, states = inside.output, entered.states
+        output: Tensor = operators.attend(inside.readers, own.k, own.v, states, before, plain, False, inputs.v.dtype)
+        return output
 
     def forward(self, inputs: Inputs, incoming: list[Tensor | None]) -> tuple[Tensor, States]:
         chain = self.states(inputs)
@@ -54,6 +74,17 @@ class TritonRecurrence(Recurrence):
         own, inside = chain.own, self.causal and before is None
         output: Tensor = operators.attend(own.q, own.k, chain.values, states, before, own.setting, inside, dtype)
         return output
+
+
+def _readers(own: Arranged, solved: Solved) -> Tensor:
+    """`scale·(Q' - P·W)`, with the queries decayed from their chunk's start, and P what they see of its keys."""
+    setting, heads = own.setting, max(own.setting.heads, own.q.shape[2])
+    queries = own.q.repeat_interleave(heads // own.q.shape[2], 2).float() * setting.scale
+    if setting.sums is not None:
+        queries.mul_(setting.sums.exp().repeat_interleave(heads // setting.sums.shape[2], 2))
+    erased = setting._replace(scale=-setting.scale)
+    readers: Tensor = operators.attend(own.q, own.k, solved.erased, None, queries, erased, True, torch.float32)
+    return readers
 
 
 def gradients(entered: States, grad: Tensor | None, adjoint: Adjoint | None) -> Gradients:
