@@ -145,6 +145,50 @@ def softmax_attention(
     return torch.einsum("bhti,bihv->bthv", columns.softmax(-1)[..., :-1], v)
 
 
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    *,
+    window: int,
+    window_factor: Tensor | None = None,
+    relative: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> Tensor:
+    """Every token's weights for all tokens before it: `w·exp(s - m)` in the window, `phi(q)·phi(k)` for older ones; the
+    output is their weighted mean of the values (LoLCATs, arXiv:2410.10254, section 3.2).
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], phi_q [B, T, Hf, F], phi_k [B, T, Hg, F]; window: the token
+    itself and the window - 1 before it; window_factor w [H]; m: the largest score s = scale·q·k in the window if
+    `relative`, else 0; key_mask [B, T]: False gives a weight of 0. Returns the output [B, T, H, V], 0 where all weights
+    are 0.
+    """
+    heads = max(x.shape[2] for x in (q, k, v, phi_q, phi_k))
+    q, k, v, phi_q, phi_k = (repeat_heads(x, heads) for x in (q, k, v, phi_q, phi_k))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.new_ones(heads) if window_factor is None else window_factor
+    shown = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+
+    outputs = []
+    for start, stop in pairwise([0, q.shape[1]] if cu_seqlens is None else cu_seqlens):
+        for t in range(start, stop):
+            first = max(start, t - window + 1)
+            scores = scale * torch.einsum("bhk,bihk->bhi", q[:, t], k[:, first : t + 1])
+            seen = shown[:, None, first : t + 1]
+            top = scores.masked_fill(~seen, -1e30).amax(-1, keepdim=True) if relative else 0
+            near = factor.unsqueeze(-1) * (scores - top).masked_fill(~seen, -torch.inf).exp()
+            older = torch.einsum("bhf,bihf->bhi", phi_q[:, t], phi_k[:, start:first]) * shown[:, None, start:first]
+            weights = torch.cat([older, near], -1)
+            total = weights.sum(-1, keepdim=True)
+            mean = weights / torch.where(total == 0, 1, total)
+            outputs.append(torch.einsum("bhi,bihv->bhv", mean, v[:, start : t + 1]))
+    return torch.stack(outputs, 1) if outputs else v[:, :0]
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lasp.functional import causal_conv1d, delta_rule, linear_attention, softmax_attention
+from lasp.functional import causal_conv1d, delta_rule, hybrid_attention, linear_attention, softmax_attention
 from lasp.kernels.backend import backend_report
 from lasp.memory.checkpoints import checkpoint_activations
 from lasp.memory.fused_loss import fuse_loss
@@ -37,6 +37,7 @@ __all__ = [
     "data_parallel",
     "delta_rule",
     "fuse_loss",
+    "hybrid_attention",
     "init_mesh",
     "linear_attention",
     "linear_cross_entropy",

@@ -66,11 +66,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Operations ---------------------------------------------------------------------------------------------------------
 
-_FULL = ("log_decay", "beta", "initial_state", "sinks")  # fp32 beside half precision
+_FULL = ("log_decay", "beta", "initial_state", "sinks", "window_factor")  # fp32 beside half precision
 _RANGES: dict[str, Callable[[Tensor], Tensor]] = {  # of uniform values in [0, 1)
     "k": lambda x: (2 * x - 1) * x.shape[-1] ** -0.5,  # never longer than 1, in whatever layout
     "log_decay": lambda x: -x,
     "beta": lambda x: 2 * x,
+    "phi_q": lambda x: x,
+    "phi_k": lambda x: x,
+    "window_factor": lambda x: x + 0.1,
     "labels": lambda x: (V * x).long(),
     "key_mask": lambda x: x > 0.3,
 }
@@ -153,6 +156,12 @@ OPERATIONS: dict[str, Operation] = {
         partial(lasp.softmax_attention, softcap=2.0, causal=False),
         partial(reference.softmax_attention, softcap=2.0, causal=False),
         _TOKENS,
+    ),
+    "hybrid_attention": Operation(
+        partial(lasp.hybrid_attention, window=5),
+        partial(reference.hybrid_attention, window=5),
+        _TOKENS | {"phi_q": (B, T, H, N), "phi_k": (B, T, H, N), "window_factor": (H,), "key_mask": (B, T)},
+        whole=("window_factor",),
     ),
     "causal_conv1d": Operation(
         partial(lasp.causal_conv1d, activation="silu", output_final_state=True),

@@ -2,6 +2,7 @@
 
 from lasp.functional.conv import causal_conv1d
 from lasp.functional.delta import delta_product, delta_rule
+from lasp.functional.hybrid import hybrid_attention
 from lasp.functional.linear import linear_attention
 from lasp.functional.logcumsumexp import logcumsumexp
 from lasp.functional.memories import routed_delta_rule
@@ -11,6 +12,7 @@ __all__ = [
     "causal_conv1d",
     "delta_product",
     "delta_rule",
+    "hybrid_attention",
     "linear_attention",
     "logcumsumexp",
     "routed_delta_rule",

@@ -23,7 +23,7 @@ TENSORS = {
     "other device": torch.ones(2, 24, 2, 8, device="meta"),
 }
 """None of them fits where an operation wants a tensor; nor does None, where it needs one."""
-OPTIONAL = ("log_decay", "initial_state", "sinks", "key_mask", "bias")
+OPTIONAL = ("log_decay", "initial_state", "sinks", "key_mask", "bias", "window_factor")
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "scale": ("x", True, float("nan"), [1.0], torch.ones(2), 1j, torch.ones((), requires_grad=True)),
     "softcap": ("x", False, float("inf"), 0.0, -1.0, (2.0,)),
@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "causal": ("yes", 1, None, torch.tensor(True)),
     "output_final_state": ("no", 0, None),
     "exclusive": ("no", 0, None),
+    "relative": ("no", 0, None),
     "cu_seqlens": (
         8, 24.0, "24", torch.tensor(24), torch.tensor([0.0, 24.0]), torch.tensor([[0, 24]]), [0, 12.0, 24], [False, 24],
         torch.tensor([0, 24], device="meta"), numpy.array([0.0, 24.0]), [], [0], [0, 25, 24], [-1, 24], [0, 23],
@@ -50,6 +51,7 @@ TAKES = {  # what each operation takes besides its tensors
     "linear_attention": (*RECURRENT, "causal"),
     "delta_rule": RECURRENT,
     "softmax_attention": ("scale", "softcap", "window", "causal", "cu_seqlens", "method"),
+    "hybrid_attention": (*RECURRENT, "window", "relative"),
     "causal_conv1d": ("activation", "output_final_state", "cu_seqlens"),
     "logcumsumexp": ("exclusive", "output_final_state", "cu_seqlens", "scan"),
     "cross_entropy": ("ignore_index", "num_items"),
@@ -83,7 +85,7 @@ def wrong_values(operation: str, name: str) -> Iterator[Any]:
 def test_a_wrong_argument_is_one_line_with_its_name(operation: str, name: str) -> None:
     inputs: dict[str, Any] = Case(operation, "contiguous", torch.float32).inputs(0)
     if name == "cu_seqlens":  # of one sequence
-        inputs = {key: x[:1] if key not in ("weight", "bias") else x for key, x in inputs.items()}
+        inputs = {key: x[:1] if key not in ("weight", "bias", "window_factor") else x for key, x in inputs.items()}
     for value in wrong_values(operation, name):
         with pytest.raises(ValueError) as caught:
             OPERATIONS[operation].run(**{"group": None} | inputs | {name: value})
@@ -114,6 +116,7 @@ def test_no_tokens() -> None:
         "delta_rule",
         "softmax_attention",
         "softmax_attention masked",
+        "hybrid_attention",
         "causal_conv1d",
         "logcumsumexp",
     ):
