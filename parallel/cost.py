@@ -5,9 +5,7 @@
     rounds_seconds(rounds, size, wires)     of rounds of parcels, in which all ranks wait for one another
     choose(there, back, sizes, wires)       the scan that takes least over the links of both ways
 
-A message leaves when all that its sender is sent in earlier steps has arrived; messages to several ranks share their
-sender's port, as TCP's do, and each arrives a latency behind its last byte (Hockney's alpha-beta, 1994, with ports). Of
-a latency the share that is Python's keeps the port, as the overhead of LogP does (Culler and others, 1993).
+A message leaves when all that its sender is sent in earlier steps has arrived, and then shares ports (`traffic.py`).
 What everyone is sent by one collective passes along a ring of all ranks: W - 1 messages one behind the other, each a
 hop behind its last byte.
 """
@@ -15,17 +13,16 @@ hop behind its last byte.
 from __future__ import annotations
 
 import logging
-import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from heapq import heappop, heappush
 from itertools import count, groupby
 from typing import Any, NamedTuple
 
 from lasp.parallel.remembered import remembered
 from lasp.parallel.scan import SCANS, Gather, Scan
-from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
-from lasp.parallel.wires import Wire, Wires
+from lasp.parallel.schedule import EVERYONE, Links, Schedule, Sizes
+from lasp.parallel.traffic import Letter, Play, Traffic
+from lasp.parallel.wires import Wires
 
 _log = logging.getLogger(__name__)
 WORTH = 0.9
@@ -35,12 +32,24 @@ WORTH = 0.9
 @remembered
 def seconds(schedule: Schedule, sizes: Sizes, wires: Wires) -> float:
     """What a schedule takes from its start on all ranks until its last message has arrived."""
-    collective = [m for m in schedule.messages if m.target == EVERYONE]
-    if collective:
-        steps = groupby(collective, lambda m: m.step)
-        rounds = [tuple(Parcel(m.source, m.target, sizes.of(m)) for m in messages) for _, messages in steps]
-        return rounds_seconds(rounds, schedule.links.size, wires, schedule.links.node_size)
-    return _Traffic(schedule, sizes, wires).run()
+    traffic, ranks = Traffic(wires, schedule.links.node_size), schedule.links.size
+    play = Play(letters_of(schedule, sizes), gathers_of(schedule, sizes, wires), ranks, traffic)
+    for rank in range(ranks):
+        play.ready(rank)
+    return traffic.run()
+
+
+def letters_of(schedule: Schedule, sizes: Sizes) -> list[Letter]:
+    """The messages from one rank to another."""
+    return [Letter(m.step, m.source, m.target, sizes.of(m)) for m in schedule.messages if m.target != EVERYONE]
+
+
+def gathers_of(schedule: Schedule, sizes: Sizes, wires: Wires) -> list[float]:
+    """Seconds of its collectives, one behind the other."""
+    links, collective = schedule.links, [m for m in schedule.messages if m.target == EVERYONE]
+    steps = groupby(collective, lambda m: m.step)
+    rounds = [tuple(Parcel(m.source, m.target, sizes.of(m)) for m in messages) for _, messages in steps]
+    return [rounds_seconds([parcels], links.size, wires, links.node_size) for parcels in rounds]
 
 
 class Parcel(NamedTuple):
@@ -73,78 +82,6 @@ def _round_seconds(parcels: Round, size: int, wires: Wires, node_size: int | Non
         loads[source] += length / wire.bandwidth
         latencies[source] = max(latencies[source], wire.latency)
     return max(latencies[rank] + load for rank, load in loads.items())
-
-
-class _Traffic:
-    """The messages of a schedule on their way, event by event: those to one rank behind one another, those to several
-    side by side."""
-
-    def __init__(self, schedule: Schedule, sizes: Sizes, wires: Wires) -> None:
-        self.sizes, self.wires, self.node_size = sizes, wires, schedule.links.node_size
-        self.missing: dict[int, list[int]] = defaultdict(list)  # steps of what a rank has yet to be sent
-        self.ports: dict[int, _Port] = defaultdict(_Port)
-        self.events: list[tuple[float, int, Message | _Port, int]] = []  # an arrival, or a port that may be done
-        self.number = count()
-        for message in schedule.messages:
-            self.ports[message.source].lines[message.target].append(message)
-            self.missing[message.target].append(message.step)
-
-    def run(self) -> float:
-        """Seconds until the last arrival."""
-        now = 0.0
-        for rank in list(self.ports):
-            self._go_on(rank, now)
-        while self.events:
-            now, _, event, version = heappop(self.events)
-            if isinstance(event, Message):
-                self.missing[event.target].remove(event.step)
-                self._go_on(event.target, now)
-            elif event.version == version:
-                self._go_on(event.rank, now)
-        return now
-
-    def _go_on(self, rank: int, now: float) -> None:
-        """Let a port send on, now that something has left it or come to its rank."""
-        port = self.ports[rank]
-        port.rank = rank
-        for message in port.advance(now):
-            wire = self._wire(message)
-            self._plan(now + wire.latency - wire.overhead, message)
-        ready = min(self.missing[rank], default=math.inf)  # what goes ahead of this step or in it waits for nothing
-        for line in port.lines.values():
-            if line and line[0].step <= ready and line[0] not in port.moving:
-                wire = self._wire(line[0])
-                port.moving[line[0]] = wire.overhead + self.sizes.of(line[0]) / wire.bandwidth
-        if port.moving:
-            self._plan(now + min(port.moving.values()) * len(port.moving), port, port.version)
-
-    def _plan(self, time: float, event: Message | _Port, version: int = 0) -> None:
-        heappush(self.events, (time, next(self.number), event, version))
-
-    def _wire(self, message: Message) -> Wire:
-        return self.wires.between(message.source, message.target, self.node_size)
-
-
-class _Port:
-    """What a rank sends. lines: by target; moving: the heads that are under way, and what they lack in seconds of the
-    whole port."""
-
-    def __init__(self) -> None:
-        self.lines: dict[int, deque[Message]] = defaultdict(deque)
-        self.moving: dict[Message, float] = {}
-        self.rank = self.version = 0
-        self.since = 0.0
-
-    def advance(self, now: float) -> list[Message]:
-        """What has left by now."""
-        share = (now - self.since) / max(len(self.moving), 1)
-        self.since, self.version = now, self.version + 1
-        self.moving = {message: left - share for message, left in self.moving.items()}
-        gone = [message for message, left in self.moving.items() if left <= 1e-9 * share + 1e-15]
-        for message in gone:
-            del self.moving[message]
-            self.lines[message.target].popleft()
-        return gone
 
 
 @remembered
