@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lasp.launch.cli import Parser
 from lasp.launch.lock import holder
 from lasp.launch.outcome import Outcome
-from lasp.train.checkpoint import checkpoint_folder, checkpoint_step, list_checkpoints
+from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_step, list_checkpoints
 from lasp.train.metrics import read_metrics
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lasp.train.checkpoint import Checkpointer, Folders, checkpoint_path, delete_checkpoints
+from lasp.train.checkpoints.checkpointer import Checkpointer, Folders
+from lasp.train.checkpoints.folders import checkpoint_path, delete_checkpoints
 from lasp.train.data.batches import all_rows
 from lasp.train.engines import start_engine
 from lasp.train.engines.engine import Engine
@@ -137,7 +138,7 @@ class Trainer:
             yield result
             stopped = stop is not None and self.ranks.any(stop())
             if stopped or self._due(config.save_every or config.steps):
-                self.checkpoints.save(self.steps_done, self.engine)
+                self.checkpoints.save(self.steps_done, self.engine, stopped or self.steps_done == config.steps)
 
     def _due(self, every: int) -> bool:
         return self.steps_done % every == 0 or self.steps_done == self.run.config.steps

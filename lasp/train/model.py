@@ -57,10 +57,14 @@ class ModelPlan:
             model = self._from_scratch() if self.weights is None else self._pretrained(self.weights)
             return self._adapted(model.to(dtype)).train()
 
+    def skeleton(self) -> Any:
+        """The model without memory for its weights."""
+        with torch.device("meta"):
+            return self._adapted(self._from_scratch())
+
     def _check(self) -> None:
         try:
-            with torch.device("meta"):
-                model = self._adapted(self._from_scratch())
+            model = self.skeleton()
         except Exception as error:  # torch, transformers and peft have their own ways to reject sizes
             told = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"no model can be built of {type(self.config).__name__}: {told}") from error

@@ -1,6 +1,7 @@
 """A run that was checked as far as one process can check it: what remains is to train."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ import numpy as np
 import torch
 
 from lasp.parallel.group import SequenceGroup
-from lasp.train.checkpoint import check_checkpoint, checkpoint_step, find_checkpoint
+from lasp.train.checkpoints.comparison import check_checkpoint
+from lasp.train.checkpoints.folders import checkpoint_step
+from lasp.train.checkpoints.manifest import Manifest
+from lasp.train.checkpoints.search import find_checkpoint
 from lasp.train.config import TrainConfig
 from lasp.train.data.batches import Batches, Data, Share, shares
 from lasp.train.data.corpus import Corpus, build_corpus
@@ -51,10 +55,11 @@ class Run:
     """Where to resume, None to start from scratch."""
 
     @classmethod
-    def prepare(cls, config: TrainConfig, tell: Tell | None = None) -> Self:
+    def prepare(cls, config: TrainConfig, tell: Tell | None = None, look: bool = True) -> Self:
         """Check everything that needs no other rank, and tokenize the corpora unless that was done before.
 
         tell: given by the process that does so for others, which also reads the tokens once to compare their checksum.
+        look: whether to compare the checksums of the checkpoint; another rank does where this one does not.
         ValueError for a model that cannot be, an engine that is not there, an unreadable or too short corpus, a
         checkpoint that is missing, of another model or at the end of the run already, and for an output folder that
         holds another run or cannot be written.
@@ -62,7 +67,7 @@ class Run:
         check_engine(config)
         tokenizer = load_tokenizer(config.tokenizer)
         model = ModelPlan.make(config.model, config.lora, tokenizer)
-        checkpoint = find_checkpoint(config)
+        checkpoint = find_checkpoint(config, tell or logging.getLogger(__name__).warning, look)
         if checkpoint is not None:
             check_checkpoint(checkpoint, model.config, config)
             if checkpoint_step(checkpoint) >= config.steps:
@@ -82,7 +87,7 @@ class Run:
         run, error = cls._attempt(config, tell) if everyone.rank == 0 else (None, None)
         everyone.agree("preparing the run on rank 0", {}, error).wait()
         if everyone.rank != 0:
-            run, error = cls._attempt(config, None)
+            run, error = cls._attempt(config, None, look=False)
         everyone.agree("preparing the run", run._fingerprint() if run else {}, error).wait()
         assert run is not None  # or there was an error, and everyone has raised it
         return run
@@ -113,10 +118,10 @@ class Run:
         return hashlib.sha256(" ".join(told).encode()).hexdigest()[:16]
 
     @classmethod
-    def _attempt(cls, config: TrainConfig, tell: Tell | None) -> tuple[Self | None, str | None]:
+    def _attempt(cls, config: TrainConfig, tell: Tell | None, look: bool = True) -> tuple[Self | None, str | None]:
         """The run, or why there is none."""
         try:
-            return cls.prepare(config, tell), None
+            return cls.prepare(config, tell, look), None
         except (ValueError, OSError) as error:
             return None, str(error)
 
@@ -127,6 +132,7 @@ class Run:
             "tokens (by their checksum)": self.tokens,
             "held out": " ".join(data.corpus.checksum for data in self.validation),
             "checkpoint": self.checkpoint.name if self.checkpoint else None,
+            "its manifest": Manifest.read(self.checkpoint).sha256[:8] if self.checkpoint else None,
         }
 
 

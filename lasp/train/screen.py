@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lasp.kernels.backend import backend_report
-from lasp.train.checkpoint import check_checkpoint
+from lasp.train.checkpoints.comparison import check_checkpoint
 from lasp.train.data.batches import Data
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run

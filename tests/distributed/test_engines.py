@@ -13,7 +13,8 @@ from mpi4py import MPI
 from torch.distributed.tensor import DTensor
 
 from lasp.parallel.group import SequenceGroup
-from lasp.train.checkpoint import Folders, checkpoint_path
+from lasp.train.checkpoints.checkpointer import Folders
+from lasp.train.checkpoints.folders import checkpoint_path
 from lasp.train.config import DataConfig, LoraConfig, MemoryConfig, OptimizerConfig, TrainConfig
 from lasp.train.engines import start_engine
 from lasp.train.loop import Trainer, train

@@ -1,19 +1,17 @@
 """Training on one device, and the checkpoints it leaves and resumes from."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import shutdown
-from lasp.train.checkpoint import checkpoint_folder, list_checkpoints
+from lasp.train.checkpoints.folders import checkpoint_folder, list_checkpoints
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.metrics import read_metrics
@@ -69,11 +67,6 @@ def saved(text, tmp_path_factory) -> Run:
     return replace(Run.prepare(config), checkpoint=trained(config).checkpoint)
 
 
-def blank(run: Run) -> Trainer:
-    """A trainer of the same run that has done nothing."""
-    return Trainer.start(replace(run, checkpoint=None), Ranks.join(run.config))
-
-
 def trained(config: TrainConfig) -> Summary:
     return train(Run.prepare(config), Ranks.join(config))
 
@@ -88,7 +81,9 @@ def test_loss_falls_and_everything_lies_where_the_summary_says(config):
     assert summary.losses[-1] < 3.5
     assert [metrics.loss for metrics in read_metrics(summary.metrics)] == summary.losses
     assert summary.plot.read_bytes().startswith(b"\x89PNG")
-    assert {"config.json", "model.safetensors", "training.pt", "run.json"} <= set(os.listdir(summary.checkpoint))
+    assert {"config.json", "model.safetensors", "state", "run.json", "manifest.json"} <= set(
+        os.listdir(summary.checkpoint)
+    )
     text = sample(
         summary.checkpoint, Run.prepare(replace(config, output=config.output + "2")).tokenizer, SampleConfig("To be")
     )
@@ -142,116 +137,6 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_fields_that_differ(co
         Run.prepare(replace(other, resume="nowhere"))
 
 
-def test_weights_that_do_not_fit_their_own_configuration_are_refused(config):
-    saved = trained(config).checkpoint
-    written = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps({**written, "intermediate_size": 96}))
-    wider = replace(
-        config,
-        output=config.output + "2",
-        resume=str(saved),
-        steps=9,
-        model={**MODEL, "intermediate_size": 96},
-        allow_change=True,
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"6 tensors differ: .*gate_proj.weight is \(64, 32\) float32 there and \(96, 32\) float32 here",
-    ):
-        trained(wider)
-
-
-NORM = "model.norm.weight"
-
-
-def damage(path: Path, change: Callable[[dict], object]) -> None:
-    """Change what a training.pt holds."""
-    training = torch.load(path, weights_only=True)
-    change(training)
-    torch.save(training, path)
-
-
-def moments(value: Callable[[torch.Tensor], object]) -> Callable[[dict], object]:
-    """A change of every first moment."""
-
-    def change(training: dict) -> None:
-        for state in training["optimizer"].values():
-            state["exp_avg"] = value(state["exp_avg"])
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (moments(lambda _: torch.zeros(3)), r"exp_avg is \(3,\) float32 there and \(257, 32\) float32 here"),
-        (moments(lambda m: m.double()), r"exp_avg is \(257, 32\) float64 there"),
-        (moments(lambda m: m[..., :-1]), r"exp_avg is \(257, 31\) float32 there"),
-        (moments(lambda m: m.to_sparse()), "exp_avg is torch.sparse_coo on cpu there"),
-        (moments(lambda m: m.to("meta")), "exp_avg is torch.strided on meta there"),
-        (moments(lambda _: "text"), "exp_avg is a str there"),
-        (lambda t: t["optimizer"].pop(NORM), r"3 tensors differ: model.norm.weight: exp_avg is None there"),
-        (lambda t: t["optimizer"][NORM].update(max=torch.zeros(2)), r"1 tensors differ: .*: max is \(2,\) float32"),
-        (lambda t: t["optimizer"][NORM].update(step=torch.zeros(2)), r": step is \(2,\) float32 there"),
-        (lambda t: t["optimizer"].update(other=t["optimizer"].pop(NORM)), "6 tensors differ"),
-        (lambda t: t["optimizer"].update({NORM: []}), "is not the training state of a checkpoint"),
-        (lambda t: t.update(optimizer=[]), "is not the training state of a checkpoint"),
-        (lambda t: t.pop("optimizer"), "is not the training state of a checkpoint"),
-        (lambda t: t.update(step="six"), "is not the training state of a checkpoint"),
-        (lambda t: t.update(step=4), "is of step 4, its folder of step 6"),
-        (lambda t: t.update(step=-6), "is of step -6, its folder of step 6"),
-    ],
-)
-def test_a_training_state_of_something_else_is_refused_before_any_of_it_is_loaded(saved, tmp_path, change, said):
-    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
-    damage(tmp_path / "step-000006" / "training.pt", change)
-    trainer = blank(saved)
-    before = {name: value.clone() for name, value in trainer.engine.model.state_dict().items()}
-    with pytest.raises(ValueError, match=said) as caught:
-        trainer.checkpoints.load(tmp_path / "step-000006", trainer.engine)
-    assert "step-000006" in str(caught.value)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.engine.model.state_dict().items())
-    assert not trainer.engine.optimizers[0].state
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "config.json"])
-@pytest.mark.parametrize("content", [None, b"", b"\0" * 200, b"half"])
-def test_a_damaged_file_is_one_line_that_names_it(saved, tmp_path, name, content):
-    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
-    path = tmp_path / "step-000006" / name
-    whole = path.read_bytes()
-    path.unlink()
-    if content is None:
-        os.mkfifo(path)  # whoever opened it would wait
-    else:
-        path.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
-    trainer = blank(saved)
-    with pytest.raises(ValueError, match=name) as caught:
-        trainer.checkpoints.load(tmp_path / "step-000006", trainer.engine)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bfloat16])
-def test_weights_of_another_dtype_are_refused(saved, tmp_path, dtype):
-    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
-    path = tmp_path / "step-000006" / "model.safetensors"
-    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
-    trainer = blank(saved)
-    told = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=rf"24 tensors differ: .*\) {told} there and .*\) float32 here"):
-        trainer.checkpoints.load(tmp_path / "step-000006", trainer.engine)
-
-
-def test_moments_with_other_strides_take_those_of_their_parameters(saved, tmp_path):
-    shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
-    path = tmp_path / "step-000006" / "training.pt"
-    damage(path, moments(lambda m: m.t().contiguous().t() if m.dim() == 2 else m))  # other strides, same values
-    trainer = blank(saved)
-    assert trainer.checkpoints.load(tmp_path / "step-000006", trainer.engine) == 6
-    for parameter, state in trainer.engine.optimizers[0].state.items():
-        assert state["exp_avg"].stride() == parameter.stride()
-
-
 @pytest.mark.parametrize(
     "name", [f".step-000004.{os.getpid()}", ".step-000002.1", ".step-1234567.77"], ids=["own", "other", "long"]
 )
@@ -302,16 +187,6 @@ def test_only_weight_matrices_decay(mixer):
     assert all(name.endswith(".weight") for name in matrices)
     assert all(name.endswith(("norm.weight", "A_log", "dt_bias", ".D", ".bias", "layernorm.weight")) for name in others)
     assert sorted(matrices + others) == sorted(names.values())
-
-
-def test_a_failed_save_leaves_no_checkpoint(config, monkeypatch):
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        trained(config)
-    assert os.listdir(checkpoint_folder(config.output)) == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from lasp.launch import cli
 from lasp.launch.data import main as main_data
@@ -200,17 +199,19 @@ def test_help_has_the_text_of_every_field(capsys):
         assert text in told
 
 
-def test_a_crafted_checkpoint_is_one_line(recipe, tmp_path, capsys):
-    assert main([recipe]) == 0
-    path = tmp_path / "run" / "checkpoints" / "step-000004" / "training.pt"
-    training = torch.load(path, weights_only=True)
-    for state in training["optimizer"].values():
-        state["exp_avg"] = torch.zeros(3)
-    torch.save(training, path)
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(recipe, tmp_path, capsys):
+    assert main([recipe, "--save_every=2"]) == 0
+    shard = tmp_path / "run" / "checkpoints" / "step-000004" / "state" / "rank-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
     capsys.readouterr()
-    assert main([recipe, "--steps=8", "--resume=latest"]) == 2
-    stderr = capsys.readouterr().err
-    assert re.fullmatch(r"lasp: error: '.*step-000004' is of another model .*\n", stderr), stderr
+    assert main([recipe, "--steps=8", "--resume=latest"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"rank-0.safetensors' of the checkpoint has \d+ bytes; .*: going on from step-000002", told), told
+    assert [step.step for step in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000008" / "state")
+    assert main([recipe, "--steps=9", "--resume=latest"]) == 2
+    assert re.fullmatch(r"lasp: error: '.*step-000008/state/.*' .*\n", capsys.readouterr().err)
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp_path, capsys):

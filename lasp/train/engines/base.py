@@ -1,16 +1,17 @@
 """What engines of PyTorch's own share: the optimizer is torch's, and parameters are tensors or DTensors."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lasp.parallel.gradients import clip_grad_norm_
 from lasp.train.config import TrainConfig
-from lasp.train.engines.engine import Batch, State, autocast, compare
+from lasp.train.engines.engine import Batch, State, autocast
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
 
@@ -64,26 +65,16 @@ class TorchEngine:
         return loss
 
     def state(self) -> State:
-        main = self.ranks.is_main
-        weights = {name: to_cpu(value, main) for name, value in tensors_of(self.model).items()}
-        kept = {name: {key: to_cpu(value, main) for key, value in own.items()} for name, own in self._kept().items()}
-        return State(weights, kept) if main else State({}, {})
+        return State({name: value.detach() for name, value in tensors_of(self.model).items()}, self._kept())
 
-    def load(self, state: State, source: str) -> None:
-        weights = tensors_of(self.model)
-        compare(source, state.weights, weights)
-        before = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+    def load(self, read: Callable[[State], None]) -> None:
+        self._make_state()
         try:
-            self._make_state()
-            kept = flatten(self._kept())
-            compare(source, flatten(state.optimizer), kept)
+            read(self.state())
         except ValueError:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
-            assert not any(before), "nothing was trained before"
             raise
-        _put(state.weights, weights)
-        _put(flatten(state.optimizer), kept)
 
     def _kept(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizers keep of each parameter."""
@@ -115,19 +106,3 @@ def to_cpu(value: Tensor, main: bool) -> Tensor:
     whole: Tensor = value.detach()
     whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
     return whole.cpu() if main else torch.empty(0)
-
-
-def flatten(kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What an optimizer keeps, in one table."""
-    return {f"{name}: {key}": value for name, own in kept.items() for key, value in own.items()}
-
-
-@torch.no_grad()
-def _put(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Copy tensors into those of the same names, each rank its part; they keep their places in memory and ties."""
-    for name, value in own.items():
-        if isinstance(value, DTensor):
-            whole = found[name].to(value.device)
-            value.copy_(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
-        else:
-            value.copy_(found[name])

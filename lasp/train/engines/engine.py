@@ -1,6 +1,6 @@
 """Engine: what the loop asks of whoever holds the model, its gradients and its optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,8 @@ Batch = Mapping[str, Any]
 
 
 class State(NamedTuple):
-    """A model and its optimizer as one process would have them, whatever the engine and the number of ranks."""
+    """A model and its optimizer, under the same names whatever the engine and the number of ranks. A DTensor is this
+    rank's part of what all have."""
 
     weights: dict[str, Tensor]
     """Parameters and persistent buffers by name, tied ones once."""
@@ -44,10 +45,11 @@ class Engine(Protocol):
         """The loss of a batch, without gradients."""
 
     def state(self) -> State:
-        """Everything that training changes, on the CPU of the main rank; the others get nothing."""
+        """Everything that training changes, as it lies on the ranks; what one rank alone has, the others leave out."""
 
-    def load(self, state: State, source: str) -> None:
-        """Go on from a state. ValueError, naming `source` and what differs, when it is of another model."""
+    def load(self, read: Callable[[State], None]) -> None:
+        """Go on from a state, which `read` compares with the tensors it is given, and then puts into them. Where it
+        raises ValueError, nothing was loaded. Nothing was trained before."""
 
 
 def autocast(config: TrainConfig, ranks: Ranks) -> AbstractContextManager[Any]:
@@ -55,17 +57,18 @@ def autocast(config: TrainConfig, ranks: Ranks) -> AbstractContextManager[Any]:
     return torch.autocast(ranks.device.type, torch.bfloat16) if config.dtype == "bfloat16" else nullcontext()
 
 
-def compare(source: str, found: dict[str, Any], expected: dict[str, Tensor]) -> None:
-    """ValueError, naming the first that differ, unless `source` has tensors of these names, shapes and dtypes."""
+def compare(source: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """ValueError, naming the first that differ, unless `source` has these names with the same shapes and dtypes."""
     there, here = ({name: _described(value) for name, value in of.items()} for of in (found, expected))
     if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         told = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing[:3])
         raise ValueError(f"{source!r} is of another model or dtype: {len(differing)} tensors differ: {told}")
 
 
+def flatten(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What an optimizer keeps, in one table."""
+    return {f"{name}: {key}": value for name, own in kept.items() for key, value in own.items()}
+
+
 def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    if value.layout is not torch.strided or value.is_meta:
-        return f"{value.layout} on {value.device}"
     return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

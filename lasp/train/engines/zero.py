@@ -5,7 +5,7 @@ over dp, so the loss is multiplied by sp and nothing divided.
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.train.config import TrainConfig
-from lasp.train.engines.base import flatten, tensors_of, to_cpu
-from lasp.train.engines.engine import Batch, State, autocast, compare
+from lasp.train.engines.base import tensors_of, to_cpu
+from lasp.train.engines.engine import Batch, State, autocast
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
 
@@ -75,17 +75,21 @@ class Zero:
             kept[name] = {key: to_cpu(value, main) for key, value in found.items()} | {"step": self._steps()[0].cpu()}
         return State(weights, kept) if main else State({}, {})
 
-    def load(self, state: State, source: str) -> None:
-        dtypes = {name: parameter.dtype for name, parameter in self._trained().items()}
-        whole = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in self._shapes.items()}
-        moments = {"exp_avg": whole, "exp_avg_sq": whole}
-        kept = {name: {key: of[name] for key, of in moments.items()} | {"step": torch.zeros(())} for name in dtypes}
-        compare(source, {name: state.weights.get(name) for name in dtypes}, {name: whole[name] for name in dtypes})
-        compare(source, flatten(state.optimizer), flatten(kept))
+    def load(self, read: Callable[[State], None]) -> None:
+        held, trained = tensors_of(self.model), self._trained()
+        whole = {
+            name: torch.empty(self._shapes.get(name, value.shape), dtype=value.dtype) for name, value in held.items()
+        }
+        moments = {name: {key: torch.empty_like(whole[name]) for key in ("exp_avg", "exp_avg_sq")} for name in trained}
+        state = State(whole, {name: {**kept, "step": torch.zeros(())} for name, kept in moments.items()})
+        read(state)
         self._make_state()
-        for name, parameter in self._trained().items():
+        for name, value in held.items():
+            if name not in trained:
+                value.data.copy_(state.weights[name])
+        for name, parameter in trained.items():
             self._put(parameter, state.weights[name], None)
-            for key in moments:
+            for key in moments[name]:
                 self._put(parameter, state.optimizer[name][key], key)
         for steps in self._steps():
             steps.fill_(next(iter(state.optimizer.values()))["step"].item())

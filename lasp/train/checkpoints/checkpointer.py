@@ -1,0 +1,156 @@
+"""Checkpointer: what the loop asks of whoever keeps its states; and the one that keeps a folder per state."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
+
+from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
+from lasp.train.checkpoints.export import read_weights, write_model
+from lasp.train.checkpoints.folders import checkpoint_path, checkpoint_step, delete_partial, partial_path
+from lasp.train.checkpoints.manifest import Entry, Manifest, flush_folder, write_manifest
+from lasp.train.checkpoints.reader import Saved, read_index, read_into
+from lasp.train.checkpoints.writer import FOLDER, ShardWriter
+from lasp.train.engines.engine import Engine, State, compare, flatten
+from lasp.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lasp.train.run import Run
+
+_RANDOM = "random: "
+
+
+class Checkpointer(Protocol):
+    """Keeps the states of a run. All ranks call every method together."""
+
+    def save(self, step: int, engine: Engine, last: bool) -> None:
+        """Keep the state after `step` steps; `last` of the run. OSError, on every rank, where that cannot be done."""
+
+    def load(self, path: Path, engine: Engine) -> int:
+        """Put a state into an engine that has done nothing; returns the steps behind it. ValueError, on every rank,
+        when it cannot be read or is of something else; then nothing of it was loaded."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A folder per state, to which every rank writes its part, or rank 0 all of it where they share no folder."""
+
+    run: "Run"
+    """Says where, and is written down beside each state."""
+
+    ranks: Ranks
+    """Who takes part."""
+
+    def save(self, step: int, engine: Engine, last: bool) -> None:
+        path = checkpoint_path(self.run.config.output, step)
+        partial = partial_path(path)
+        try:
+            self.ranks.together(lambda: self._begin(partial))
+            weights, kept = engine.state()
+            state = weights | flatten(kept) | self._random()
+            if self.ranks.any(not partial.is_dir()):
+                state = self._whole(state)
+            writer = ShardWriter(partial, lambda written: self._finish(step, partial, path, last, written))
+            planner = DefaultSavePlanner(flatten_state_dict=False)
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=self.ranks.everyone.control)
+        except (CheckpointException, ValueError) as error:
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"cannot save {str(path)!r}: {_told(error)}") from error
+
+    def load(self, path: Path, engine: Engine) -> int:
+        self.ranks.together(lambda: self._check(path))
+        manifest = self.ranks.together(lambda: Manifest.read(path))
+        index = self.ranks.together(lambda: read_index(manifest))
+
+        def read(target: State) -> None:
+            def look() -> dict[str, Tensor]:
+                kept = flatten(target.optimizer)
+                known = {name: saved for name, saved in index.items() if not name.startswith(_RANDOM)}
+                compare(str(path), {name: saved for name, saved in known.items() if ": " not in name}, target.weights)
+                compare(str(path), {name: saved for name, saved in known.items() if ": " in name}, kept)
+                return target.weights | kept
+
+            tensors = self.ranks.together(look)
+            self.ranks.together(lambda: read_into(tensors, index, manifest))
+
+        engine.load(read)
+        self.ranks.together(lambda: self._set_random(index, manifest))
+        return checkpoint_step(path)
+
+    def _begin(self, partial: Path) -> None:
+        if self.ranks.is_main:
+            try:
+                if partial.parent.exists():
+                    delete_partial(partial.parent)
+                (partial / FOLDER).mkdir(parents=True)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+
+    def _finish(self, step: int, partial: Path, path: Path, last: bool, written: Mapping[str, Entry]) -> None:
+        """Complete a checkpoint whose tensors are there: on the main rank."""
+        run = self.run
+        run.model.config.save_pretrained(partial)
+        run.tokenizer.save(partial)
+        told = json.dumps({**asdict(run.config), "read": self._read()}, indent=2)
+        (partial / RUN).write_text(told + "\n", encoding="utf-8")
+        if last:
+            write_model(run.model, read_weights(Manifest(partial, dict(written), "")), partial)
+        write_manifest(partial, step, written)
+        partial.rename(path)
+        flush_folder(path.parent)
+
+    def _read(self) -> dict[str, Any]:
+        """What a step reads."""
+        return {"sequences of a step": self.run.batch(self.ranks), "tokens": self.run.tokens}
+
+    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of a state, on the CPU of the main rank; the others keep nothing."""
+        whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+        return {name: value.cpu() for name, value in whole.items()} if self.ranks.is_main else {}
+
+    def _random(self) -> dict[str, Tensor]:
+        """The states of this rank's generators, under its place among the ranks."""
+        place = ".".join(map(str, self.ranks.mesh.get_coordinate() or ()))
+        of = f"{_RANDOM}{place} of {'.'.join(map(str, self.ranks.mesh.shape))}"
+        states = {f"{of}: cpu": torch.get_rng_state()}
+        if self.ranks.device.type == "cuda":
+            states[f"{of}: cuda"] = torch.cuda.get_rng_state()
+        return states
+
+    def _set_random(self, index: Mapping[str, Saved], manifest: Manifest) -> None:
+        """Go on from this rank's random numbers, or from the first rank's where the ranks are others."""
+        for name, state in self._random().items():
+            kind = name.rpartition(": ")[2]
+            first = next((n for n in sorted(index) if n.startswith(_RANDOM) and n.endswith(f": {kind}")), None)
+            if (found := name if name in index else first) is None:
+                continue  # it was computed on other devices
+            compare(str(manifest.path), {found: index[found]}, {found: state})
+            read_into({found: state}, index, manifest)
+            try:
+                torch.set_rng_state(state) if kind == "cpu" else torch.cuda.set_rng_state(state)
+            except RuntimeError as error:
+                raise ValueError(f"{found} of {str(manifest.path)!r} is no state of a generator") from error
+
+    def _check(self, path: Path) -> None:
+        """ValueError for a checkpoint of another model or run, and when a step would not read what it would have read
+        there."""
+        check_checkpoint(path, self.run.model.config, self.run.config)
+        check_read(path, self._read(), self.run.config.allow_change)
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong, in one line, and on which rank."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return f"{(str(cause) or type(cause).__name__).splitlines()[0]} (rank {rank})"
+    return str(error)

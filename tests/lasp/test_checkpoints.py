@@ -1,0 +1,375 @@
+"""Checkpoints: what is whole, what is refused, and what nothing of is run."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lasp.parallel.group import shutdown
+from lasp.train.checkpoints import manifest as manifests
+from lasp.train.checkpoints import writer
+from lasp.train.checkpoints.folders import checkpoint_folder, list_checkpoints
+from lasp.train.checkpoints.manifest import Damaged, Manifest, write_manifest
+from lasp.train.config import DataConfig, TrainConfig
+from lasp.train.loop import Summary, Trainer, train
+from lasp.train.ranks import Ranks
+from lasp.train.run import Run
+
+NORM = "model.norm.weight"
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_no_process_group() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Run:
+    """A run of six steps with checkpoints at 3 and 6, the one to resume; tests work on copies of them."""
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60)
+    config = TrainConfig(
+        output=str(folder / "run"),
+        device="cpu",
+        steps=6,
+        save_every=3,
+        model=MODEL,
+        data=DataConfig(str(folder / "text.txt"), seq_len=64, cache=str(folder)),
+    )
+    return replace(Run.prepare(config), checkpoint=trained(config).checkpoint)
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A copy of the run's last checkpoint."""
+    return shutil.copytree(saved.checkpoint, tmp_path / "step-000006")
+
+
+@pytest.fixture
+def again(saved, tmp_path) -> TrainConfig:
+    """The run, to be continued in a copy of its folder."""
+    shutil.copytree(saved.config.output, tmp_path / "run")
+    return replace(saved.config, output=str(tmp_path / "run"), resume="latest", steps=8)
+
+
+def trained(config: TrainConfig) -> Summary:
+    return train(Run.prepare(config), Ranks.join(config))
+
+
+def blank(run: Run) -> Trainer:
+    """A trainer of the same run that has done nothing."""
+    return Trainer.start(replace(run, checkpoint=None), Ranks.join(run.config))
+
+
+def seal(path: Path) -> None:
+    """Give a crafted checkpoint a manifest that fits."""
+    (path / manifests.FILE).unlink(missing_ok=True)
+    write_manifest(path, int(path.name.removeprefix("step-")), {})
+
+
+def craft(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors that a checkpoint of one rank holds, and all that says what they are."""
+    file = path / writer.FOLDER / "rank-0.safetensors"
+    tensors = {name.rpartition(" at ")[0]: value for name, value in load_file(file).items()}
+    change(tensors)
+    index = {}
+    for name, value in tensors.items():
+        part = {"offsets": [0] * value.dim(), "sizes": list(value.shape), "file": file.name}
+        dtype = str(value.dtype).removeprefix("torch.")
+        index[name] = {"dtype": dtype, "shape": list(value.shape), "parts": [part]}
+    place = {name: f"{name} at {','.join('0' * value.dim())}" for name, value in tensors.items()}
+    save_file({place[name]: value.contiguous() for name, value in tensors.items()}, file)
+    (path / writer.INDEX).write_text(json.dumps({"tensors": index}))
+    seal(path)
+
+
+def each(kind: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], object]:
+    """A change of what the optimizer keeps of every parameter under this name; "" for the weights."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "random" not in name and name.partition(": ")[2] == kind]:
+            tensors[name] = value(tensors[name])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (each("", lambda w: w.double()), r"24 tensors differ: .*\) float64 there and .*\) float32 here"),
+        (each("", lambda w: w.to(torch.int8)), r"24 tensors differ: .*\) int8 there and .*\) float32 here"),
+        (each("exp_avg", lambda _: torch.zeros(3)), r"exp_avg is \(3,\) float32 there and \(257, 32\) float32 here"),
+        (each("exp_avg", lambda m: m.double()), r"exp_avg is \(257, 32\) float64 there"),
+        (each("exp_avg", lambda m: m[..., :-1]), r"exp_avg is \(257, 31\) float32 there"),
+        (lambda t: t.pop(f"{NORM}: exp_avg"), r"1 tensors differ: model.norm.weight: exp_avg is None there"),
+        (lambda t: t.update({f"{NORM}: max": torch.zeros(2)}), r"1 tensors differ: .*: max is \(2,\) float32"),
+        (lambda t: t.update({f"{NORM}: step": torch.zeros(2)}), r": step is \(2,\) float32 there"),
+        (lambda t: t.update(other=t.pop(NORM)), "2 tensors differ"),
+        (lambda t: t.clear(), "24 tensors differ"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_before_any_of_it_is_loaded(saved, copy, change, said):
+    craft(copy, change)
+    trainer = blank(saved)
+    before = {name: value.clone() for name, value in trainer.engine.model.state_dict().items()}
+    with pytest.raises(ValueError, match=said) as caught:
+        trainer.checkpoints.load(copy, trainer.engine)
+    assert "step-000006" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.engine.model.state_dict().items())
+    assert not trainer.engine.optimizers[0].state
+
+
+def test_random_states_are_put_back(saved, copy):
+    drawn = []
+    craft(copy, lambda tensors: drawn.append(torch.manual_seed(5).get_state()) or tensors.update({RANDOM: drawn[0]}))
+    expected = torch.rand(3)
+    torch.manual_seed(6)
+    trainer = blank(saved)
+    trainer.checkpoints.load(copy, trainer.engine)
+    assert torch.equal(torch.rand(3), expected)
+    craft(copy, lambda tensors: tensors.update({RANDOM: torch.zeros(5056, dtype=torch.uint8)}))
+    with pytest.raises(ValueError, match="is no state of a generator"):
+        trainer.checkpoints.load(copy, blank(saved).engine)
+
+
+RANDOM = "random: 0.0.0 of 1.1.1: cpu"
+
+
+def swap(path: Path) -> None:
+    """The file of the other checkpoint in its place."""
+    folder, name = next((up, path.relative_to(up)) for up in path.parents if up.name == "step-000006")
+    shutil.copyfile(folder.with_name("step-000003") / name, path)
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """Turn over one bit."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "first bit": lambda path: flip(path, 0),
+    "bit": flip,
+    "last bit": lambda path: flip(path, 1),
+    "fifo": lambda path: (path.unlink(), os.mkfifo(path)),
+    "link": lambda path: (path.rename(path.with_suffix(".away")), path.symlink_to(path.with_suffix(".away"))),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "swapped"])
+def test_any_damage_to_any_file_is_one_line_that_names_it(again, tmp_path, kind):
+    path = Path(again.output) / "checkpoints" / "step-000006"
+    names = [*Manifest.read(path).files, manifests.FILE]
+    assert {"config.json", "run.json", "tokenizer.json", "model.safetensors", writer.INDEX} < set(names)
+    for name in names:
+        here = shutil.copytree(path, tmp_path / "step-000006", symlinks=True)
+        shutil.copytree(path.with_name("step-000003"), tmp_path / "step-000003")
+        there = tmp_path / "step-000003" / name
+        if kind != "swapped":
+            DAMAGES[kind](here / name)
+        elif there.exists() and there.read_bytes() != (here / name).read_bytes():
+            swap(here / name)
+        else:
+            there = None
+        if kind != "swapped" or there is not None:
+            with pytest.raises(Damaged, match=name) as caught:
+                Manifest.read(here).check()
+            assert "\n" not in str(caught.value)
+        shutil.rmtree(here)
+        shutil.rmtree(tmp_path / "step-000003")
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_a_damaged_one_set_aside(again, saved, caplog):
+    folder = checkpoint_folder(again.output)
+    flip(folder / "step-000006" / writer.FOLDER / "rank-0.safetensors")
+    run = Run.prepare(again)
+    assert run.checkpoint.name == "step-000003"
+    [told] = caplog.messages
+    assert "step-000006/state/rank-0.safetensors' of the checkpoint is damaged" in told
+    assert "going on from step-000003; step-000006.damaged is what it is called now" in told
+    resumed = train(run, Ranks.join(again))
+    assert len(resumed.losses) == 5
+    assert sorted(os.listdir(folder)) == ["step-000003", "step-000006", "step-000006.damaged", "step-000008"]
+    assert Run.prepare(replace(again, steps=9)).checkpoint.name == "step-000008"
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_anew(again):
+    for path in list_checkpoints(checkpoint_folder(again.output)):
+        (path / manifests.FILE).unlink()
+    before = sorted(os.listdir(checkpoint_folder(again.output)))
+    with pytest.raises(ValueError, match=r"step-000006/manifest.json'.*none of the 2 checkpoints there is whole"):
+        Run.prepare(again)
+    assert sorted(os.listdir(checkpoint_folder(again.output))) == before
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(again):
+    path = checkpoint_folder(again.output) / "step-000006"
+    flip(path / "run.json")
+    with pytest.raises(ValueError, match=r"run.json' of the checkpoint is damaged"):
+        Run.prepare(replace(again, resume=str(path)))
+    assert path.is_dir()
+
+
+def test_what_is_damaged_after_it_was_looked_at_is_refused_before_any_is_loaded(saved, copy):
+    trainer = blank(saved)
+    before = {name: value.clone() for name, value in trainer.engine.model.state_dict().items()}
+    flip(copy / writer.FOLDER / "rank-0.safetensors")
+    with pytest.raises(ValueError, match=r"rank-0.safetensors' of the checkpoint is damaged"):
+        trainer.checkpoints.load(copy, trainer.engine)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.engine.model.state_dict().items())
+
+
+def test_checkpoints_of_other_versions_and_steps_are_told_apart(again):
+    path = checkpoint_folder(again.output) / "step-000006"
+    shutil.copytree(path, path.with_name("step-000020"))
+    with pytest.raises(Damaged, match=r"is of step 6, its folder of step 20"):
+        Manifest.read(path.with_name("step-000020"))
+    written = json.loads((path / manifests.FILE).read_text())
+    (path / manifests.FILE).write_text(json.dumps({**written, "version": 7}))
+    with pytest.raises(ValueError, match=r"step-000006' has version 7; known is 1"):
+        Run.prepare(again)
+    (path / manifests.FILE).rename(path / "training.pt")
+    with pytest.raises(ValueError, match="written by an earlier version of lasp"):
+        Run.prepare(again)
+
+
+class Evil:
+    """What pickle makes a call of."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (MARK,)
+
+
+MARK = "/tmp/lasp-checkpoints-ran-code"
+
+
+def put(name: str, content: bytes | Callable[[Path], object]) -> Callable[[Path], None]:
+    """A change of one file of a checkpoint, whose manifest is made to fit."""
+
+    def change(path: Path) -> None:
+        if callable(content):
+            content(path / name)
+        else:
+            (path / name).write_bytes(content)
+        seal(path)
+
+    return change
+
+
+def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A change of what a JSON file says; of the manifest itself, or with one that fits."""
+
+    def changed(path: Path) -> None:
+        content = json.loads((path / name).read_text())
+        change(content)
+        (path / name).write_text(json.dumps(content))
+        if name != manifests.FILE:
+            seal(path)
+
+    return changed
+
+
+def parts(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A change of every part of every tensor of the index."""
+    return edit(writer.INDEX, lambda index: [change(p) for of in index["tensors"].values() for p in of["parts"]])
+
+
+def tensors(**fields: object) -> Callable[[Path], None]:
+    return edit(writer.INDEX, lambda index: [of.update(fields) for of in index["tensors"].values()])
+
+
+def zip_bomb() -> bytes:
+    import io
+    import zipfile
+
+    with zipfile.ZipFile(whole := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", b"\0" * (1 << 26))
+    return whole.getvalue()
+
+
+SHARD = f"{writer.FOLDER}/rank-0.safetensors"
+HUGE = 1 << 40
+ENTRY = {"size": 10, "sha256": "0" * 64}
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "a pickle for a shard": put(SHARD, pickle.dumps(Evil())),
+    "a pickle for the index": put(writer.INDEX, pickle.dumps(Evil())),
+    "a pickle for the manifest": lambda path: (path / manifests.FILE).write_bytes(pickle.dumps(Evil())),
+    "a pickle for run.json": put("run.json", pickle.dumps(Evil())),
+    "a zip bomb for a shard": put(SHARD, zip_bomb()),
+    "a header of 2^63 bytes": put(SHARD, b"\xff" * 7 + b"\x7f" + b"{}"),
+    "a shard that is a device": put(SHARD, lambda file: (file.unlink(), file.symlink_to("/dev/zero"))),
+    "a shard that is elsewhere": put(SHARD, lambda file: file.rename(file.parent.parent / "a")),
+    "a way out in the index": parts(lambda part: part.update(file="../../step-000006/state/rank-0.safetensors")),
+    "a whole path in the index": parts(lambda part: part.update(file="/etc/passwd")),
+    "a number for a file": parts(lambda part: part.update(file=7)),
+    "a way out in the manifest": edit(manifests.FILE, lambda m: m["files"].update({"../../text.txt": ENTRY})),
+    "a whole path in the manifest": edit(manifests.FILE, lambda m: m["files"].update({"/etc/passwd": ENTRY})),
+    "no files in the manifest": edit(manifests.FILE, lambda m: m.update(files={})),
+    "a list of files": edit(manifests.FILE, lambda m: m.update(files=[1])),
+    "huge shapes": tensors(shape=[HUGE, HUGE]),
+    "huge tensors": tensors(shape=[HUGE], parts=[{"offsets": [0], "sizes": [HUGE], "file": "rank-0.safetensors"}]),
+    "thousands of dims": tensors(shape=[2] * 9_000),
+    "negative sizes": parts(lambda part: part.update(sizes=[-size for size in part["sizes"]])),
+    "offsets outside": parts(lambda part: part.update(offsets=[9999 for _ in part["sizes"]])),
+    "fractions": parts(lambda part: part.update(sizes=[0.5 for _ in part["sizes"]])),
+    "an unknown dtype": tensors(dtype="float128"),
+    "an object for a dtype": tensors(dtype="load"),
+    "holes": tensors(parts=[]),
+    "brackets": put(writer.INDEX, b"[" * 100_000),
+    "a long number": put("run.json", b'{"steps": ' + b"9" * 100_000 + b"}"),
+    "a huge run.json": put("run.json", lambda file: os.truncate(file, 1 << 24)),
+    "a list for run.json": put("run.json", b"[]"),
+    "a list for config.json": put("config.json", b"[]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_in_one_line_and_runs_nothing(saved, tmp_path, name):
+    path = tmp_path / "run" / "checkpoints" / "step-000006"
+    shutil.copytree(saved.checkpoint, path)
+    HOSTILE[name](path)
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = replace(saved.config, output=str(tmp_path / "other"), resume=str(path), steps=8)
+    with pytest.raises(ValueError, match="step-000006") as caught:
+        trained(config)
+    assert "\n" not in str(caught.value)
+    assert not os.path.exists(MARK)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100 * (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def test_a_save_that_fails_leaves_the_others_as_they_were(again, monkeypatch):
+    folder = checkpoint_folder(again.output)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device", "rank-0.safetensors")
+
+    monkeypatch.setattr(writer, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"cannot save '.*step-000008': .*No space left on device.*\(rank 0\)"):
+        trained(again)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
