@@ -185,7 +185,7 @@ def test_the_fake_of_what_tokens_write_has_its_dtype() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
-@pytest.mark.parametrize("delta", [False, True], ids=["decay", "delta"])
+@pytest.mark.parametrize("delta", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["decay", "delta"])
 def test_compiles_without_a_graph_break(delta: bool) -> None:
     given = {name: x.requires_grad_() for name, x in arguments(Case("head", delta)).items()}
     call = lasp.delta_rule if delta else lasp.linear_attention

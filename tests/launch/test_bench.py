@@ -17,6 +17,7 @@ from lasp.launch.network import lacking
 SMALL = Shape(tokens=256, heads=2, dim=32)
 
 
+@pytest.mark.slow
 def test_bench_kernels_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
     shape = ["--tokens", "512", "--heads", "1", "--dim", "32", "--repeat", "1"]
@@ -61,6 +62,7 @@ def test_our_contestant_and_the_peer_compute_the_same(name: str) -> None:
     torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bench_attention_measures_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
     shape = ["--ranks", "2", "--tokens", "256", "--heads", "2", "--dim", "16", "--repeat", "1"]
