@@ -1,11 +1,14 @@
 """Every torch.distributed call that moves data, and the ledger that counts them.
 
 Free functions with an explicit process group. The asynchronous ones return a `Pending`, which owns the buffers until
-`wait()`. In a group of one rank nothing is called and nothing is counted.
+`wait()`. In a group of one rank nothing is called and nothing is counted. In a trace of torch.profiler an exchange is
+called by its operation and phase, `lasp::all_reduce gradients`.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lasp.kernels.named import named
 
 T = TypeVar("T")
 
@@ -34,15 +39,54 @@ class Record(NamedTuple):
     steps: int  # messages that wait for one another, over all ranks
 
 
+Mark = float | torch.cuda.Event
+"""A moment: seconds of a clock, or a place in the current stream of a GPU."""
+
+
 @dataclass
 class Ledger:
-    """What crossed between ranks inside a `traffic()` block."""
+    """What crossed between ranks inside a `traffic()` block, and how long this rank waited for it."""
 
     records: list[Record] = field(default_factory=list)
+    device: torch.device | None = None
+    """Where this rank computes: waiting for a GPU's exchanges holds up its stream, and not Python."""
+
+    waits: list[tuple[Mark, Mark]] = field(default_factory=list)
+    launched: list[Mark] = field(default_factory=list)
+    landed: list[Mark] = field(default_factory=list)
+    """Gradients that DDP reduces: the last ones that set out, and arrived. Nothing is computed between the two."""
 
     def of(self, phase: str) -> list[Record]:
         """The records of one phase."""
         return [record for record in self.records if record.phase == phase]
+
+    @property
+    def received(self) -> int:
+        """Bytes that this rank received."""
+        return sum(record.bytes for record in self.records)
+
+    def waited(self) -> float:
+        """Seconds in which this rank waited for exchanges and did nothing else. What a GPU waited for must be over."""
+        waits = [*self.waits, *zip(self.launched[-1:], self.landed[-1:], strict=False)]
+        return sum(max(0.0, _between(begin, end)) for begin, end in waits)
+
+    def mark(self) -> Mark:
+        """This moment."""
+        if self.device is None or self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between(begin: Mark, end: Mark) -> float:
+    """Seconds from one moment to another of the same kind."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()  # over long ago where a step has been read
+        return float(begin.elapsed_time(end)) / 1000
+    assert isinstance(begin, float)
+    assert isinstance(end, float), "both are of one ledger"
+    return end - begin
 
 
 # Open ledgers. A module-level list, not a ContextVar: backward runs on threads that inherit no context.
@@ -50,14 +94,47 @@ _open_ledgers: list[Ledger] = []
 
 
 @contextmanager
-def traffic() -> Iterator[Ledger]:
-    """Count every exchange of this process while the block runs: `with lasp.traffic() as ledger: ...`."""
-    ledger = Ledger()
+def traffic(device: torch.device | None = None) -> Iterator[Ledger]:
+    """Count every exchange of this process while the block runs: `with lasp.traffic() as ledger: ...`.
+
+    device: where this rank computes; by default a CPU. Only what is waited for there is timed.
+    """
+    ledger = Ledger(device=device)
     _open_ledgers.append(ledger)
     try:
         yield ledger
     finally:
         _open_ledgers.remove(ledger)
+
+
+class _Thread(threading.local):
+    """Whether waiting in this thread keeps nobody from computing, or is timed already."""
+
+    aside = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Time no waiting of this thread while the block runs."""
+    before, _thread.aside = _thread.aside, True
+    try:
+        yield
+    finally:
+        _thread.aside = before
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Write into every open ledger that this rank waits while the block runs."""
+    ledgers = () if _thread.aside else tuple(_open_ledgers)
+    begins = [ledger.mark() for ledger in ledgers]
+    with aside():
+        yield
+    for ledger, begin in zip(ledgers, begins, strict=True):
+        ledger.waits.append((begin, ledger.mark()))
 
 
 def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
@@ -76,8 +153,10 @@ class Pending(Generic[T]):
     sent: Sequence[Any] = ()  # kept until they have left
 
     def wait(self) -> T:
-        for work in self.works:
-            work.wait()
+        if self.works:
+            with waiting():
+                for work in self.works:
+                    work.wait()
         self.works, self.sent = [], ()
         if self.finish is not None:
             self.result, self.finish = self.finish(self.result), None
@@ -88,7 +167,8 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[
     """Start gathering equal tensors [...] into [W, ...], in order of rank."""
     if (size := dist.get_world_size(group)) > 1:
         record("all_gather", phase, (size - 1) * tensor.nbytes, 1)
-    return gather(tensor, group)
+    with named("all_gather", phase):
+        return gather(tensor, group)
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
@@ -133,7 +213,8 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[
     if size == 1:
         return Pending([], tensor)
     record("all_reduce", phase, 2 * (size - 1) * tensor.nbytes // size, 1)
-    return Pending([dist.all_reduce(tensor, group=group, async_op=True)], tensor)
+    with named("all_reduce", phase):
+        return Pending([dist.all_reduce(tensor, group=group, async_op=True)], tensor)
 
 
 def all_reduce_future(
@@ -142,8 +223,17 @@ def all_reduce_future(
     """Start summing a tensor over the ranks in place and dividing the sum: what a DDP communication hook returns."""
     size = dist.get_world_size(group)
     record("all_reduce", phase, 2 * (size - 1) * tensor.nbytes // size, 1)
-    future = dist.all_reduce(tensor, group=group, async_op=True).get_future()
-    return future.then(lambda done: done.value()[0].div_(divisor))
+    ledgers = tuple(_open_ledgers)
+
+    def land(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        for ledger in ledgers:
+            ledger.landed.append(ledger.mark())
+        return done.value()[0].div_(divisor)
+
+    with named("all_reduce", phase):
+        for ledger in ledgers:
+            ledger.launched.append(ledger.mark())
+        return dist.all_reduce(tensor, group=group, async_op=True).get_future().then(land)
 
 
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
@@ -154,7 +244,8 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pend
         return Pending([], tensor[0])
     result = tensor.new_empty(tensor.shape[1:])
     record("reduce_scatter", phase, (size - 1) * result.nbytes, 1)
-    return Pending([_reduce_scatter(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
+    with named("reduce_scatter", phase):
+        return Pending([_reduce_scatter(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
 
 
 def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
@@ -199,7 +290,8 @@ def all_to_all(
     result = [parts[j] if j == own else parts[j].new_empty(sizes[j]) for j in range(len(peers))]
     others = [j for j in range(len(peers)) if j != own]
     outgoing = [Message(parts[j], peers[j], 0) for j in others if parts[j].numel()]
-    return rotate(outgoing, [Message(result[j], peers[j], 0) for j in others if sizes[j]], group, result)
+    with named("all_to_all", phase):
+        return rotate(outgoing, [Message(result[j], peers[j], 0) for j in others if sizes[j]], group, result)
 
 
 def barrier(group: dist.ProcessGroup | None) -> None:

@@ -114,6 +114,8 @@ def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: tor
 def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: torch.dtype | None) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second to import
 
+    from lasp.parallel.counted import CountedGather, CountedScatter
+
     device = next(model.parameters()).device.type
     # A part of the whole mesh where there is one: parameters that tensor parallelism sharded lie on another part.
     mesh = ranks.mesh or DeviceMesh.from_group(ranks.process_group, device)
@@ -121,6 +123,8 @@ def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: t
         unit = fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=dtype))
         unit.set_gradient_divide_factor(replicas)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no average, and no product before a sum
+        unit.set_custom_all_gather(CountedGather())
+        unit.set_custom_reduce_scatter(CountedScatter())
         if hasattr(unit, "set_reduce_scatter_unused_params"):
             unit.set_reduce_scatter_unused_params(True, recurse=False)
     return model

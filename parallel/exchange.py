@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.chunks import ceil_div
+from lasp.kernels.named import named
 from lasp.kernels.segment import Segment
 from lasp.parallel import collectives
 from lasp.parallel.cost import choose
@@ -67,37 +68,46 @@ class Flight:
 
     The rest is done while this rank computes, if other ranks wait for it: by a thread, for on a CPU somebody has to
     take what has come and send it on. On a GPU all of it is enqueued at once, on a stream of its own. What nobody waits
-    for is done when this rank does. like: a tensor on the device.
+    for is done when this rank does. like: a tensor on the device. name: what a profiler calls it.
     """
 
-    def __init__(self, steps: Steps, like: Tensor) -> None:
-        self._steps = steps
+    def __init__(self, steps: Steps, like: Tensor, name: str = "scan") -> None:
+        self._steps, self._name = steps, name
         self._arrival: Arrival | None = None
         self._error: BaseException | None = None
         self._thread: Thread | None = None
         self._stream = _side_stream(like.device) if like.is_cuda else None
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(like.device))
-            with torch.cuda.stream(self._stream):
-                self._finish()
-        elif self._step():
-            self._thread = Thread(target=self._finish, daemon=True)
-            self._thread.start()
+        with named(name, "starts"):
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream(like.device))
+                with torch.cuda.stream(self._stream):
+                    self._finish_aside()
+            elif self._step():
+                self._thread = Thread(target=self._finish_aside, daemon=True)
+                self._thread.start()
         if self._thread is None and self._error is not None:
             raise self._error
 
     def wait(self) -> Arrival:
         """What the scan ends with."""
-        if self._thread is None:
-            self._finish()
-        else:
-            self._thread.join()
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        with named(self._name, "arrives"):
+            if self._stream is not None:
+                with collectives.waiting():
+                    torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            elif self._thread is not None:
+                with collectives.waiting():
+                    self._thread.join()
+            else:
+                self._finish()
         if self._error is not None:
             raise self._error
         assert self._arrival is not None, "steps end with an arrival"
         return self._arrival
+
+    def _finish_aside(self) -> None:
+        """Take the steps that are left while this rank computes: what they wait for, it does not."""
+        with collectives.aside(), named(self._name, "travels"):
+            self._finish()
 
     def _finish(self) -> None:
         """Take the steps that are left."""
@@ -142,12 +152,15 @@ class Exchange:
     def start(self, maps: Sequence[Map], monoid: Monoid, direction: Direction = FORWARD) -> Flight:
         """Start a scan over the maps of this rank's links, by place."""
         keep = self.passing() if self.keeps else []
-        return Flight(self._steps(maps, monoid, direction, keep), maps[0].state)
+        return Flight(self._steps(maps, monoid, direction, keep), maps[0].state, self._name(direction))
 
     def start_back(self, maps: Sequence[Segment], monoid: Monoid, kept: Tensor | None) -> Flight:
         """Start the reverse scan over the maps of gradients, after one over maps of the given kind that `kept` this."""
         told = {} if kept is None else {self.plan.links[i]: x for i, x in zip(self.passing(), kept, strict=True)}
-        return Flight(self._steps(maps, monoid.adjoint(told), BACKWARD, []), maps[0].state)
+        return Flight(self._steps(maps, monoid.adjoint(told), BACKWARD, []), maps[0].state, self._name(BACKWARD))
+
+    def _name(self, direction: Direction) -> str:
+        return f"scan {self.scan.name} {direction.phase}"
 
     def passing(self) -> list[int]:
         """The links that pass gradients to this rank and whose maps it is told forward: their transfers are kept."""

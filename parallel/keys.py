@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lasp.kernels.named import named
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.softmax.blocks import Keys
 from lasp.kernels.softmax.mask import Span
@@ -196,12 +197,10 @@ class Ring:
     def _pass_keys(self, messages: Messages, packing: _Packing, like: Tensor, hop: int) -> Pending[Messages]:
         """Start the next hop: send on what is needed further on, receive as much."""
         buffers = {r: like.new_empty(packing.numel(r.piece)) for r in self.rotation.held(self.rank, hop + 1)}
-        return collectives.rotate(
-            [Message(x, self._holder(r, hop + 1), _key_tag(r)) for r, x in messages.items() if r.last > hop],
-            [Message(x, self._holder(r, hop), _key_tag(r)) for r, x in buffers.items()],
-            self.group,
-            buffers,
-        )
+        outgoing = [Message(x, self._holder(r, hop + 1), _key_tag(r)) for r, x in messages.items() if r.last > hop]
+        incoming = [Message(x, self._holder(r, hop), _key_tag(r)) for r, x in buffers.items()]
+        with named("ring keys"):
+            return collectives.rotate(outgoing, incoming, self.group, buffers)
 
     def _pass_gradients(self, sums: Messages, flat: _Packing, home: Keys, hop: int) -> Pending[Messages]:
         """Start sending the gradients of others' keys after them, or home where no rank follows that needs the keys.
@@ -212,7 +211,8 @@ class Ring:
             outgoing.append(Message(x, to, _gradient_tag(route)))
         buffers = {r: home.k.new_empty(flat.numel(r.piece)) for r in self.rotation.returning(self.rank, hop)}
         incoming = [Message(x, self._holder(r, hop), _gradient_tag(r)) for r, x in buffers.items()]
-        arriving = collectives.rotate(outgoing, incoming, self.group, buffers)
+        with named("ring gradients"):
+            arriving = collectives.rotate(outgoing, incoming, self.group, buffers)
         return Pending([arriving], buffers, partial(_add_home, home, self.rank, flat))
 
     def _holder(self, route: Route, hop: int) -> int:

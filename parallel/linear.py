@@ -34,6 +34,7 @@ from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Link, Plan
 from lasp.parallel.monoid import Affine
 from lasp.parallel.scan import Scan
+from lasp.parallel.work import count_recurrence
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) 
     them, the final states [documents, B, H, K, V], the same on every rank.
     """
     trained = _trained(initial_state, *inputs)
+    count_recurrence(inputs, call.recurrence.heads)
     with _exact(inputs):
         output, final = _CausalRecurrence.apply(call, trained, initial_state, *inputs)
     return output, final if call.final else None
@@ -218,6 +220,7 @@ def bidirectional_recurrence(call: Call, initial_state: Tensor | None, inputs: I
 
     Arguments and results as in `causal_recurrence`.
     """
+    count_recurrence(inputs, call.recurrence.heads)
     with _exact(inputs):
         output, final = _BidirectionalRecurrence.apply(call, initial_state, *inputs)
     return output, final if call.final else None

@@ -31,6 +31,7 @@ from lasp.parallel.keys import Gather, KeyExchange, Ring, span
 from lasp.parallel.layout import Piece, joined_pieces
 from lasp.parallel.methods import copies, members, rotation_of
 from lasp.parallel.untraced import outside
+from lasp.parallel.work import count_attention
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def shared_attention(
     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hk, V] and key_mask [B, T] of this rank's tokens; sinks [Hq].
     Returns the output [B, T, Hq, V] in v's dtype.
     """
+    count_attention(call.attention.mask, call.cut.size, q, v)
     group, together = call.group, members(call.method, call.group)
     if group is None or together == 1:
         return _attend(call, q, k, v, sinks, key_mask)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.backend import softmax_operator
+from lasp.kernels.named import named
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.softmax.mask import Mask, Span, Tile, tiles
 from lasp.kernels.softmax.operators import Operator, Scores
@@ -52,9 +53,10 @@ class BlockAttention:
 
     def attend(self, queries: Queries, keys: Keys) -> None:
         """Merge the attention over a block of keys into the queries' output and lse."""
-        for rows, cols, operator, scores in self._tiles(queries.span, keys):
-            output, lse = operator.forward(queries.q[:, rows], keys.k[:, cols], keys.v[:, cols], scores)
-            merge(queries.output[:, rows], queries.lse[:, rows], output, lse)
+        with named("softmax block"):
+            for rows, cols, operator, scores in self._tiles(queries.span, keys):
+                output, lse = operator.forward(queries.q[:, rows], keys.k[:, cols], keys.v[:, cols], scores)
+                merge(queries.output[:, rows], queries.lse[:, rows], output, lse)
 
     def gradients(self, queries: Queries, grad: Tensor, keys: Keys, totals: tuple[Tensor, Tensor, Tensor]) -> None:
         """Add the gradients of a block to `totals`: dq of the queries, dk and dv of the keys, in the compute dtype.
@@ -62,13 +64,14 @@ class BlockAttention:
         queries carry the final output and, where a query saw nothing, an lse of +inf; grad [B, T, Hq, V].
         """
         dq, dk, dv = totals
-        for rows, cols, operator, scores in self._tiles(queries.span, keys):
-            parts = operator.backward(
-                grad[:, rows], queries.q[:, rows], keys.k[:, cols], keys.v[:, cols],
-                queries.output[:, rows], queries.lse[:, rows], scores,
-            )  # fmt: skip
-            for total, part in zip((dq[:, rows], dk[:, cols], dv[:, cols]), parts, strict=True):
-                total += part
+        with named("softmax block gradients"):
+            for rows, cols, operator, scores in self._tiles(queries.span, keys):
+                parts = operator.backward(
+                    grad[:, rows], queries.q[:, rows], keys.k[:, cols], keys.v[:, cols],
+                    queries.output[:, rows], queries.lse[:, rows], scores,
+                )  # fmt: skip
+                for total, part in zip((dq[:, rows], dk[:, cols], dv[:, cols]), parts, strict=True):
+                    total += part
 
     def as_one(self, rows: Span, keys: Keys) -> tuple[Operator, Scores] | None:
         """How a block is computed where it is one tile of a kind that kernels know; None elsewhere."""

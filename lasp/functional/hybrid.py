@@ -16,6 +16,7 @@ from lasp.functional.recurrence import check_options, check_recurrence
 from lasp.kernels.arguments import check_flags, check_integer, check_tensors, told
 from lasp.kernels.backend import Backend, implementation
 from lasp.kernels.precision import compute_dtype, exact
+from lasp.kernels.softmax.mask import Mask
 from lasp.kernels.softmax.window import Sight, Windowed, window_attention
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.call import Arguments, begin_call
@@ -25,6 +26,7 @@ from lasp.parallel.halo import Halo, bring_halo
 from lasp.parallel.layout import Plan
 from lasp.parallel.scan import Scan, ScanName
 from lasp.parallel.untraced import outside
+from lasp.parallel.work import count_attention
 
 
 class HybridState(NamedTuple):
@@ -158,6 +160,7 @@ def hybrid_attention(
     lies = turn()
     if initial_state is None and not output_final_state:
         window = min(window, max(lies.total, 1))
+    count_attention(Mask(lies.bounds or (0, lies.total), True, window), lies.size, q, v)
     halo = Halo.of(turn, window)
     with exact(q):
         shown = q.new_ones(q.shape[:2]) if key_mask is None else key_mask
