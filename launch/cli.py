@@ -15,6 +15,9 @@ INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended: 128 and the signal's number, as shells have it."""
 
 
+STUCK = 70
+"""Exit code of a rank whose watchdog ended it: a step took too long, on it or on another (EX_SOFTWARE, sysexits.h)."""
+
 SAVED = 75
 """Exit code of a training that was told to stop, and has saved: started again, it goes on (EX_TEMPFAIL, sysexits.h)."""
 

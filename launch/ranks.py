@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lasp.launch import rank as entry
-from lasp.launch.cli import USER_ERROR, print_error
+from lasp.launch.cli import STUCK, USER_ERROR, print_error
 from lasp.launch.outcome import Outcome
 
 SETTLE = 1.0
@@ -25,6 +25,9 @@ SETTLE = 1.0
 
 GRACE = 10.0
 """Seconds that ranks have to end when they were sent a signal."""
+
+FAREWELL = 3.0
+"""Seconds that they have when another one has failed: they wait for it, and would not come to their end."""
 
 _POLL = 0.01
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -41,8 +44,9 @@ def run_ranks(module: str, arguments: list[str], size: int, patience: float | No
 
     The cores are shared out among the ranks, unless OMP_NUM_THREADS says otherwise. Returns the largest code that a
     rank returned where all ran to their end. Otherwise one line on stderr names the rank that failed first and says
-    why, and the code is 2 for a user error, 1 for anything else; 128 + n when this process received signal n. patience:
-    seconds that ranks have to come to their end after a signal, where none of them fails; by default `GRACE`.
+    why, and the code is 2 for a user error, 70 where a watchdog ended the rank, which has said why, 1 for anything
+    else; 128 + n when this process received signal n. patience: seconds that ranks have to come to their end after a
+    signal, where none of them fails; by default `GRACE`.
     """
     with tempfile.TemporaryDirectory(prefix="lasp-") as folder, _signals() as received:
         ranks: list[_Rank] = []
@@ -108,6 +112,8 @@ class _Rank:
         code = self.process.returncode
         if self.outcome is not None:
             return self.outcome
+        if code == STUCK:
+            return Outcome(STUCK)
         if code < 0:
             return Outcome(1, f"killed by {signal.Signals(-code).name}")
         return Outcome(1, f"left with exit code {code} while others were at work, without a word")
@@ -143,7 +149,7 @@ def _watch(ranks: list[_Rank], received: list[int], patience: float | None) -> l
     if received and patience is not None:
         _wait(ranks, patience, received, until_failure=True)
     if len(received) == known:
-        _wait(ranks, GRACE, received)
+        _wait(ranks, GRACE if received else FAREWELL, received)
     return failed
 
 
@@ -168,7 +174,7 @@ def _tell(failed: list[_Rank], size: int) -> int:
     words = first.last_words()
     alike = len(failed) == size and all(rank.last_words().message == words.message for rank in failed)
     words.tell("" if alike else f"rank {first.rank}: ")
-    return USER_ERROR if words.code == USER_ERROR else 1
+    return words.code if words.code in (USER_ERROR, STUCK) else 1
 
 
 def cores() -> int:

@@ -17,11 +17,12 @@ import tomllib
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from transformers.utils.logging import disable_progress_bar
 
-from lasp.launch.cli import SAVED
+from lasp.launch.cli import SAVED, STUCK, USER_ERROR, print_error
 from lasp.launch.lock import locked
 from lasp.launch.outcome import Failure
 from lasp.launch.place import run_command
@@ -40,7 +41,7 @@ RECIPES = Path(__file__).with_name("configs")
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; 2 for what the user can put right, after one line on stderr; 1 for a training that failed; 75
-    for one that was told to stop, and has saved."""
+    for one that was told to stop, and has saved; 70 for one whose watchdog ended it."""
     arguments = sys.argv[1:] if argv is None else argv
     return run_command(lambda: _start(arguments), lambda: _as_rank_of_others(arguments))
 
@@ -143,10 +144,28 @@ def _start(arguments: list[str]) -> int:
     check_device(config.device, ranks)
     with locked(Path(config.output)):
         Run.prepare(config, print)
-        if ranks > 1:
-            return run_ranks("lasp.launch.train", arguments, ranks, patience=math.inf)
+        if ranks > 1 or config.restarts:
+            return _start_ranks(arguments, ranks, config.restarts)
         os.environ.update(loopback() | {"LOCAL_RANK": "0"})  # DeepSpeed asks for it
         return _train(config)
+
+
+def _start_ranks(arguments: list[str], ranks: int, restarts: int) -> int:
+    """Start ranks, and start them again from the last checkpoint when one of them has failed; returns the exit code."""
+    for left in reversed(range(restarts + 1)):
+        code = run_ranks("lasp.launch.train", arguments, ranks, patience=math.inf)
+        if not left or code in (0, USER_ERROR, SAVED) or code > 128:
+            break
+        print(f"lasp: starting again from the last checkpoint; restarts left: {left - 1}", file=sys.stderr, flush=True)
+        arguments = [*arguments, "--resume=latest"]
+    return code
+
+
+def _end(told: str) -> NoReturn:
+    """End this process, as its watchdog wants."""
+    if told:
+        print_error(told)
+    os._exit(STUCK)
 
 
 def _train(config: TrainConfig, tell: Tell | None = None) -> int:
@@ -158,7 +177,7 @@ def _train(config: TrainConfig, tell: Tell | None = None) -> int:
     stop = Stop(config.time_limit)
     try:
         with stop.listening():
-            summary = train(run, ranks, stop)
+            summary = train(run, ranks, stop, _end)
     except StepError as error:
         raise Failure(str(error)) from error
     ranks.leave()

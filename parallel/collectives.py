@@ -89,8 +89,17 @@ def _between(begin: Mark, end: Mark) -> float:
     return end - begin
 
 
+@dataclass(eq=False)
+class Last:
+    """How many exchanges there were, and which was the last."""
+
+    count: int = 0
+    name: str = "none"
+
+
 # Open ledgers. A module-level list, not a ContextVar: backward runs on threads that inherit no context.
 _open_ledgers: list[Ledger] = []
+_followers: list[Last] = []
 
 
 @contextmanager
@@ -105,6 +114,16 @@ def traffic(device: torch.device | None = None) -> Iterator[Ledger]:
         yield ledger
     finally:
         _open_ledgers.remove(ledger)
+
+
+@contextmanager
+def following(last: Last) -> Iterator[None]:
+    """Count every exchange of this process while the block runs, and keep no more than the last one's name."""
+    _followers.append(last)
+    try:
+        yield
+    finally:
+        _followers.remove(last)
 
 
 class _Thread(threading.local):
@@ -141,6 +160,8 @@ def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
     """Write one exchange into every open ledger."""
     for ledger in _open_ledgers:
         ledger.records.append(Record(op, phase, num_bytes, steps))
+    for last in _followers:
+        last.count, last.name = last.count + 1, f"{op} of {phase}"
 
 
 @dataclass

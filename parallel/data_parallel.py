@@ -37,7 +37,8 @@ def data_parallel(
 ) -> nn.Module:
     """Make backward itself sum gradients over sp and average them over dp; call the module that comes back.
 
-    kind: "ddp" wraps the model in DistributedDataParallel, which sends rank 0's parameters and buffers to every rank;
+    kind: "ddp" wraps the model in DistributedDataParallel, which sends rank 0's parameters and buffers to every rank
+    (its `own_norms` are those of this rank's own gradients of the last backward, before the sum, by parameter);
     "fsdp2" shards its parameters in place over the mesh's dp x sp ranks, one unit per entry of its outermost module
     lists (the layers) and one for the rest; tensor parallelism over the mesh's "tp" may come before. In both, a rank
     whose tokens miss a parameter that others use (an expert) is a case for `sync_gradients`; fsdp2 takes it from torch
@@ -97,9 +98,14 @@ def _of_another_dtype(model: nn.Module, named: dict[str, Tensor]) -> list[str]:
 
 def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: torch.dtype | None) -> nn.Module:
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=ranks.process_group, **_KEEP_BUFFERS)
+    norms: dict[Tensor, Tensor] = {}
+    wrapped.own_norms = norms
 
     def sum_then_average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         # DDP's own reduction divides by dp x sp: the sum over sp would be off by a factor that is not always exact.
+        precise = torch.promote_types(bucket.buffer().dtype, torch.float32)
+        own = torch._foreach_norm(bucket.gradients(), 2.0, dtype=precise)
+        norms.update(zip(bucket.parameters(), own, strict=True))
         sent = bucket.buffer() if dtype is None else bucket.buffer().to(dtype)
         summed = collectives.all_reduce_future(sent, ranks.process_group, "gradients", replicas)
         return summed if dtype is None else summed.then(lambda done: bucket.buffer().copy_(done.value()))

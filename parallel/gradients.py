@@ -89,9 +89,10 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, group:
 
     model: a module, or its parameters. It comes after `sync_gradients`, or after the backward of a `data_parallel`
     model; DTensors (FSDP2, tensor parallelism) count whole. The norm is a scalar of fp32, or fp64 where a gradient is,
-    the same on every rank. Raises ValueError, with a group on every rank of it, where there is no parameter or a sparse
-    gradient, and where the ranks' parameters, `max_norm` or norms differ: a rank's own part of a gradient has a norm of
-    its own. A group without checks sends nothing and trusts.
+    the same on every rank; where it is not finite, the gradients stay as they are. Raises ValueError, with a group on
+    every rank of it, where there is no parameter or a sparse gradient, and where the ranks' parameters, `max_norm` or
+    norms differ: a rank's own part of a gradient has a norm of its own. A group without checks sends nothing and
+    trusts.
     """
     ranks = None if group is None else replicas_of(group)
     named = agree_on_parameters(ranks, "clip_grad_norm_", lambda: _to_be_clipped(model, max_norm))
@@ -104,8 +105,9 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, group:
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
     if ranks is not None and ranks.checks:
         norm = _common_norm(norm, ranks)
+    scaled_by = norm.where(norm.isfinite(), 0)
     for parameters in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, scaled_by)
     return norm
 
 

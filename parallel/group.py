@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -318,6 +319,18 @@ def join_world() -> SequenceGroup:
 def create_world(store: dist.Store, rank: int, size: int) -> None:
     """Create the process group of `size` ranks that meet in a store, in the place of a launcher's rendezvous."""
     dist.init_process_group(_backend(), store=store, rank=rank, world_size=size)
+
+
+def common_store(name: str) -> dist.Store:
+    """The store in which the ranks of the world met, for what is said under some name."""
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Let collectives of all process groups that there are fail after some time, but for messages between two ranks of
+    gloo: these keep the limit that their group was made with."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def shutdown() -> None:

@@ -114,21 +114,39 @@ def agree_on_parameters(
     raise AssertionError("the lines differ, so their hashes do")
 
 
+def replicated(model: nn.Module, ranks: SequenceGroup) -> dict[str, Tensor]:
+    """The parameters of a model in training that all of some ranks hold whole."""
+    members = set(dist.get_process_group_ranks(ranks.process_group))
+    named = {name: p for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")}  # DeepSpeed's parts
+    return {name: p for name, p in named.items() if not _is_sharded(p, members)}
+
+
 def compare_values(ranks: SequenceGroup, named: dict[str, Tensor]) -> None:
     """Raise ValueError on every rank where the ranks hold other values of a parameter.
 
     It reads every parameter once and sends 8 bytes of each to every rank. Parameters on the meta device have no values.
     """
-    sums = torch.stack([_checksum(parameter) for parameter in named.values()]).cpu()
-    rows = collectives.all_gather(sums, ranks.control, "control").wait()
-    others = (rows != rows[0]).any(1).nonzero().flatten().tolist()
-    if others:
-        names = [name for name, differs in zip(named, (rows != rows[0]).any(0).tolist(), strict=True) if differs]
+    if told := find_difference(ranks, named):
         raise ValueError(
-            f"the ranks hold other models: {some(names)} differ{'s' * (len(names) == 1)} on rank "
-            f"{some(map(str, others))} from rank 0's. Make the model from the same seed, or load the same weights, on "
+            f"the ranks hold other models: {told}. Make the model from the same seed, or load the same weights, on "
             "every rank"
         )
+
+
+def find_difference(ranks: SequenceGroup, named: dict[str, Tensor]) -> str:
+    """Which tensors differ, and on which ranks, from those of the largest number of ranks; "" where none does."""
+    if not named:
+        return ""
+    sums = torch.stack([_checksum(parameter) for parameter in named.values()]).cpu()
+    rows = collectives.all_gather(sums, ranks.control, "control").wait()
+    _, kinds, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    usual = int(counts[kinds].argmax())  # the first rank of the largest number that are alike
+    differs = rows != rows[usual]
+    others = differs.any(1).nonzero().flatten().tolist()
+    names = [name for name, differing in zip(named, differs.any(0).tolist(), strict=True) if differing]
+    if not others:
+        return ""
+    return f"{some(names)} differ{'s' * (len(names) == 1)} on rank {some(map(str, others))} from rank {usual}'s"
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -150,12 +168,17 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
 def _refuse_sharded(named: dict[str, Any], ranks: SequenceGroup) -> None:
     members = set(dist.get_process_group_ranks(ranks.process_group))
     for name, parameter in named.items():
-        mesh = getattr(parameter, "device_mesh", None)
-        if mesh is not None and len(members.intersection(mesh.mesh.flatten().tolist())) > 1:
+        if _is_sharded(parameter, members):
             raise ValueError(
-                f"{name} is a DTensor over axes {mesh.mesh_dim_names} of ranks that share sequences or are replicas: "
-                f"an axis over which a model is cut is named {' or '.join(MODEL_AXES)}"
+                f"{name} is a DTensor over axes {parameter.device_mesh.mesh_dim_names} of ranks that share sequences "
+                f"or are replicas: an axis over which a model is cut is named {' or '.join(MODEL_AXES)}"
             )
+
+
+def _is_sharded(parameter: Any, members: set[int]) -> bool:
+    """Whether a parameter is a DTensor over more than one of some ranks."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return mesh is not None and len(members.intersection(mesh.mesh.flatten().tolist())) > 1
 
 
 def _describe(name: str, parameter: Tensor) -> str:

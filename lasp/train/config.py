@@ -228,6 +228,20 @@ class TrainConfig:
     time_limit: float | None = None
     """Seconds of training after which the run saves and ends, to be resumed; by default it ends with its steps."""
 
+    timeout: float = 600.0
+    """Seconds that a step, a batch of what is held out and a checkpoint may take. Where one takes longer on any rank,
+    all ranks print their stacks, one says who is behind, and the run ends (docs/reliability.md)."""
+
+    skips: int = 3
+    """How many steps in a row may have a loss or gradients that are not finite. They change nothing, and their data is
+    not read again; one more ends the run."""
+
+    drift_every: int = 100
+    """Steps between two comparisons of the parameters that ranks hold alike, by checksums; 0 for none."""
+
+    restarts: int = 0
+    """How often the ranks that `lasp train` starts are started again after a failure, from the last checkpoint."""
+
     seed: int = 0
     """Decides the initial weights and the order of the data."""
 
@@ -285,6 +299,15 @@ class TrainConfig:
         _require(self.time_limit is None or self.time_limit > 0, f"time_limit must be positive, got {self.time_limit}")
         _require(
             self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, got {self.save_every}"
+        )
+        _require(0 < self.timeout < math.inf, f"timeout must be positive, got {self.timeout}")
+        _require(self.skips >= 0, f"skips must not be negative, got {self.skips}")
+        _require(self.drift_every >= 0, f"drift_every must not be negative, got {self.drift_every}")
+        _require(self.restarts >= 0, f"restarts must not be negative, got {self.restarts}")
+        _require(
+            not self.restarts or (not self.overwrite and self.resume in (None, "latest")),
+            f"restarts = {self.restarts} goes on from the newest checkpoint: neither overwrite = true nor a certain "
+            "checkpoint to resume from goes with it",
         )
         _require(self.accumulation >= 1, f"accumulation must be at least 1, got {self.accumulation}")
         _require(bool(self.output), 'output must name a folder, got ""')

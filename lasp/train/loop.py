@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lasp.parallel.parameters import find_difference, replicated
 from lasp.train.checkpoints.checkpointer import Checkpointer, Folders
 from lasp.train.checkpoints.folders import checkpoint_path, delete_checkpoints
 from lasp.train.data.batches import all_rows
@@ -22,6 +23,8 @@ from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 from lasp.train.screen import describe
 from lasp.train.source import Source
+from lasp.train.unfinite import blame
+from lasp.train.watchdog import Watchdog
 
 
 class StepError(Exception):
@@ -73,6 +76,12 @@ class Trainer:
     steps_done: int = 0
     """Steps behind the state of the engine."""
 
+    skipped: int = 0
+    """How many steps in a row, up to now, were not finite."""
+
+    at: Callable[[str], None] = lambda work: None
+    """Told what is done next, each time."""
+
     @classmethod
     def start(cls, run: Run, ranks: Ranks) -> "Trainer":
         """A trainer at the beginning of a run, or where its checkpoint left off."""
@@ -84,17 +93,29 @@ class Trainer:
     def step(self) -> StepMetrics:
         """Train on the next batch.
 
-        FloatingPointError, on every rank and with the parameters untouched, when the loss or a gradient is not finite.
+        A step whose loss or gradients are not finite changes neither parameters nor optimizer, on any rank.
+        FloatingPointError, on every rank, after `config.skips` of these in a row.
         """
         config, started = self.run.config, time.perf_counter()
         lr = learning_rate(self.steps_done, config.steps, config.optimizer)
         loss = self._backward()
-        norm = self.engine.update(lr, config.optimizer.clip) if math.isfinite(loss) else math.nan
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}: cannot go on")
+        norm = self.engine.update(lr, config.optimizer.clip, skip=not math.isfinite(loss))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if not finite:
+            self._tell_skipped(loss, norm)
         self.steps_done += 1
         tokens = self.run.batch(self.ranks) * config.data.seq_len
-        return StepMetrics(self.steps_done, loss, lr, norm, tokens / (time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        return StepMetrics(self.steps_done, loss, lr, norm, tokens / seconds, skipped=self.skipped or None)
+
+    def _tell_skipped(self, loss: float, norm: float) -> None:
+        """Say on whom it lay that a step was skipped; FloatingPointError where there were too many of them."""
+        told = f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}: " + blame(self.engine, self.ranks)
+        if self.skipped > self.run.config.skips:
+            raise FloatingPointError(f"{told}; {self.skipped} such steps in a row, skips = {self.run.config.skips}")
+        if self.ranks.is_main:
+            show([f"{told}; skipped"])
 
     def validate(self) -> dict[str, float]:
         """The mean loss of all targets that are held out, source by source, the same on every rank."""
@@ -102,6 +123,7 @@ class Trainer:
         for data in self.run.validation:
             targets, total = 0, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
             for batch in all_rows(data, self.run.share(self.ranks), self.run.config.validation.sequences):
+                self.at(f"a batch of what is held out after step {self.steps_done}")
                 targets += batch.targets
                 total += self.engine.evaluate({**self.ranks.place(batch), "num_items_in_batch": 1})
             found[data.corpus.source] = self.ranks.mean(total) * self.ranks.dp_size / self.ranks.total(targets)
@@ -127,8 +149,11 @@ class Trainer:
         """
         config, stopped = self.run.config, False
         while self.steps_done < config.steps and not stopped:
+            self.at(f"step {self.steps_done + 1}")
             try:
                 result = self.step()
+                if config.drift_every and self._due(config.drift_every) and self.ranks.everyone.size > 1:
+                    self._compare_replicas()
                 if self.run.validation and self._due(config.validation.every):
                     result = replace(result, validation=self.validate())
             except ValueError as error:
@@ -138,17 +163,26 @@ class Trainer:
             yield result
             stopped = stop is not None and self.ranks.any(stop())
             if stopped or self._due(config.save_every or config.steps):
+                self.at(f"the checkpoint of step {self.steps_done}")
                 self.checkpoints.save(self.steps_done, self.engine, stopped or self.steps_done == config.steps)
+
+    def _compare_replicas(self) -> None:
+        """StepError, on every rank, where the ranks hold other values of what they should hold alike."""
+        replicas = self.ranks.sequence.replicas
+        if told := find_difference(replicas, replicated(self.engine.model, replicas)):
+            raise StepError(f"after step {self.steps_done} the ranks hold other models: {told}")
 
     def _due(self, every: int) -> bool:
         return self.steps_done % every == 0 or self.steps_done == self.run.config.steps
 
 
-def train(run: Run, ranks: Ranks, stop: Callable[[], bool] | None = None) -> Summary:
+def train(
+    run: Run, ranks: Ranks, stop: Callable[[], bool] | None = None, end: Callable[[str], None] | None = None
+) -> Summary:
     """Train a prepared run, until its last step or until `stop()` is true on a rank. All ranks call this together.
 
     Rank 0 shows progress and writes metrics, the plot and checkpoints into the output folder. A resumed run continues
-    exactly as if it had not been interrupted.
+    exactly as if it had not been interrupted. end: given, a watchdog calls it where a step takes too long.
     """
     trainer = Trainer.start(run, ranks)
     if ranks.is_main:
@@ -157,6 +191,8 @@ def train(run: Run, ranks: Ranks, stop: Callable[[], bool] | None = None) -> Sum
         delete_checkpoints(run.config.output)
     metrics, results = Path(run.config.output) / "metrics.jsonl", []
     with ExitStack() as stack:
+        if end is not None:
+            trainer.at = stack.enter_context(Watchdog(run.config.timeout, ranks.everyone, end)).at
         record = stack.enter_context(MetricsFile(metrics, trainer.steps_done)) if ranks.is_main else None
         shown = stack.enter_context(TrainingProgress(run.config.steps, trainer.steps_done, enabled=ranks.is_main))
         for result in trainer.rest(stop):

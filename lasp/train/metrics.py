@@ -26,6 +26,9 @@ class StepMetrics:
     tokens_per_second: float
     """Tokens of the whole batch per second of this step."""
 
+    skipped: int | None = None
+    """How many steps in a row, this one included, had a loss or gradients that were not finite, and changed nothing."""
+
     validation: dict[str, float] | None = None
     """Mean loss of what is held out, source by source, after the step's update; None where it was not asked for."""
 

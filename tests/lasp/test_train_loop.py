@@ -292,12 +292,28 @@ def test_a_preset_takes_the_vocabulary_of_the_tokenizer(config):
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (128, 1, 257)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(config):
+def test_a_loss_that_is_not_finite_is_skipped_and_a_fourth_in_a_row_ends_the_run(config, capfd):
     trainer = Trainer.start(Run.prepare(config), Ranks.join(config))
+    engine = trainer.engine
+    trainer.step()
+    good = engine.model.lm_head.weight[0, 0].item()
     with torch.no_grad():
-        trainer.engine.model.lm_head.weight[0, 0] = torch.nan
-    before = [parameter.clone() for parameter in trainer.engine.model.parameters()]
-    with pytest.raises(FloatingPointError, match="step 1: loss nan, gradient norm nan"):
+        engine.model.lm_head.weight[0, 0] = torch.nan
+    before = [
+        value.clone() for value in [*engine.model.parameters(), *engine.optimizers[0].state_dict()["state"][0].values()]
+    ]
+    told = (
+        r"step 5: loss nan, gradient norm nan: not finite are parameters of rank 0 \(first model.embed_tokens.weight\)"
+    )
+    steps = [trainer.step() for _ in range(3)]
+    with pytest.raises(FloatingPointError, match=f"{told}; 4 such steps in a row, skips = 3"):
         trainer.step()
-    for parameter, value in zip(trainer.engine.model.parameters(), before, strict=True):
-        assert torch.equal(parameter.nan_to_num(), value.nan_to_num())
+    after = [*engine.model.parameters(), *engine.optimizers[0].state_dict()["state"][0].values()]
+    for value, old in zip(after, before, strict=True):
+        assert torch.equal(value.nan_to_num(), old.nan_to_num())
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert [(step.step, step.skipped) for step in steps] == [(2, 1), (3, 2), (4, 3)]
+    assert capfd.readouterr().out.count("; skipped") == 3
+    with torch.no_grad():
+        engine.model.lm_head.weight[0, 0] = good
+    assert (trainer.step().skipped, trainer.skipped) == (None, 0)

@@ -55,6 +55,7 @@ def litter(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(launcher, "SETTLE", 0.3)
     monkeypatch.setattr(launcher, "GRACE", 0.5)
+    monkeypatch.setattr(launcher, "FAREWELL", 0.5)
     yield
     assert os.listdir(tmp_path / "temporary") == []
 
@@ -84,6 +85,7 @@ def send(folder: Path, *numbers: int) -> None:
         (["report('Connection closed', lost_peer=True)", "sleep(300)"], 1, "rank 0: Connection closed"),
         (["sleep(300)", "os.kill(os.getpid(), 9)"], 1, "rank 1: killed by SIGKILL"),
         (["os.kill(os.getpid(), signal.SIGSEGV)", "sleep(300)"], 1, "rank 0: killed by SIGSEGV"),
+        (["sleep(300)", "os._exit(70)"], 70, ""),  # its watchdog has said why
         (["sleep(300)", "os._exit(3)"], 1, "rank 1: left with exit code 3 while others were"),
         (["report('left alone', lost_peer=True)", "sys.exit(0)"], 1, "rank 1: left with exit code 0 while others were"),
         (["after(1); report('the end')", "report(code=0)"], 1, "rank 0: the end"),

@@ -145,6 +145,8 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--memory.checkpoint_every", "0"], ["memory.checkpoint_every must be at least 1, got 0"]),
         (["{recipe}", "--memory.offload", "true"], ["memory.offload moves what memory.checkpoint_every keeps: set it"]),
         (["{recipe}", "--dp", "0"], ["dp must be at least 1, got 0"]),
+        (["{recipe}", "--timeout", "nan"], ["timeout must be positive, got nan"]),
+        (["{recipe}", "--restarts", "1", "--overwrite", "true"], ["restarts = 1 goes on from the newest checkpoint"]),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, arguments, said):
@@ -330,6 +332,22 @@ def test_ranks_of_torchrun_report_a_user_error_once(recipe):
     done = run(*torchrun, recipe, "--sp", "3")
     assert done.returncode != 0
     assert len(error_lines(done.stderr)) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [([1, 70, 0], 0), ([1, 1, 1], 1), ([2], 2), ([1, 75], 75), ([130], 130), ([1, 143], 143)]
+)
+def test_ranks_that_fail_start_again_from_the_last_checkpoint(recipe, capsys, monkeypatch, codes, code):
+    started = []
+
+    def run_ranks(module: str, arguments: list[str], size: int, patience: float) -> int:
+        started.append("--resume=latest" in arguments)
+        return codes[len(started) - 1]
+
+    monkeypatch.setattr("lasp.launch.train.run_ranks", run_ranks)
+    assert main([recipe, "--sp", "2", "--restarts", "2"]) == code
+    assert started == [False, True, True][: len(codes)]
+    assert capsys.readouterr().err.count("starting again from the last checkpoint; restarts left: ") == len(codes) - 1
 
 
 def test_lasp_knows_its_subcommands(capsys, monkeypatch):

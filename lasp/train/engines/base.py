@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lasp.parallel.gradients import clip_grad_norm_
+from lasp.parallel.parameters import local_part
 from lasp.train.config import TrainConfig
 from lasp.train.engines.engine import Batch, State, autocast
 from lasp.train.optimizer import build_optimizers
@@ -24,6 +25,7 @@ class TorchEngine:
         self.reduce_dtype = None if config.reduce_dtype is None else getattr(torch, config.reduce_dtype)
         self.module: Any = self._prepare()
         self.optimizers = build_optimizers(model, config.optimizer)
+        self._unfinite: list[str] = []
 
     def _prepare(self) -> nn.Module:
         """What to call in the model's place."""
@@ -40,12 +42,25 @@ class TorchEngine:
             loss.backward()
         return loss.detach()
 
-    def update(self, lr: float, max_norm: float) -> float:
+    def update(self, lr: float, max_norm: float, skip: bool = False) -> float:
         # The reduced gradients are the same everywhere, and so is their norm: ranks agree without another exchange.
         norm = clip_grad_norm_(self.model, max_norm).item()
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not skip:
             self._step(lr)
+            return norm
+        norms = {name: self._own_norm(parameter) for name, parameter in self.model.named_parameters()}
+        self._unfinite = [name for name, own in norms.items() if own is not None and not own.isfinite()]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         return norm
+
+    def unfinite(self) -> list[str]:
+        return self._unfinite
+
+    def _own_norm(self, parameter: Any) -> Tensor | None:
+        """Of what this rank has of a parameter's gradient, if it has any."""
+        gradient = parameter.grad
+        return None if gradient is None else torch.linalg.vector_norm(local_part(gradient))
 
     def _step(self, lr: float) -> None:
         for optimizer in self.optimizers:

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lasp.parallel.data_parallel import data_parallel
 from lasp.train.engines.base import TorchEngine
@@ -18,3 +18,8 @@ class Replicated(TorchEngine):
     def _gathering(self, last: bool) -> AbstractContextManager[Any]:
         gathering: AbstractContextManager[Any] = nullcontext() if last else self.module.no_sync()
         return gathering
+
+    def _own_norm(self, parameter: Any) -> Tensor | None:
+        """Of this rank's own gradient, before the sum."""
+        norm: Tensor | None = self.module.own_norms.get(parameter)
+        return norm

@@ -37,9 +37,13 @@ class Engine(Protocol):
     def backward(self, batch: Batch, last: bool) -> Tensor:
         """Add the gradients of a micro-batch; `last` of its step. Returns the loss, a scalar."""
 
-    def update(self, lr: float, max_norm: float) -> float:
+    def update(self, lr: float, max_norm: float, skip: bool = False) -> float:
         """Scale the gradients down to this global norm where theirs is larger, update the parameters, and forget the
-        gradients. Returns the norm that they had; nothing is updated where it is not finite."""
+        gradients. Returns the norm that they had. Nothing is updated where it is not finite, nor with `skip`."""
+
+    def unfinite(self) -> list[str]:
+        """After an update that was none: the parameters whose gradients on this rank were not finite; before they were
+        summed over the ranks where the engine sees those, and none where it sees neither."""
 
     def evaluate(self, batch: Batch) -> Tensor:
         """The loss of a batch, without gradients."""

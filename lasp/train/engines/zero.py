@@ -5,6 +5,7 @@ over dp, so the loss is multiplied by sp and nothing divided.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,12 +46,19 @@ class Zero:
             self.deepspeed.step()
         return loss.detach()
 
-    def update(self, lr: float, max_norm: float) -> float:
-        """As of the protocol, but that DeepSpeed tells a norm that is not finite when it has updated."""
-        for group in self.deepspeed.optimizer.param_groups:
+    def update(self, lr: float, max_norm: float, skip: bool = False) -> float:
+        """As of the protocol, but that a norm which is not finite is always infinite."""
+        optimizer = self.deepspeed.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
+        if skip:  # of gradients that are not finite DeepSpeed itself makes no update
+            for part in (part for parts in optimizer.averaged_gradients.values() for part in parts or []):
+                part.fill_(math.nan)
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
+
+    def unfinite(self) -> list[str]:
+        return []
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:

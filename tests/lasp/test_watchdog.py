@@ -1,0 +1,128 @@
+"""A watchdog, with ranks that are threads of this process."""
+
+from __future__ import annotations
+
+import faulthandler
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from lasp.parallel import collectives
+from lasp.train import watchdog
+from lasp.train.watchdog import Watchdog, Where, verdict
+
+# What ends a process here ends a thread.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def armed(monkeypatch):
+    """What is asked of faulthandler's timer, in the place of that: it would end the tests."""
+    asked = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: asked.append((args, kwargs)))
+    monkeypatch.setattr(watchdog, "limit_waits", lambda timeout: asked.append(timeout.total_seconds()))
+    return asked
+
+
+def watch(ranks: int, monkeypatch, limit: float = 0.4) -> tuple[list[Watchdog], list[str], threading.Event]:
+    """Watchdogs of so many ranks; what they end with, and an event that lets them go on after that."""
+    store, told, go_on = dist.HashStore(), [], threading.Event()
+    monkeypatch.setattr(watchdog, "common_store", lambda name: dist.PrefixStore(name, store))
+
+    def end(line: str) -> None:
+        told.append(line)
+        go_on.wait()
+        raise SystemExit
+
+    dogs = [Watchdog(limit, SimpleNamespace(rank=rank, size=ranks), end) for rank in range(ranks)]
+    for dog in dogs:
+        dog.__enter__()
+    return dogs, told, go_on
+
+
+def test_a_step_that_does_not_end_ends_every_rank_and_who_is_behind_is_named_once(armed, monkeypatch, capsys):
+    dogs, told, go_on = watch(3, monkeypatch)
+    began = time.monotonic()
+    for rank, dog in enumerate(dogs):
+        dog.at("step 7")
+        for _ in range(2 if rank != 1 else 1):
+            dog._last.count, dog._last.name = dog._last.count + 1, "all_reduce of control"
+    while len(told) < 3:
+        time.sleep(0.01)
+    assert 0.4 < time.monotonic() - began < 1.4
+    assert sorted(told)[:2] == ["", ""]
+    assert sorted(told)[2] == (
+        "step 7 took longer than timeout = 0.4 s: rank 1 is behind: step 7, exchange 1 (all_reduce of control); "
+        "rank 0, 2 is at step 7, exchange 2 (all_reduce of control)"
+    )
+    stderr = capsys.readouterr().err
+    assert stderr.count("most recent call first") >= 3
+    assert [f"lasp: rank {rank} of 3: step 7, exchange" in stderr for rank in range(3)] == [True] * 3
+    assert armed[0] == 60.4
+    assert ((pytest.approx(0.44),), {"exit": True, "file": 2}) in armed
+    go_on.set()
+    for dog in dogs:
+        dog._alarm.clear()  # with it, a rank waits for its end
+        dog.__exit__(None, None, None)
+
+
+def test_work_that_goes_on_is_left_alone(armed, monkeypatch):
+    dogs, told, _ = watch(1, monkeypatch, limit=0.3)
+    with collectives.traffic() as ledger:
+        for step in range(8):
+            dogs[0].at(f"step {step}")
+            collectives.record("all_gather", "forward", 4, 1)
+            time.sleep(0.08)
+            assert str(dogs[0]._where()) == f"step {step}, exchange 1 (all_gather of forward)"
+    dogs[0].__exit__(None, None, None)
+    assert not told
+    assert len(ledger.records) == 8
+    assert not any(thread.is_alive() for thread in dogs[0]._threads)
+    assert not collectives._followers
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            {0: Where(3, "step 3", 5, "ring of forward")},
+            "rank 1 said nothing (stopped, or in code that does not let Python's threads run); "
+            "rank 0 is at step 3, exchange 5 (ring of forward)",
+        ),
+        (
+            {0: Where(3, "step 3", 0, "none"), 1: Where(2, "step 2", 9, "ring of forward")},
+            "rank 1 is behind: step 2, exchange 9 (ring of forward); rank 0 is at step 3, before any exchange",
+        ),
+        (
+            {0: Where(3, "step 3", 5, "ring of forward"), 1: Where(3, "step 3", 5, "barrier of control")},
+            "rank 0 is at step 3, exchange 5 (ring of forward); rank 1 is at step 3, exchange 5 (barrier of control)",
+        ),
+    ],
+)
+def test_the_verdict_says_who_is_silent_who_is_behind_and_who_is_elsewhere(said, told):
+    assert verdict("why", said, 2) == f"why: {told}"
+
+
+def test_a_store_that_does_not_answer_is_said(armed, monkeypatch):
+    """That of a rank 0 which is stopped holds up whoever asks."""
+    asked, told = threading.Event(), []
+    store = SimpleNamespace(clone=lambda: SimpleNamespace(check=lambda names: asked.wait() and False))
+    monkeypatch.setattr(watchdog, "common_store", lambda name: store)
+
+    def end(line: str) -> None:
+        told.append(line)
+        raise SystemExit
+
+    dog = Watchdog(0.2, SimpleNamespace(rank=1, size=2), end)
+    with dog:
+        dog.at("step 1")
+        dog._threads[0].join()
+        dog._alarm.clear()
+    assert told == [
+        "step 1 took longer than timeout = 0.2 s: the store in which the ranks met does not answer; rank 0 holds it, "
+        "or its launcher"
+    ]
+    asked.set()
