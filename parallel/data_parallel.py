@@ -99,7 +99,7 @@ def _of_another_dtype(model: nn.Module, named: dict[str, Tensor]) -> list[str]:
 def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: torch.dtype | None) -> nn.Module:
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=ranks.process_group, **_KEEP_BUFFERS)
     norms: dict[Tensor, Tensor] = {}
-    wrapped.own_norms = norms
+    wrapped.own_norms = norms  # type: ignore[assignment]
 
     def sum_then_average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         # DDP's own reduction divides by dp x sp: the sum over sp would be off by a factor that is not always exact.

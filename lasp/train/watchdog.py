@@ -106,7 +106,7 @@ class Watchdog:
         """Hear of an alarm, or tell of it; then tell where this rank is, and read where the others are."""
         self._said[self.ranks.rank] = self._where()
         try:
-            store = common_store("watchdog").clone()
+            store = common_store("watchdog").clone()  # type: ignore[attr-defined]  # the main thread may be in another
             while not self._alarm.is_set() and not store.check(["why"]):
                 if self._left.wait(self._pause):
                     return
