@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Recurrence(ABC):
     states; causal: a token reads the state up to itself, else that of its whole document (only the decay family).
     Chains, and what `inside` and `grad_outputs` return, are the implementation's own.
     """
+
+    kind: ClassVar[Any] = Inputs
+    """The NamedTuple of its inputs."""
 
     runs: tuple[tuple[int, int], ...]
     heads: int
@@ -75,6 +78,13 @@ class Recurrence(ABC):
         self, inputs: Inputs, grad: Tensor, entered: Any, incoming: list[Tensor | None]
     ) -> tuple[Gradients, list[Tensor]]:
         """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
+
+    def operations(self, inputs: Inputs) -> int:
+        """How many floating-point operations its mathematics takes: what a token writes into a state and reads of it, and
+        of the delta family what its key holds."""
+        batch, tokens, _, key_dim = inputs.q.shape
+        each = 4 if inputs.beta is None else 6
+        return each * batch * tokens * self.heads * key_dim * inputs.v.shape[3]
 
     # What ranks know of one another -----------------------------------------------------------------------------------
 

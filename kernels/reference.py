@@ -100,6 +100,95 @@ def delta_rule(
     return output, torch.cat(finals)
 
 
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    read: Tensor,
+    erase: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = (diag(exp(log_decay_t)) - erase_t read_t^T)·S_{t-1} + k_t v_t^T`, `o_t = scale·S_t^T q_t` (RWKV-7,
+    arXiv:2503.14456, eq. 17).
+
+    k, read, erase, log_decay [B, T, H, K]; v [B, T, H, V]; all else as in `linear_attention`.
+    """
+    states = k.shape[2]
+    heads = q.shape[2]
+    k, v, read, erase, log_decay = (repeat_heads(x, heads) for x in (k, v, read, erase, log_decay))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise([0, q.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        state = q.new_zeros(q.shape[0], heads, q.shape[-1], v.shape[-1])
+        if initial_state is not None:
+            given = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+            state = state + repeat_heads(given, heads, dim=1)
+        for t in range(start, stop):
+            found = torch.einsum("bhk,bhkv->bhv", read[:, t], state)
+            state = log_decay[:, t].exp().unsqueeze(-1) * state - erase[:, t].unsqueeze(-1) * found.unsqueeze(-2)
+            state = state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        finals.append(state[:, :: heads // states])
+    return torch.stack(outputs, 1) if outputs else v[:, :0], torch.cat(finals)
+
+
+def selective_scan(
+    u: Tensor,
+    step: Tensor,
+    rates: Tensor,
+    key: Tensor,
+    query: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = exp(step_t·A)·S_{t-1} + step_t·u_t·B_t`, `y_t = S_t·C_t` (Mamba, arXiv:2312.00752, eq. 2 and 4).
+
+    u, step [B, T, I]; rates (A) [I, N]; key (B), query (C) [B, T, N]; initial_state [B or N, I, N]. Returns the output
+    [B, T, I] and the final states.
+    """
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise([0, u.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        state = u.new_zeros(u.shape[0], *rates.shape)
+        if initial_state is not None:
+            state = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+        for t in range(start, stop):
+            decay = (step[:, t, :, None] * rates).exp()
+            state = decay * state + (step[:, t] * u[:, t]).unsqueeze(-1) * key[:, t, None]
+            outputs.append((state * query[:, t, None]).sum(-1))
+        finals.append(state)
+    return torch.stack(outputs, 1) if outputs else u[:, :0], torch.cat(finals)
+
+
+def diagonal_state_space(
+    u: Tensor,
+    rates: Tensor,
+    weights: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = exp(rates)·S_{t-1} + u_t`, `y_t = 2·Re sum_n weights_n·S_t` (S4D, arXiv:2206.11893, section 3.1).
+
+    u [B, T, I]; rates, weights [I, N], complex; initial_state [B or N, I, N]. Returns the output [B, T, I] and the
+    final states.
+    """
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(pairwise([0, u.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        state = rates.new_zeros(u.shape[0], *rates.shape)
+        if initial_state is not None:
+            state = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+        for t in range(start, stop):
+            state = rates.exp() * state + u[:, t].unsqueeze(-1)
+            outputs.append(2 * (weights * state).sum(-1).real)
+        finals.append(state)
+    return torch.stack(outputs, 1) if outputs else u[:, :0], torch.cat(finals)
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,

@@ -62,14 +62,15 @@ class Call:
         return self.group is None
 
 
-def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+def causal_recurrence(call: Call, initial_state: Tensor | None, inputs: Any) -> tuple[Tensor, Tensor | None]:
     """Run a causal recurrence over the whole sequence.
 
-    initial_state [documents, B, H, K, V] or None. Returns the local output [B, T, Ho, V] and, when the call asks for
-    them, the final states [documents, B, H, K, V], the same on every rank.
+    inputs: of the kind that the recurrence takes. initial_state [documents, B, H, K, V] or None. Returns the local
+    output [B, T, Ho, V] and, when the call asks for them, the final states [documents, B, H, K, V], the same on every
+    rank.
     """
     trained = _trained(initial_state, *inputs)
-    count_recurrence(inputs, call.recurrence.heads)
+    count_recurrence(call.recurrence, inputs)
     with _exact(inputs):
         output, final = _CausalRecurrence.apply(call, trained, initial_state, *inputs)
     return output, final if call.final else None
@@ -87,7 +88,8 @@ class _CausalRecurrence(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, trained: bool, initial_state: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, Tensor | None]:
-        inputs, recurrence, kept = Inputs(*tensors), call.recurrence, None
+        recurrence, kept = call.recurrence, None
+        inputs = recurrence.kind(*tensors)
         if call.group is None:
             plan = call.plan()
             output, chain = recurrence.forward(inputs, _initial(plan, initial_state))
@@ -129,7 +131,7 @@ class _CausalRecurrence(torch.autograd.Function):
         return None, None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
 
 
-def _affine(recurrence: Recurrence, inputs: Inputs) -> Affine:
+def _affine(recurrence: Recurrence, inputs: Any) -> Affine:
     """The maps of a recurrence, whose transfers follow from the plan where its gates do not differ between tokens."""
     rule = recurrence.transfer_rule(inputs)
     return Affine() if rule is None else Affine(lambda link: rule(link.length))
@@ -140,23 +142,24 @@ def _trained(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _exact(inputs: Inputs) -> AbstractContextManager[object]:
+def _exact(inputs: Any) -> AbstractContextManager[object]:
     """Keep autocast away: states, decays and sums are in fp32 or fp64 whatever surrounds the call."""
-    return exact(inputs.q)
+    return exact(inputs[0])
 
 
 def _save(
-    ctx: Any, call: Call, plan: Plan, initial_state: Tensor | None, inputs: Inputs, chain: Chain, kept: Tensor | None
+    ctx: Any, call: Call, plan: Plan, initial_state: Tensor | None, inputs: Any, chain: Chain, kept: Tensor | None
 ) -> None:
     """Keep what backward needs; tensors through autograd, so that checkpointing and offloading see them."""
     ctx.call, ctx.plan, ctx.has_initial = call, plan, initial_state is not None
     ctx.save_for_backward(*inputs, kept, *chain.tensors())
 
 
-def _saved(ctx: Any) -> tuple[Inputs, Chain, Tensor | None]:
+def _saved(ctx: Any) -> tuple[Any, Chain, Tensor | None]:
     """The inputs, the true states of the forward pass, and what its scan kept."""
-    count, tensors = len(Inputs._fields), ctx.saved_tensors
-    inputs = Inputs(*tensors[:count])
+    kind, tensors = ctx.call.recurrence.kind, ctx.saved_tensors
+    count = len(kind._fields)
+    inputs = kind(*tensors[:count])
     return inputs, ctx.call.recurrence.restore(inputs, tensors[count + 1 :]), tensors[count]
 
 
@@ -220,7 +223,7 @@ def bidirectional_recurrence(call: Call, initial_state: Tensor | None, inputs: I
 
     Arguments and results as in `causal_recurrence`.
     """
-    count_recurrence(inputs, call.recurrence.heads)
+    count_recurrence(call.recurrence, inputs)
     with _exact(inputs):
         output, final = _BidirectionalRecurrence.apply(call, initial_state, *inputs)
     return output, final if call.final else None
@@ -236,7 +239,8 @@ class _BidirectionalRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, initial_state: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor | None]:
-        inputs, recurrence = Inputs(*tensors), call.recurrence
+        recurrence = call.recurrence
+        inputs = recurrence.kind(*tensors)
         with call.turn.forward():
             chain = recurrence.states(inputs)
             plan = call.plan()

@@ -2,6 +2,7 @@
 
     Affine     S -> A·S + U                 the memory of every recurrence, and gradients
     LogSums    z -> log(exp(z) + exp(u))    running sums of exponentials
+    Maxima     m -> max(m + f, u)           running maxima, which have no way back
 
 Backwards every map is affine: the gradient `dS_out` of what leaves a link gives `A^T·dS_out + dU` to what enters it,
 where A is the derivative of its map there, its transfer.
@@ -17,6 +18,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from lasp.kernels.logcumsumexp import LogSum, ratio
+from lasp.kernels.maximum import Highest
 from lasp.kernels.segment import Segment, compose, transpose
 from lasp.parallel.layout import Link
 
@@ -109,3 +111,21 @@ class LogSums:
 
     def adjoint(self, kept: Mapping[Link, Tensor]) -> Affine:
         return Affine(None, kept)
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """Maps `m -> max(m + decay, u)` in every head, of states [..., 1]."""
+
+    def transfer_sent(self, own: Highest) -> Tensor | None:
+        return own.decay
+
+    def unpack(self, links: Sequence[Link], state: Tensor, transfer: Tensor | None = None) -> Highest:
+        assert transfer is not None, "sent with every map"
+        return Highest(transfer, state)
+
+    def kept(self, own: Highest, entering: Callable[[], Tensor]) -> Tensor | None:
+        return None
+
+    def adjoint(self, kept: Mapping[Link, Tensor]) -> Affine:
+        raise NotImplementedError("a stabiliser has no gradient")

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from lasp.kernels.inputs import Inputs
+from lasp.kernels.recurrence import Recurrence
 from lasp.kernels.softmax.mask import Mask
 
 
@@ -40,12 +41,10 @@ def work() -> Iterator[Work]:
         _open.remove(found)
 
 
-def count_recurrence(inputs: Inputs, states: int) -> None:
-    """Count a recurrence with so many states over q [B, T, Hq, K] and v [B, T, Hv, V]."""
+def count_recurrence(recurrence: Recurrence, inputs: Any) -> None:
+    """Count a recurrence over inputs of its kind."""
     if _counting():
-        batch, tokens, _, key_dim = inputs.q.shape
-        each = 4 if inputs.beta is None else 6
-        _add(each * batch * tokens * states * key_dim * inputs.v.shape[3])
+        _add(recurrence.operations(inputs))
 
 
 def count_attention(mask: Mask, ranks: int, q: torch.Tensor, v: torch.Tensor) -> None:

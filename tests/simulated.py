@@ -62,6 +62,14 @@ def all_reduce(tensor: Tensor, place: Place, phase: str) -> Pending[Tensor]:
     return Pending([], gather(tensor, place).wait().sum(0))
 
 
+def all_gather(tensor: Tensor, place: Place, phase: str) -> Pending[Tensor]:
+    return gather(tensor, place)
+
+
+def reduce_scatter(tensor: Tensor, place: Place, phase: str) -> Pending[Tensor]:
+    return Pending([], gather(tensor, place).wait().sum(0)[place.rank])
+
+
 def send(tensor: Tensor, to: int, place: Place, tag: int) -> Pending[Tensor]:
     place.wires.put(place.rank, to, tag, tensor.clone())
     return Pending([], tensor)
@@ -95,7 +103,7 @@ def all_to_all(
 def in_memory() -> Iterator[None]:
     """Let the exchanges of scans, of final states and of halos be those of this file."""
     with pytest.MonkeyPatch.context() as patch:
-        for fake in (gather, broadcast, all_reduce, send, receive, all_to_all):
+        for fake in (gather, all_gather, reduce_scatter, broadcast, all_reduce, send, receive, all_to_all):
             patch.setattr(collectives, fake.__name__, fake)
         yield
 

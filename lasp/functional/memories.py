@@ -52,7 +52,7 @@ def routed_delta_rule(
     gathered and stand one behind the other in one call, at the arithmetic of n memories in the place of M. Over a group
     the states of all memories cross in one exchange, whatever each rank sends to them. A token is read back to Python
     for how many rows each memory has: an accelerator is waited for. scan="heads" takes all memories for all tokens, and
-    so do tensors without values.
+    so do fewer tokens than memories on one device, and tensors without values.
 
     Returns what each token reads in each of its memories, [B, T, n, Hq, V], and where asked the final states
     [B or documents, M·H, K, V], as initial_state. All other arguments and what is refused are as in `delta_rule`.
@@ -69,7 +69,8 @@ def routed_delta_rule(
     }
     together(group, "routed_delta_rule", lambda: _check_shapes(q, k, v, beta, log_decay, memories, initial_state))
     valueless = memories.untyped_storage().device.type == "meta"  # fake tensors too
-    if valueless or scan == Heads.name or isinstance(scan, Heads):
+    few = ranks_of(group, cut) == 1 and q.shape[1] < k.shape[2]  # in generation
+    if valueless or few or scan == Heads.name or isinstance(scan, Heads):
         return _everywhere(Inputs(q, k, v, log_decay, beta), memories, output_final_state, options)
     batch, tokens, count, heads = k.shape[:4]
 

@@ -12,12 +12,15 @@ from lasp.layers.kda import KimiDeltaAttention
 from lasp.layers.lightnet import LightNet
 from lasp.layers.lightning import Lightning
 from lasp.layers.linear import LinearAttention
+from lasp.layers.mamba import Mamba
 from lasp.layers.mamba2 import Mamba2
 from lasp.layers.mixer import Mixer
+from lasp.layers.mlstm import MLstm
 from lasp.layers.mom import MixtureOfMemories
 from lasp.layers.rebased import Rebased
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.retention import Retention
+from lasp.layers.rwkv7 import Rwkv7
 from lasp.layers.softmax import SoftmaxAttention
 from lasp.layers.state import ConvolvedMemory, KeyValues, ScaledMemory, State
 
@@ -37,12 +40,15 @@ __all__ = [
     "LightNet",
     "Lightning",
     "LinearAttention",
+    "MLstm",
+    "Mamba",
     "Mamba2",
     "Mixer",
     "MixtureOfMemories",
     "Rebased",
     "RecurrentMixer",
     "Retention",
+    "Rwkv7",
     "ScaledMemory",
     "SoftmaxAttention",
     "State",
@@ -55,6 +61,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "retention": Retention,
     "gla": GatedLinearAttention,
     "hgrn2": Hgrn2,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "based": Based,
     "rebased": Rebased,
@@ -63,9 +70,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "delta_product": DeltaProduct,
     "kda": KimiDeltaAttention,
+    "rwkv7": Rwkv7,
     "mom": MixtureOfMemories,
     "inline": InLine,
     "lightnet": LightNet,
+    "mlstm": MLstm,
     "softmax": SoftmaxAttention,
 }
 

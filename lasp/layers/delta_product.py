@@ -35,7 +35,8 @@ class DeltaProduct(GatedDeltaNet):
         self.beta_proj = nn.Linear(hidden, width, bias=False)
         self.short_conv = self._new_conv()
 
-    def split(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = projected
         return self._heads(q), self._steps(self._heads(k)), self._steps(self._heads(v))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:

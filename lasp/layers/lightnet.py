@@ -36,7 +36,7 @@ class LightNet(RecurrentMixer):
         found = logcumsumexp(
             logits if mask is None else logits.masked_fill(~mask[..., None, None], -torch.inf),
             exclusive=True,
-            initial_state=None if state is None else state.log_sum,
+            initial_state=None if state is None else state.log_scale,
             output_final_state=context.output_final_state,
             scan=self.scan,
             **context.sequence,

@@ -97,8 +97,14 @@ class Mixer(nn.Module):
         """Names of the keywords this mixer takes beyond those of every mixer."""
         return _keywords(cls) - _keywords(Mixer)
 
-    def split(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """Of x, all that the short convolution sees."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def split(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections [B, T, width] as heads."""
+        q, k, v = projected
         return self._heads(q), self._heads(k), self._heads(v)
 
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +155,7 @@ class Mixer(nn.Module):
         if cut is not None:
             check_cut(cut, x.shape[1], type(self).__name__)
         context = Context(attention_mask, state, output_final_state, sequence)
-        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        projected = [projection(x) for projection in self.projections]
         tail = None
         if self.short_conv is not None:
             projected, tail, context = self._convolve(projected, context)
@@ -165,7 +171,7 @@ class Mixer(nn.Module):
         """The short convolution of the projections' channels, where the mixer has one."""
         if self.conv_size is None:
             return None
-        return ShortConv(sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj)), self.conv_size)
+        return ShortConv(sum(p.out_features for p in self.projections), self.conv_size)
 
     def _convolve(self, projected: list[Tensor], context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
         """The projections after the short convolution, its tail, and the context of what follows it."""

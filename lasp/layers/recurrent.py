@@ -45,8 +45,7 @@ class RecurrentMixer(Mixer):
         **arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run an operation of `lasp.functional`: its output [B, T, H, V], and the final state or None."""
-        if context.state is not None and not isinstance(context.state, Tensor):
-            raise ValueError(f"{type(self).__name__} continues from a state tensor, got {type(context.state).__name__}")
+        memory = self.memory_of(context)
         if context.attention_mask is not None:
             k, log_decay = skip_padding(k, log_decay, context.attention_mask)
         result = operation(
@@ -55,7 +54,7 @@ class RecurrentMixer(Mixer):
             F.pad(v, (0, 1), value=1.0) if self.normalise else v,
             log_decay=log_decay,
             scale=self.scale,
-            initial_state=context.state,
+            initial_state=memory,
             output_final_state=context.output_final_state,
             scan=self.scan,
             **context.sequence,
@@ -67,6 +66,12 @@ class RecurrentMixer(Mixer):
             output, total = output[..., :-1], output[..., -1:]
             output = output / total.masked_fill(total == 0, 1)
         return output, final
+
+    def memory_of(self, context: Context) -> Tensor | None:
+        """The state to continue from. Raises ValueError for that of another kind of mixer."""
+        if context.state is not None and not isinstance(context.state, Tensor):
+            raise ValueError(f"{type(self).__name__} continues from a state tensor, got {type(context.state).__name__}")
+        return context.state
 
 
 def skip_padding(k: Tensor, log_decay: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -53,13 +53,13 @@ class ConvolvedMemory(NamedTuple):
 
 
 class ScaledMemory(NamedTuple):
-    """A memory whose keys were divided by a running sum of exponentials."""
+    """A memory divided by what would overflow: a running sum of exponentials, or the largest of them."""
 
     memory: Tensor
     """[B or documents, H_kv, K, V], in fp32 (fp64)."""
 
-    log_sum: Tensor
-    """[B or documents, H_kv, K], the logarithm of that sum, in fp32 (fp64)."""
+    log_scale: Tensor
+    """[B or documents, H_kv, ...], the logarithm of that."""
 
 
 # A recurrence keeps [B or documents, H_kv, K, V] in fp32 (fp64), of a size that does not grow with the text.

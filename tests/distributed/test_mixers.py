@@ -116,9 +116,14 @@ def test_a_model_is_what_it_is_on_one_device(group_of, expected, name, layout, p
 
 # How much of A travels with a state of K rows (docs/mixers.md).
 SCALAR, CHANNELS, DENSE = (lambda k: 1), (lambda k: k), (lambda k: k * k)
-TRANSFERS = {"gla": CHANNELS, "hgrn2": CHANNELS, "lightnet": CHANNELS, "mamba2": SCALAR} | dict.fromkeys(
-    ["deltanet", "gated_deltanet", "delta_product", "kda", "mom"], DENSE
-)
+TRANSFERS = {
+    "gla": CHANNELS,
+    "hgrn2": CHANNELS,
+    "lightnet": CHANNELS,
+    "mamba": CHANNELS,
+    "mamba2": SCALAR,
+    "mlstm": SCALAR,
+} | dict.fromkeys(["deltanet", "gated_deltanet", "delta_product", "kda", "rwkv7", "mom"], DENSE)
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"softmax"}))
@@ -133,8 +138,9 @@ def test_bytes_are_those_of_the_table(group_of, name: str) -> None:
     channels = 0 if mixer.short_conv is None else mixer.short_conv.weight.shape[0]
     neighbours = {"forward": group.rank > 0, "backward": group.rank < 3}
     for phase in ("forward", "backward"):
-        # A row for LightNet's running sum; three tokens of halo from, and then for, the next rank.
-        rows = k if name == "lightnet" else 0
+        # A row for LightNet's running sum, two fp64 numbers for mLSTM's maximum, which has no way back; three tokens of
+        # halo from, and then for, the next rank.
+        rows = {"lightnet": k, "mlstm": 4 if phase == "forward" else 0}.get(name, 0)
         gathered = sum(record.bytes for record in ledger.of(phase) if record.op == "all_gather")
         halo = sum(record.bytes for record in ledger.of(phase) if record.op == "all_to_all")
         assert gathered == 4 * 3 * heads * (states[phase] + rows), "TRANSFERS says how much of A travels"

@@ -69,6 +69,16 @@ def hgrn2(mixer: Mixer, x: Tensor) -> Tensor:
     return normed(mixer, o).flatten(-2) @ mixer.out_proj.weight.T
 
 
+def mamba(mixer: Mixer, x: Tensor) -> Tensor:
+    channels, weight = F.pad(x @ mixer.v_proj.weight.T, (0, 0, 3, 0)), mixer.short_conv.weight
+    u = F.silu(sum(weight[:, tap] * channels[:, tap : tap + x.shape[1]] for tap in range(4)))
+    narrow, wide = mixer.dt_proj
+    step = torch.log1p(torch.exp(u @ narrow.weight.T @ wide.weight.T + mixer.dt_bias))
+    b, c = u @ mixer.k_proj.weight.T, u @ mixer.q_proj.weight.T
+    o, _ = reference.selective_scan(u, step, -mixer.A_log.exp(), b, c)
+    return ((o + mixer.D * u) * F.silu(x @ mixer.g_proj.weight.T)) @ mixer.out_proj.weight.T
+
+
 def mamba2(mixer: Mixer, x: Tensor) -> Tensor:
     c, b, u = convolved(mixer, x)
     step, log_decay = mamba_gate(mixer, x, mixer.dt_proj)
@@ -166,6 +176,29 @@ def delta_product(mixer: Mixer, x: Tensor) -> Tensor:
     return gated(mixer, x, o[:, 1::2], F.silu)
 
 
+def rwkv7(mixer: Mixer, x: Tensor) -> Tensor:
+    q, k, v = convolved(mixer, x)
+    narrow, _, wide = mixer.decay_proj
+    decay = -(torch.tanh(x @ narrow.weight.T) @ wide.weight.T + wide.bias).sigmoid() * torch.tensor(-0.5).double().exp()
+    narrow, wide = mixer.rate_proj
+    rate = (x @ narrow.weight.T @ wide.weight.T + wide.bias).sigmoid().unflatten(-1, (-1, DIM))
+    read, written = unit(k * mixer.erase_scale), k * (1 + (rate - 1) * mixer.write_scale)
+    o, _ = reference.dplr_delta_rule(q, written, v, read, rate * read, decay.unflatten(-1, (-1, DIM)), scale=1.0)
+    share = mixer.num_heads // mixer.num_kv_heads
+    bonus = (q * (written * mixer.bonus).repeat_interleave(share, 2)).sum(-1, keepdim=True)
+    o = normed(mixer, o) + bonus * v.repeat_interleave(share, 2)
+    return (o * torch.sigmoid(project(mixer.g_proj, x))).flatten(-2) @ mixer.out_proj.weight.T
+
+
+def mlstm(mixer: Mixer, x: Tensor) -> Tensor:
+    """Not stabilised."""
+    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    enters = (x @ mixer.input_proj.weight.T + mixer.input_proj.bias).exp()
+    forgets = (x @ mixer.forget_proj.weight.T + mixer.forget_proj.bias).sigmoid().log()
+    o, _ = reference.linear_attention(q, k, F.pad(v, (0, 1), value=1.0) * enters.unsqueeze(-1), forgets)
+    return gated(mixer, x, o[..., :-1] / o[..., -1:].abs().clamp(min=1), torch.sigmoid)
+
+
 def mom(mixer: Mixer, x: Tensor) -> Tensor:
     """Each memory by itself, over the tokens that are sent to it."""
     q, k, v, beta = delta_inputs(mixer, x)
@@ -191,7 +224,8 @@ def mom(mixer: Mixer, x: Tensor) -> Tensor:
 
 
 DEFINITIONS = {f.__name__: f for f in (
-    gla, hgrn2, mamba2, based, rebased, hedgehog, inline, lightnet, deltanet, gated_deltanet, kda, delta_product, mom
+    gla, hgrn2, mamba, mamba2, based, rebased, hedgehog, inline, lightnet, deltanet, gated_deltanet, kda,
+    delta_product, rwkv7, mlstm, mom,
 )}  # fmt: skip
 
 
@@ -308,6 +342,22 @@ def test_linear_attention_takes_any_feature_map(name: str, kv_heads: int) -> Non
     sums = weights.sum(-1, keepdim=True)
     expected = by_weights(mixer, v, weights / sums.masked_fill(sums == 0, 1))
     torch.testing.assert_close(divided_mixer(x)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_mlstm_bears_gates_of_any_size() -> None:
+    """Input gates from e^-300 to e^300, where what is not stabilised overflows in fp32."""
+    mixer, x = make("mlstm").float(), torch.randn(1, 40, HIDDEN, requires_grad=True)
+    with torch.no_grad():
+        mixer.input_proj.weight.mul_(200)
+    y, _ = mixer(x)
+    y.square().sum().backward()
+    exact = make("mlstm")
+    exact.load_state_dict(mixer.state_dict())
+    z = x.detach().double().requires_grad_()
+    reference_y = mlstm(exact, z)
+    reference_y.square().sum().backward()
+    assert (y - reference_y).norm() < 1e-4 * reference_y.norm()
+    assert (x.grad - z.grad).norm() < 1e-3 * z.grad.norm()
 
 
 def test_lightnet_bears_logits_of_any_size() -> None:

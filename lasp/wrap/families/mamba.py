@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.functional import linear_attention
+from lasp import functional
 from lasp.kernels.precision import compute_dtype
 from lasp.wrap.family import Family
 from lasp.wrap.stand_ins import convolution, not_fused, step_sizes
@@ -30,16 +30,16 @@ def selective_scan(
     use_associative_scan: bool = False,
     **others: Any,
 ) -> Tensor:
-    """`selective_scan_fn`. u, dt, z [B, I, T], A [I, N], B, C [B, N, T], D, delta_bias [I]; returns [B, I, T]. Every
-    channel is a head of one value and a decay per state: `linear_attention` with V = 1."""
+    """`selective_scan_fn`. u, dt, z [B, I, T], A [I, N], B, C [B, N, T], D, delta_bias [I]; returns [B, I, T]."""
     check_keywords("the selective scan", others)
     step = step_sizes(dt, None if delta_bias is None else delta_bias.unsqueeze(-1), delta_softplus).mT
     dtype = compute_dtype(u)
-    q, k = (x.to(dtype).mT.unsqueeze(2) for x in (C, B))
-    v = (step * u.mT).to(dtype).unsqueeze(-1)
-    decay = (step.unsqueeze(-1) * A).to(dtype).clamp(max=0)
-    output = linear_attention(q, k, v, decay, scale=1.0, **call.recurrence)
-    y = output.squeeze(-1).mT.to(u.dtype)
+    tokens = [x.to(dtype) for x in (u.mT, step.clamp(min=0))]
+    output = functional.selective_scan(
+        *tokens, A.to(dtype).clamp(max=0), B.to(dtype).mT, C.to(dtype).mT, **call.recurrence
+    )
+    assert isinstance(output, Tensor), "no final states"
+    y = output.mT.to(u.dtype)
     y = y if D is None else y + u * D.unsqueeze(-1)
     return y if z is None else y * F.silu(z)
 
