@@ -62,7 +62,7 @@ class DiagonalPlusRankOne(Recomputed):
         found = torch.linalg.solve_triangular(system, held, upper=False, unitriangular=True)
         return whole - (erase * (gates[:, :, -1:] - gates).exp()).mT @ found
 
-    def operations(self, inputs: Corrected) -> int:
+    def operations(self, inputs: Any) -> int:
         return 6 * inputs.v.numel() * inputs.k.shape[3]
 
     def empty(self, inputs: Corrected) -> Tensor:

@@ -41,6 +41,9 @@ class Recomputed(Recurrence):
         """What one chunk, or none, does to a state ahead of it: [B, H, K, 1] or [B, H, K, K]."""
 
     @abstractmethod
+    def operations(self, inputs: Any) -> int: ...
+
+    @abstractmethod
     def empty(self, inputs: Any) -> Tensor:
         """An empty memory [B, H, K, V]."""
 
@@ -78,7 +81,8 @@ class Recomputed(Recurrence):
         return output, RecomputedChain(self, inputs, states, ends)
 
     def restore(self, inputs: Any, tensors: tuple[Tensor, ...]) -> RecomputedChain:
-        return RecomputedChain(self, inputs, *tensors)
+        (states,) = tensors
+        return RecomputedChain(self, inputs, states)
 
     # Backward ---------------------------------------------------------------------------------------------------------
 

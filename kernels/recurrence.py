@@ -80,8 +80,8 @@ class Recurrence(ABC):
         """All gradients, and that of the state entering each run, where the gradient entering its end is known."""
 
     def operations(self, inputs: Inputs) -> int:
-        """How many floating-point operations its mathematics takes: what a token writes into a state and reads of it, and
-        of the delta family what its key holds."""
+        """How many floating-point operations its mathematics takes: a token writes into a state and reads it, and in
+        the delta family also what its key holds."""
         batch, tokens, _, key_dim = inputs.q.shape
         each = 4 if inputs.beta is None else 6
         return each * batch * tokens * self.heads * key_dim * inputs.v.shape[3]

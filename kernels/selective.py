@@ -43,7 +43,7 @@ class SelectiveScan(Recomputed):
     def transfer(self, inputs: Selected) -> Tensor:
         return (inputs.step.sum(1).unsqueeze(-1) * inputs.rates).exp().unsqueeze(-1)
 
-    def operations(self, inputs: Selected) -> int:
+    def operations(self, inputs: Any) -> int:
         return 4 * inputs.u.numel() * inputs.rates.shape[1]
 
     def empty(self, inputs: Selected) -> Tensor:

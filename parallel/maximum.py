@@ -23,7 +23,8 @@ def running_maxima(plan: Plan, turn: Turn, scan: Scan, x: Tensor, decay: Tensor,
 
     x, decay [B, T, H] of this rank's tokens; initial [documents, B, H], -inf where nothing came before.
     """
-    parts = [tuple(y[:, run.offset : run.offset + run.length] for y in (x, decay)) for run in plan.runs]
+    tokens = [slice(run.offset, run.offset + run.length) for run in plan.runs]
+    parts = [(x[:, own], decay[:, own]) for own in tokens]
     nothing = torch.full_like(initial[0], -torch.inf)
     starts: list[Tensor | None] = [initial[run.document].unsqueeze(-1) for run in plan.runs]
     arrived: list[Tensor | None] = [None] * len(plan.own_links)
@@ -32,11 +33,11 @@ def running_maxima(plan: Plan, turn: Turn, scan: Scan, x: Tensor, decay: Tensor,
             maps = [_link_map(link, plan, parts, nothing, starts) for link in plan.own_links]
             arrived = exchange_of(scan, plan, turn.group, maps[0], Maxima(), False).start(maps, Maxima()).wait().states
     entering = [nothing if m is None else m.squeeze(-1) for m in enter_runs(plan, arrived, starts)]
-    return [running(*part, m) for part, m in zip(parts, entering, strict=True)]
+    return [running(x, decay, m) for (x, decay), m in zip(parts, entering, strict=True)]
 
 
 def _link_map(
-    link: Link, plan: Plan, parts: list[tuple[Tensor, ...]], nothing: Tensor, starts: list[Tensor | None]
+    link: Link, plan: Plan, parts: list[tuple[Tensor, Tensor]], nothing: Tensor, starts: list[Tensor | None]
 ) -> Highest:
     """What a link makes of the maximum that enters it: its last run, with its document's start if that is in it."""
     run = plan.runs_of(link)[-1]

@@ -33,7 +33,8 @@ class Based(RecurrentMixer):
         self.q_proj = nn.Linear(hidden, self.num_heads * feature_dim, bias=False)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * feature_dim, bias=False)
 
-    def split(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = projected
         q, k = (x.unflatten(-1, (-1, self.feature_dim)) for x in (q, k))
         return q, k, self._heads(v)
 

@@ -34,9 +34,13 @@ def selective_scan(
     check_keywords("the selective scan", others)
     step = step_sizes(dt, None if delta_bias is None else delta_bias.unsqueeze(-1), delta_softplus).mT
     dtype = compute_dtype(u)
-    tokens = [x.to(dtype) for x in (u.mT, step.clamp(min=0))]
     output = functional.selective_scan(
-        *tokens, A.to(dtype).clamp(max=0), B.to(dtype).mT, C.to(dtype).mT, **call.recurrence
+        u.to(dtype).mT,
+        step.to(dtype).clamp(min=0),
+        A.to(dtype).clamp(max=0),
+        B.to(dtype).mT,
+        C.to(dtype).mT,
+        **call.recurrence,
     )
     assert isinstance(output, Tensor), "no final states"
     y = output.mT.to(u.dtype)
