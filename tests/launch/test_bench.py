@@ -94,18 +94,32 @@ def test_bench_convergence_says_why_a_run_failed(tmp_path: Path) -> None:
         main(["convergence", "--mixers", "none", "--steps", "1"])
 
 
+@pytest.mark.timeout(180)
 def test_bench_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     emulated = [] if lacking() else ["--emulate", "rate=1gbit"]
-    file = tmp_path / "figures.json"
-    shape = ["--ranks", "2", "--mib", "1", "--scans", "gather", "ring", "--repeat", "1"]
-    assert main(["scan", *shape, *emulated, "--json", str(file)]) == 0
+    file, plot = tmp_path / "figures.json", tmp_path / "scans.png"
+    shape = ["--ranks", "2", "--mib", "1", "--scans", "gather", "ring", "heads", "--repeat", "1", "--plot", str(plot)]
+    layers = ["--layers", "decay", "softmax", "--tokens", "64", "--heads", "2"]
+    assert main(["scan", *shape, *layers, *emulated, "--json", str(file)]) == 0
     ((wired,), (cell,)) = (found := json.loads(file.read_text())["networks"]), found[0]["cells"]
     assert wired["network"] == ("1gbit" if emulated else "loopback")
     gathered, hopped = cell["scans"]
     assert (hopped["received"], hopped["steps"]) == (1 << 20, 1)
     assert gathered["received"] == (1 << 20) + 16 * 128 * 4, "and a transfer of 16 heads of 128 channels"
+    rows = {(row["layer"], row["method"]): row for row in found[0]["layers"]}
+    assert [*rows] == [
+        *(("decay", how) for how in ("gather", "ring", "heads")),
+        *(("softmax", how) for how in ("ring", "gather", "ulysses")),
+    ]
+    state, tokens = 2 * 128 * 128 * 4, 64 * 2 * 128 * 4
+    assert rows["decay", "ring"]["received"] == state, "one way"
+    assert rows["decay", "heads"]["received"] == 2 * 5 * tokens // 2, "half of q, k, v, gates and output, and back"
+    assert rows["softmax", "ulysses"]["received"] == 2 * 4 * tokens // 2
+    assert all(row["flight"] > 0 and row["predicted"] > 0 and row["seconds"] > 0 for row in rows.values())
     told = capsys.readouterr().out
     assert "| 1 | ring" in told
+    assert "| softmax | ulysses | 0.2 | 4 |" in told
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "of 2 predictions within 25 %" in told
 
 
