@@ -46,6 +46,7 @@ COMMANDS = {
     "data": Command("lasp.launch.data", "tokenize what a training will read, ahead of it", "train", TRAIN),
     "launch": Command("lasp.launch.launch", "train on a cluster: torchrun, Slurm or DeepSpeed", "train", TRAIN),
     "runs": Command("lasp.launch.runs", "list runs: the state of each and how far it is", "train", TRAIN),
+    "export": Command("lasp.launch.export", "write a checkpoint's model in the files of Hugging Face", "train", TRAIN),
     "plot": Command("lasp.launch.plot", "draw the losses of runs into one picture", "train", TRAIN),
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)

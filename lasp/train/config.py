@@ -225,6 +225,18 @@ class TrainConfig:
     save_every: int | None = None
     """A checkpoint every so many steps; the last step always writes one."""
 
+    save_minutes: float = 30.0
+    """A checkpoint, too, where the last one is older than this; 0 for none."""
+
+    keep_last: int | None = None
+    """The newest so many checkpoints stay; by default all that `save_every` asks for, and of others the newest two."""
+
+    keep_every: int | None = None
+    """Checkpoints of every so many steps stay for good."""
+
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in the CPU's memory."""
+
     time_limit: float | None = None
     """Seconds of training after which the run saves and ends, to be resumed; by default it ends with its steps."""
 
@@ -300,6 +312,10 @@ class TrainConfig:
         _require(
             self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, got {self.save_every}"
         )
+        _require(0 <= self.save_minutes < math.inf, f"save_minutes must not be negative, got {self.save_minutes}")
+        for name in ("keep_last", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _require(0 < self.timeout < math.inf, f"timeout must be positive, got {self.timeout}")
         _require(self.skips >= 0, f"skips must not be negative, got {self.skips}")
         _require(self.drift_every >= 0, f"drift_every must not be negative, got {self.drift_every}")

@@ -147,7 +147,7 @@ class Trainer:
 
         stop: asked after every step; where a rank says yes, all save and leave.
         """
-        config, stopped = self.run.config, False
+        config, stopped, saved = self.run.config, False, time.monotonic()
         while self.steps_done < config.steps and not stopped:
             self.at(f"step {self.steps_done + 1}")
             try:
@@ -161,10 +161,12 @@ class Trainer:
                 told = f"{error} (ValueError at {Path(place.filename).name}:{place.lineno})"
                 raise StepError(f"step {self.steps_done + 1}: {told}") from error
             yield result
-            stopped = stop is not None and self.ranks.any(stop())
-            if stopped or self._due(config.save_every or config.steps):
+            late = 0 < 60 * config.save_minutes <= time.monotonic() - saved
+            stopped, late = self.ranks.any_of(stop is not None and stop(), late)
+            if stopped or late or self._due(config.save_every or config.steps):
                 self.at(f"the checkpoint of step {self.steps_done}")
                 self.checkpoints.save(self.steps_done, self.engine, stopped or self.steps_done == config.steps)
+                saved = time.monotonic()
 
     def _compare_replicas(self) -> None:
         """StepError, on every rank, where the ranks hold other values of what they should hold alike."""

@@ -93,8 +93,12 @@ class Ranks:
 
     def any(self, value: bool) -> bool:
         """Whether something holds on any rank, the same on every rank."""
-        told = torch.tensor([int(value)])
-        return bool(collectives.all_reduce(told, self.everyone.control, "control").wait().item())
+        return self.any_of(value)[0]
+
+    def any_of(self, *values: bool) -> list[bool]:
+        """`any` of several things, in one exchange."""
+        told = torch.tensor([int(value) for value in values])
+        return [n > 0 for n in collectives.all_reduce(told, self.everyone.control, "control").wait().tolist()]
 
     def together(self, work: Callable[[], T]) -> T:
         """What some work gives on this rank; the same ValueError on all where one of them cannot do it."""

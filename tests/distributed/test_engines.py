@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,33 @@ def test_the_curve_of_deepspeed_is_that_of_one_process_also_after_a_resume(confi
 
 def compare_with_one_process(config, once, subgroups, engine, fall=1.0):
     expected = once(curve_of_one_process, config, subgroups)
-    config = replace(config, engine=engine, save_every=6)
+    config = replace(config, engine=engine, save_every=6, async_save=engine == "fsdp2")
     ranks = Ranks.join(config)
     summary = train(Run.prepare_together(config, ranks.everyone), ranks)
     assert summary.losses == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < expected[0] - fall
+    other, sp = {"ddp": ("fsdp2", 4), "fsdp2": ("ddp", 1)}.get(engine, (engine, 2))
     again = replace(config, output=config.output + "-again", resume=str(checkpoint_path(config.output, 6)))
+    again = replace(again, engine=other, sp=sp, accumulation=sp)
+    ranks = Ranks.join(again)
     resumed = train(Run.prepare_together(again, ranks.everyone), ranks)
-    assert resumed.losses == pytest.approx(summary.losses[6:], rel=1e-6)
+    assert resumed.losses == pytest.approx(summary.losses[6:], rel=1e-5)
+
+
+@pytest.mark.usefixtures("own_groups")
+def test_a_rank_that_cannot_write_ends_the_run_on_all_and_leaves_nothing(config, world, monkeypatch):
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device", "rank-2.safetensors")
+
+    ranks = Ranks.join(config)
+    trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
+    trainer.checkpoints.save(1, trainer.engine, False)
+    if world.rank == 2:
+        monkeypatch.setattr("lasp.train.checkpoints.writer.save_file", full_disk)
+    with pytest.raises(OSError, match=r"cannot save '.*step-000002': .*No space left on device.*\(rank 2\)"):
+        trainer.checkpoints.save(2, trainer.engine, False)
+    world.barrier()
+    assert os.listdir(checkpoint_path(config.output, 2).parent) == ["step-000001"]
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[zero, pytest.mark.slow])])

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,12 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from lasp.launch.export import main as export_command
 from lasp.parallel.group import shutdown
 from lasp.train.checkpoints import manifest as manifests
 from lasp.train.checkpoints import writer
-from lasp.train.checkpoints.folders import checkpoint_folder, list_checkpoints
+from lasp.train.checkpoints.export import read_weights
+from lasp.train.checkpoints.folders import (
+    checkpoint_folder,
+    checkpoint_path,
+    checkpoint_step,
+    list_checkpoints,
+    superseded,
+)
 from lasp.train.checkpoints.manifest import Damaged, Manifest, write_manifest
 from lasp.train.config import DataConfig, TrainConfig
 from lasp.train.loop import Summary, Trainer, train
@@ -148,7 +159,7 @@ def test_random_states_are_put_back(saved, copy):
         trainer.checkpoints.load(copy, blank(saved).engine)
 
 
-RANDOM = "random: 0.0.0 of 1.1.1: cpu"
+RANDOM = "random: 0 of dp 1 x sp 1: cpu"
 
 
 def swap(path: Path) -> None:
@@ -209,7 +220,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_a_damaged_one_set_aside(again,
     assert run.checkpoint.name == "step-000003"
     [told] = caplog.messages
     assert "step-000006/state/rank-0.safetensors' of the checkpoint is damaged" in told
-    assert "going on from step-000003; step-000006.damaged is what it is called now" in told
+    assert "going on from step-000003; it is called step-000006.damaged now" in told
     resumed = train(run, Ranks.join(again))
     assert len(resumed.losses) == 5
     assert sorted(os.listdir(folder)) == ["step-000003", "step-000006", "step-000006.damaged", "step-000008"]
@@ -247,8 +258,7 @@ def test_checkpoints_of_other_versions_and_steps_are_told_apart(again):
     shutil.copytree(path, path.with_name("step-000020"))
     with pytest.raises(Damaged, match=r"is of step 6, its folder of step 20"):
         Manifest.read(path.with_name("step-000020"))
-    written = json.loads((path / manifests.FILE).read_text())
-    (path / manifests.FILE).write_text(json.dumps({**written, "version": 7}))
+    edit(manifests.FILE, lambda manifest: manifest.update(version=7))(path)
     with pytest.raises(ValueError, match=r"step-000006' has version 7; known is 1"):
         Run.prepare(again)
     (path / manifests.FILE).rename(path / "training.pt")
@@ -280,11 +290,13 @@ def put(name: str, content: bytes | Callable[[Path], object]) -> Callable[[Path]
 
 
 def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """A change of what a JSON file says; of the manifest itself, or with one that fits."""
+    """A change of what a JSON file says, with a manifest that fits."""
 
     def changed(path: Path) -> None:
         content = json.loads((path / name).read_text())
+        content.pop("sha256", None)
         change(content)
+        content = manifests._sealed(content) if name == manifests.FILE else content
         (path / name).write_text(json.dumps(content))
         if name != manifests.FILE:
             seal(path)
@@ -362,14 +374,98 @@ def test_a_hostile_checkpoint_is_refused_in_one_line_and_runs_nothing(saved, tmp
     assert grown < 100 * (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def test_a_save_that_fails_leaves_the_others_as_they_were(again, monkeypatch):
+def test_two_hundred_flipped_bits_are_refused_by_the_name_of_their_file(saved, copy):
+    generator, content = random.Random(0), {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for _ in range(200):
+        path = generator.choice(sorted(content))
+        flip(path, generator.random())
+        with pytest.raises(ValueError, match=re.escape(str(path.relative_to(copy)))):
+            Manifest.read(copy).check()
+        path.write_bytes(content[path])
+    Manifest.read(copy).check()
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("place", ["the shard", "the folder"])
+def test_a_save_that_fails_leaves_the_others_as_they_were(again, background, place):
+    resource = pytest.importorskip("resource")
     folder = checkpoint_folder(again.output)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device", "rank-0.safetensors")
-
-    monkeypatch.setattr(writer, "save_file", full_disk)
-    with pytest.raises(OSError, match=r"cannot save '.*step-000008': .*No space left on device.*\(rank 0\)"):
-        trained(again)
+    run, limit = Run.prepare(replace(again, async_save=background)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = Trainer.start(run, Ranks.join(again))
+    if place == "the folder":
+        folder.joinpath(".step-000009.partial").touch()
+        wrong = r"step-000009': .*'.*/\.step-000009\.partial'"
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        wrong = r"step-000009': .*File too large.*\(rank 0\)"
+    try:
+        with pytest.raises(OSError, match=f"cannot save '.*{wrong}"):
+            trainer.checkpoints.save(9, trainer.engine, True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        folder.joinpath(".step-000009.partial").unlink(missing_ok=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert sorted(os.listdir(folder)) == ["step-000003", "step-000006"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [9, 10]),
+        ({"save_every": 4}, [4, 8, 9, 10]),
+        ({"keep_last": 3}, [8, 9, 10]),
+        ({"keep_last": 1, "save_every": 2}, [10]),
+        ({"keep_last": 1, "keep_every": 3, "save_every": 1}, [3, 6, 9, 10]),
+        ({"keep_every": 5}, [5, 9, 10]),
+    ],
+)
+def test_which_checkpoints_stay(fields, expected):
+    present = [checkpoint_path("run", step) for step in range(1, 11)]
+    gone = superseded(present, TrainConfig(**fields))
+    assert [checkpoint_step(path) for path in present if path not in gone] == expected
+
+
+def test_time_asks_for_checkpoints_too(again):
+    trained(replace(again, resume=None, overwrite=True, save_every=4, save_minutes=1e-9))
+    assert sorted(os.listdir(checkpoint_folder(again.output))) == ["step-000004", "step-000007", "step-000008"]
+    trained(replace(again, resume=None, overwrite=True, save_every=None, save_minutes=0))
+    assert os.listdir(checkpoint_folder(again.output)) == ["step-000008"]
+
+
+def test_what_is_saved_in_the_background_is_the_state_at_the_call(saved, again):
+    trainer = Trainer.start(Run.prepare(replace(again, async_save=True)), Ranks.join(again))
+    for step in (7, 8):
+        trainer.step()
+        expected = {name: value.clone() for name, value in trainer.engine.model.state_dict().items()}
+        trainer.checkpoints.save(step, trainer.engine, step == 8)
+        for parameter in trainer.engine.model.parameters():
+            parameter.data.add_(1.0)  # as training would, while the writer is at work
+        path = checkpoint_path(again.output, step)
+        if step == 7:
+            trainer.checkpoints._wait()
+        weights = read_weights(Manifest.read(path).check())
+        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("name", ["step-000003", "step-000006", ""])
+def test_export_gives_a_model_that_transformers_reads(again, tmp_path, name, capsys):
+    folder = Path(again.output)
+    source = folder / "checkpoints" / name if name else folder
+    assert export_command([str(source), str(tmp_path / "model")]) == 0
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    weights = read_weights(Manifest.read(folder / "checkpoints" / (name or "step-000006")))
+    assert all(torch.equal(read.state_dict()[key], value) for key, value in weights.items())
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == 256
+    assert "state" not in os.listdir(tmp_path / "model")
+    assert export_command([str(source), str(tmp_path / "model")]) == 2
+    assert export_command([str(tmp_path), str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_model_that_was_exported_is_trained_on(again, tmp_path):
+    assert export_command([again.output, str(tmp_path / "model")]) == 0
+    config = replace(again, output=str(tmp_path / "on"), resume=None, model={"name": str(tmp_path / "model")})
+    weights = read_weights(Manifest.read(checkpoint_folder(again.output) / "step-000006"))
+    model = Run.prepare(config).model.build(1, torch.float32).state_dict()
+    assert all(torch.equal(model[name], value) for name, value in weights.items())

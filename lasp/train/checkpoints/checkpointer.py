@@ -2,12 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,7 +19,15 @@ from torch.distributed.tensor import DTensor
 
 from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
 from lasp.train.checkpoints.export import read_weights, write_model
-from lasp.train.checkpoints.folders import checkpoint_path, checkpoint_step, delete_partial, partial_path
+from lasp.train.checkpoints.folders import (
+    checkpoint_path,
+    checkpoint_step,
+    delete_checkpoint,
+    delete_partial,
+    list_checkpoints,
+    partial_path,
+    superseded,
+)
 from lasp.train.checkpoints.manifest import Entry, Manifest, flush_folder, write_manifest
 from lasp.train.checkpoints.reader import Saved, read_index, read_into
 from lasp.train.checkpoints.writer import FOLDER, ShardWriter
@@ -33,14 +44,15 @@ class Checkpointer(Protocol):
     """Keeps the states of a run. All ranks call every method together."""
 
     def save(self, step: int, engine: Engine, last: bool) -> None:
-        """Keep the state after `step` steps; `last` of the run. OSError, on every rank, where that cannot be done."""
+        """Keep the state after `step` steps; once the `last` of a run has been saved, all are kept. OSError, on every
+        rank, where that cannot be done, or could not with the one before."""
 
     def load(self, path: Path, engine: Engine) -> int:
         """Put a state into an engine that has done nothing; returns the steps behind it. ValueError, on every rank,
         when it cannot be read or is of something else; then nothing of it was loaded."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Folders:
     """A folder per state, to which every rank writes its part, or rank 0 all of it where they share no folder."""
 
@@ -50,10 +62,14 @@ class Folders:
     ranks: Ranks
     """Who takes part."""
 
+    _pending: Any = field(default=None, init=False)
+    _writing: Path | None = field(default=None, init=False)
+
     def save(self, step: int, engine: Engine, last: bool) -> None:
+        self._wait()
         path = checkpoint_path(self.run.config.output, step)
         partial = partial_path(path)
-        try:
+        with self._saving(path):
             self.ranks.together(lambda: self._begin(partial))
             weights, kept = engine.state()
             state = weights | flatten(kept) | self._random()
@@ -61,10 +77,35 @@ class Folders:
                 state = self._whole(state)
             writer = ShardWriter(partial, lambda written: self._finish(step, partial, path, last, written))
             planner = DefaultSavePlanner(flatten_state_dict=False)
-            dcp.save(state, storage_writer=writer, planner=planner, process_group=self.ranks.everyone.control)
+            options: dict[str, Any] = {"storage_writer": writer, "planner": planner}
+            if self.run.config.async_save:
+                self._pending = dcp.async_save(state, process_group=self._group, **options)
+                self._writing = path
+            else:
+                dcp.save(state, process_group=self.ranks.everyone.control, **options)
+        if last:
+            self._wait()
+
+    def _wait(self) -> None:
+        """See that what is written in the background is complete."""
+        pending, self._pending = self._pending, None
+        if pending is not None and self._writing is not None:
+            with self._saving(self._writing):
+                pending.result()
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        """All ranks again: what is said while they train must not meet what training says."""
+        return dist.new_group(backend="gloo")
+
+    @contextmanager
+    def _saving(self, path: Path) -> Iterator[None]:
+        """Around all that may fail in a save: OSError for it, and nothing is left."""
+        try:
+            yield
         except (CheckpointException, ValueError) as error:
             if self.ranks.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(partial_path(path), ignore_errors=True)
             raise OSError(f"cannot save {str(path)!r}: {_told(error)}") from error
 
     def load(self, path: Path, engine: Engine) -> int:
@@ -108,6 +149,8 @@ class Folders:
         write_manifest(partial, step, written)
         partial.rename(path)
         flush_folder(path.parent)
+        for old in superseded(list_checkpoints(path.parent), run.config):
+            delete_checkpoint(old)
 
     def _read(self) -> dict[str, Any]:
         """What a step reads."""
@@ -120,8 +163,8 @@ class Folders:
 
     def _random(self) -> dict[str, Tensor]:
         """The states of this rank's generators, under its place among the ranks."""
-        place = ".".join(map(str, self.ranks.mesh.get_coordinate() or ()))
-        of = f"{_RANDOM}{place} of {'.'.join(map(str, self.ranks.mesh.shape))}"
+        ranks = self.ranks
+        of = f"{_RANDOM}{ranks.everyone.rank} of dp {ranks.dp_size} x sp {ranks.sequence.size}"
         states = {f"{of}: cpu": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             states[f"{of}: cuda"] = torch.cuda.get_rng_state()

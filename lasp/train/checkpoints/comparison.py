@@ -52,7 +52,8 @@ def _check_model(path: Path, config: Any) -> None:
 
 # What says where and how long a run is, who computes it and what is told of it: neither its data nor its mathematics.
 _FREE = (
-    "output", "overwrite", "resume", "allow_change", "steps", "save_every", "time_limit", "timeout", "skips",
+    "output", "overwrite", "resume", "allow_change", "steps", "save_every", "save_minutes", "keep_last",
+    "keep_every", "async_save", "time_limit", "timeout", "skips",
     "drift_every", "restarts", "engine", "reduce_dtype", "device", "sp", "dp", "layout", "accumulation",
     "data.batch_size", "data.cache", "validation.every", "validation.sequences", "validation.source", "memory",
     "sample",

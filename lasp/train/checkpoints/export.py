@@ -21,6 +21,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
     ValueError for a checkpoint that is damaged, and for a folder that holds something.
     """
+    folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists already: export into a new folder")
     manifest = Manifest.read(checkpoint).check()
@@ -51,7 +52,8 @@ def read_weights(manifest: Manifest) -> dict[str, Tensor]:
 
 def write_model(plan: ModelPlan, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a model as its family writes it, or its adapters as peft does."""
-    plan.skeleton().save_pretrained(folder, state_dict=weights)
+    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+    plan.skeleton().to(dtype).save_pretrained(folder, state_dict=weights)
 
 
 def _plan(checkpoint: Path) -> ModelPlan:

@@ -4,6 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+from lasp.train.config import TrainConfig
+
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\w+")
 
@@ -43,6 +45,14 @@ def set_aside(path: Path) -> Path:
         number, aside = number + 1, path.with_name(f"{path.name}.damaged-{number}")
     path.rename(aside)
     return aside
+
+
+def superseded(present: list[Path], config: TrainConfig) -> list[Path]:
+    """Which of these checkpoints of a run, oldest first, are not to stay."""
+    newest = present[-(config.keep_last or 2) :]
+    steps = [config.keep_every, config.save_every if config.keep_last is None else None]
+    stay = [any(every and checkpoint_step(path) % every == 0 for every in steps) for path in present]
+    return [path for path, stays in zip(present, stay, strict=True) if not stays and path not in newest]
 
 
 def delete_checkpoint(path: Path) -> None:

@@ -55,6 +55,8 @@ class Manifest:
         if (path / "training.pt").exists() and not (path / FILE).exists():
             raise ValueError(f"checkpoint {str(path)!r} was written by an earlier version of lasp, which can read it")
         content, sha256 = _parse(path, FILE)
+        if content.pop("sha256", None) != _sealed(content)["sha256"]:
+            raise Damaged(f"{str(path / FILE)!r} of the checkpoint is damaged: its SHA-256 is not what was written")
         if content.get("version") != VERSION:
             raise ValueError(f"checkpoint {str(path)!r} has version {content.get('version')!r}; known is {VERSION}")
         step = content.get("step")
@@ -99,7 +101,7 @@ def write_manifest(folder: Path, step: int, written: Mapping[str, Entry]) -> Non
     others = {str(path.relative_to(folder).as_posix()): path for path in paths if path.is_file()}
     files = {name: written.get(name) or flushed(path) for name, path in others.items()}
     content = {"version": VERSION, "step": step, "files": {name: entry._asdict() for name, entry in files.items()}}
-    (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(_sealed(content), indent=1) + "\n", encoding="utf-8")
     flushed(folder / FILE)
     for path in (*(path for path in paths if path.is_dir()), folder):
         flush_folder(path)
@@ -158,6 +160,11 @@ def _parse(folder: Path, name: str, limit: int = _LIMIT) -> tuple[dict[str, Any]
     if not isinstance(content, dict):
         raise Damaged(f"{str(path)!r} of the checkpoint is not a JSON object")
     return content, hashlib.sha256(text).hexdigest()
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says, with a checksum of that."""
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def _entry(name: str, written: Mapping[str, Any]) -> Entry:

@@ -18,7 +18,10 @@ def find_checkpoint(config: TrainConfig, tell: Callable[[str], None], look: bool
     folder = checkpoint_folder(config.output)
     present = list_checkpoints(folder)
     if config.resume == "latest":
-        return _newest_whole(present, tell, look)
+        whole, damaged = newest_whole(present, look)
+        for path, reason in damaged.items():
+            tell(f"{reason}: going on from {whole and whole.name}; it is called {set_aside(path).name} now")
+        return whole
     resumed = None
     if config.resume is not None:
         resumed = Path(config.resume).resolve()
@@ -31,35 +34,23 @@ def find_checkpoint(config: TrainConfig, tell: Callable[[str], None], look: bool
     return resumed
 
 
-def newest_whole(output: Path) -> Path:
-    """The newest checkpoint of a run that is as it was written; ValueError where there is none."""
-    reason = f"{str(output)!r} holds no checkpoints"
-    for path in reversed(list_checkpoints(checkpoint_folder(output))):
-        try:
-            _look_at(path)
-            return path
-        except Damaged as error:
-            reason = str(error)
-    raise ValueError(reason)
-
-
-def _newest_whole(present: list[Path], tell: Callable[[str], None], look: bool) -> Path | None:
-    damaged: list[tuple[Path, Damaged]] = []
+def newest_whole(present: list[Path], look: bool = True) -> tuple[Path | None, dict[Path, str]]:
+    """The newest of some checkpoints that is whole, and what is wrong with those that are newer. ValueError where none
+    of them is; None where there are none."""
+    damaged: dict[Path, str] = {}
     for path in reversed(present):
         try:
             _look_at(path, look)
         except Damaged as error:
-            damaged.append((path, error))
-            continue
-        for other, reason in damaged:
-            tell(f"{reason}: going on from {path.name}; {set_aside(other).name} is what it is called now")
-        return path
+            damaged[path] = str(error)
+        else:
+            return path, damaged
     if damaged:
-        raise ValueError(f"{damaged[0][1]}; none of the {len(damaged)} checkpoints there is whole")
-    return None
+        raise ValueError(f"{next(iter(damaged.values()))}; none of the {len(damaged)} checkpoints there is whole")
+    return None, {}
 
 
-def _look_at(path: Path, look: bool = True) -> None:
+def _look_at(path: Path, look: bool) -> None:
     manifest = Manifest.read(path)
     if look:
         manifest.check()
