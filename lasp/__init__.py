@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lasp.functional import causal_conv1d, delta_rule, hybrid_attention, linear_attention, softmax_attention
 from lasp.kernels.backend import backend_report
+from lasp.linearize.convert import linearize
 from lasp.memory.checkpoints import checkpoint_activations
 from lasp.memory.fused_loss import fuse_loss
 from lasp.memory.tiles import tile_mlp
@@ -41,6 +42,7 @@ __all__ = [
     "init_mesh",
     "linear_attention",
     "linear_cross_entropy",
+    "linearize",
     "parallelize",
     "shard",
     "shard_batch",

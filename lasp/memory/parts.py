@@ -69,7 +69,8 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
 
 
 def _is_mixer(module: nn.Module) -> bool:
-    return isinstance(module, Mixer) or type(module).__name__ in _MIXERS or any(calls(module, _MIXING))
+    known = isinstance(module, Mixer) or type(module).__name__ in _MIXERS or hasattr(type(module), "linearized_from")
+    return known or any(calls(module, _MIXING))
 
 
 def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from lasp.wrap.swap import Function
 
+ENTRY = "lasp_linearize"
+"""The entry of a configuration that says how `lasp.linearize` changed the model."""
+
 
 def nothing_more(*_: Any) -> None:
     """Refuses nothing."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lasp.wrap.families import RECURRENCES, family_of
-from lasp.wrap.family import Family, folder_of
+from lasp.wrap.family import ENTRY, Family, folder_of
 from lasp.wrap.swap import calls
 
 # Modules of torch that treat every token by itself.
@@ -19,7 +19,7 @@ _TOKENWISE = {
 }  # fmt: skip
 _TRUSTED = (
     "transformers.activations", "transformers.pytorch_utils", "torch.nn.modules.activation", "peft.tuners.lora",
-    "peft.utils.other",
+    "peft.utils.other", "lasp.linearize.methods",
 )  # fmt: skip
 # Whose code may be wrapped around a module's forward, and which classes add nothing to the one that they stand for.
 _DECORATING = ("transformers", "torch", "accelerate", "peft", "fla", "lasp")
@@ -76,6 +76,8 @@ def _check_foreign(model: Any) -> None:
             "the record of its family, in lasp/wrap/families; what treats every token by itself can be built from "
             "torch.nn's layers"
         )
+    if getattr(model.config, ENTRY, None) and not any(hasattr(type(m), "linearized_from") for m in model.modules()):
+        raise ValueError(f"{name} was read without what lasp.linearize added to it: read its folder by lasp.linearize")
     _check_recurrences(family, model)
     family.check_options(model)
     if getattr(model, "use_kernels", False):
