@@ -16,7 +16,13 @@ from tests.lasp.test_linearize import METHODS, shaken
 
 pytestmark = pytest.mark.mpi
 # The window is longer than a rank of four has tokens.
-CASES = [(1, "contiguous", None), (2, "zigzag", None), (4, "contiguous", [0, 2, 19, 37]), (4, "zigzag", [0, 2, 19, 37])]
+DOCUMENTS = [0, 2, 19, 37]
+CASES = [
+    pytest.param(1, "contiguous", None, marks=pytest.mark.slow),
+    (2, "zigzag", None),
+    (4, "contiguous", DOCUMENTS),
+    pytest.param(4, "zigzag", DOCUMENTS, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("size", "layout", "bounds"), CASES)
