@@ -168,9 +168,9 @@ def _working(ranks: list[_Rank]) -> list[_Rank]:
 
 def _tell(failed: list[_Rank], size: int) -> int:
     """One line on the rank that failed first; returns the exit code."""
-    # Whoever lost a peer is not the cause. One that left without a word did so after it was last seen, and the others
-    # notice only then.
-    first = min(failed, key=lambda rank: (rank.last_words().lost_peer, rank.alive))
+    # Whoever lost a peer is not the cause, and a watchdog has told what is. One that left without a word did so after
+    # it was last seen, and the others notice only then.
+    first = min(failed, key=lambda rank: (rank.last_words().lost_peer, rank.last_words().code != STUCK, rank.alive))
     words = first.last_words()
     alike = len(failed) == size and all(rank.last_words().message == words.message for rank in failed)
     words.tell("" if alike else f"rank {first.rank}: ")

@@ -86,6 +86,7 @@ def send(folder: Path, *numbers: int) -> None:
         (["sleep(300)", "os.kill(os.getpid(), 9)"], 1, "rank 1: killed by SIGKILL"),
         (["os.kill(os.getpid(), signal.SIGSEGV)", "sleep(300)"], 1, "rank 0: killed by SIGSEGV"),
         (["sleep(300)", "os._exit(70)"], 70, ""),  # its watchdog has said why
+        (["os._exit(1)", "sleep(0.1); os._exit(70)"], 70, ""),
         (["sleep(300)", "os._exit(3)"], 1, "rank 1: left with exit code 3 while others were"),
         (["report('left alone', lost_peer=True)", "sys.exit(0)"], 1, "rank 1: left with exit code 0 while others were"),
         (["after(1); report('the end')", "report(code=0)"], 1, "rank 0: the end"),
