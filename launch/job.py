@@ -31,14 +31,16 @@ class Job:
         """gpus=None: as many as the configuration's ranks need. ValueError where numbers do not fit together."""
         if nodes < 1 or (gpus is not None and gpus < 1):
             raise ValueError(f"--nodes and --gpus must be at least 1, got {nodes} and {gpus}")
-        ranks = config.sp * (config.dp or 1) if gpus is None else nodes * gpus
+        replica = config.sp * config.tp
+        ranks = replica * (config.dp or 1) if gpus is None else nodes * gpus
         if ranks % nodes:
             raise ValueError(
-                f"the configuration has sp x dp = {ranks} ranks, which {nodes} nodes cannot share: set --gpus"
+                f"the configuration has dp x sp x tp = {ranks} ranks, which {nodes} nodes cannot share: set --gpus"
             )
-        if ranks % config.sp or (config.dp is not None and ranks != config.sp * config.dp):
+        if ranks % replica or (config.dp is not None and ranks != replica * config.dp):
             told = f"{nodes} nodes x {ranks // nodes} gpus = {ranks} ranks"
-            raise ValueError(f"{told}, but the configuration has sp = {config.sp} and dp = {config.dp}")
+            axes = f"sp = {config.sp}{f', tp = {config.tp}' * (config.tp > 1)} and dp = {config.dp}"
+            raise ValueError(f"{told}, but the configuration has {axes}")
         return cls(tuple(arguments), config, nodes, ranks // nodes)
 
     def repeatable(self) -> Self:

@@ -5,7 +5,7 @@
     srun --ntasks 4 lasp train CONFIG --sp 2
     mpirun -n 4 lasp train CONFIG --sp 2
 
-On its own, the command checks all that can be checked, starts sp x dp ranks of itself on this machine and waits for
+On its own, the command checks all that can be checked, starts dp x sp x tp ranks of itself on this machine and waits for
 them. Started as one of several ranks, it trains. The output folder is locked meanwhile.
 """
 
@@ -31,7 +31,7 @@ from lasp.launch.stop import Stop
 from lasp.parallel.group import join_world
 from lasp.train.config import SECTIONS, TrainConfig
 from lasp.train.loop import StepError, Summary, train
-from lasp.train.ranks import Ranks, check_device
+from lasp.train.ranks import Ranks, check_device, replicas
 from lasp.train.run import Run, Tell
 from lasp.train.sample import sample
 
@@ -140,7 +140,7 @@ def _recipes() -> str:
 def _start(arguments: list[str]) -> int:
     """Train in this process, or in as many new ones as the configuration asks for."""
     config = read_config(arguments)
-    ranks = config.sp * (config.dp or 1)
+    ranks = config.sp * config.tp * (config.dp or replicas(config.device, config.sp * config.tp))
     check_device(config.device, ranks)
     with locked(Path(config.output)):
         Run.prepare(config, print)

@@ -43,4 +43,4 @@ class Lightning(RecurrentMixer):
         dtype = torch.promote_types(x.dtype, torch.float32)
         steps = torch.arange(1, self.num_kv_heads + 1, device=x.device, dtype=dtype) * (8 / self.num_kv_heads)
         slopes = torch.exp2(-steps) if self.slopes == "alibi" else steps
-        return -slopes * (1 - self.layer_idx / self.num_layers)
+        return -slopes[self.own] * (1 - self.layer_idx / self.num_layers)

@@ -54,6 +54,7 @@ class Mixer(nn.Module):
     gate: ClassVar[str | None] = None  # a name in GATES; None: no output gate
     rotary: Rotary | None = None  # None: positions are not read
     conv_size: ClassVar[int | None] = None  # tokens that the short convolution sees; None: there is none
+    own: slice = slice(None)  # the key/value heads that are this rank's; all, but under tensor parallelism
 
     def __init__(
         self,

@@ -33,4 +33,4 @@ class Retention(RecurrentMixer):
     def log_decay(self, x: Tensor) -> Tensor:
         # Computed, not a buffer: `.to(bfloat16)` would round a buffer, and loading on the meta device would lose it.
         heads = torch.arange(self.num_kv_heads, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        return torch.log1p(-torch.exp2(-5 - heads))
+        return torch.log1p(-torch.exp2(-5 - heads[self.own]))

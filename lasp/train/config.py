@@ -278,7 +278,12 @@ class TrainConfig:
     """Ranks that share each sequence."""
 
     dp: int | None = None
-    """Groups of sp ranks that train on different sequences; by default as many as the started ranks make up."""
+    """Groups of sp x tp ranks that train on different sequences; by default as many as the started ranks make up, and
+    `lasp train` starts as many as the GPUs of its machine do."""
+
+    tp: int = 1
+    """Ranks that share the heads of every mixer and the channels of every feed-forward of a linear_llama; they read
+    the same tokens. Engines "ddp" and "fsdp2"."""
 
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     """How a sequence is cut over the sp ranks."""
@@ -331,6 +336,16 @@ class TrainConfig:
         _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')
         _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")
         _require(self.dp is None or self.dp >= 1, f"dp must be at least 1, got {self.dp}")
+        _require(self.tp >= 1, f"tp must be at least 1, got {self.tp}")
+        _require(
+            self.tp == 1 or (self.engine in ("ddp", "fsdp2") and not self.lora.rank),
+            f'tp = {self.tp} takes engine = "ddp" or "fsdp2" and no adapters, got "{self.engine}" and lora.rank = '
+            f"{self.lora.rank}",
+        )
+        _require(
+            self.tp == 1 or self.engine == "fsdp2" or self.reduce_dtype is None,
+            f'tp = {self.tp} with engine = "{self.engine}" sums gradients in their own dtype: reduce_dtype needs "fsdp2"',
+        )
         _require(
             self.data.seq_len >= self.sp,
             f"a sequence of data.seq_len={self.data.seq_len} has fewer tokens than sp={self.sp} ranks",

@@ -56,13 +56,12 @@ def _adamw(trained: Mapping[str, Tensor], config: OptimizerConfig) -> Optimizer:
 
 
 def _groups(trained: Mapping[str, Tensor], config: OptimizerConfig) -> list[dict[str, Any]]:
-    decaying = [parameter for name, parameter in trained.items() if _is_matrix(name, parameter)]
-    others = [parameter for name, parameter in trained.items() if not _is_matrix(name, parameter)]
-    groups = [
-        {"params": decaying, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[bool, Any], list[Tensor]] = {}
+    for name, parameter in trained.items():
+        # Operations on many tensors take those of one mesh at a time.
+        groups.setdefault((_is_matrix(name, parameter), getattr(parameter, "device_mesh", None)), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: not group[0][0])
+    return [{"params": own, "weight_decay": config.weight_decay * decays} for (decays, _), own in ordered]
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

@@ -27,12 +27,18 @@ def check_device(device: str | None, ranks: int = 1) -> None:
         )
 
 
+def replicas(device: str | None, ranks: int) -> int:
+    """How many groups of so many ranks the GPUs of this machine take, at least one; one on the CPU."""
+    there = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    return max(1, there // ranks)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The axes of a run. One process alone is a run of one rank."""
 
     mesh: DeviceMesh
-    """All ranks, by their place on the axes dp and sp."""
+    """All ranks, by their place on the axes dp, sp and tp."""
 
     sequence: SequenceGroup
     """Those that share this rank's sequences."""
@@ -42,9 +48,9 @@ class Ranks:
 
     @classmethod
     def join(cls, config: TrainConfig) -> Self:
-        """Meet the other ranks. All of them call this; ValueError on each when sp x dp is not their number."""
+        """Meet the other ranks. All of them call this; ValueError on each when dp x sp x tp is not their number."""
         everyone = join_world()
-        mesh = init_mesh(sp=config.sp, dp=config.dp, device=config.device)
+        mesh = init_mesh(sp=config.sp, dp=config.dp, tp=config.tp, device=config.device)
         return cls(mesh, SequenceGroup.from_mesh(mesh, layout=config.layout), everyone)
 
     def leave(self) -> None:
@@ -67,6 +73,11 @@ class Ranks:
         return self.mesh["dp"].size()
 
     @property
+    def tp_size(self) -> int:
+        """Length of the tensor-parallel axis."""
+        return self.mesh["tp"].size()
+
+    @property
     def device(self) -> torch.device:
         """Where this rank computes."""
         kind = self.mesh.device_type
@@ -79,10 +90,11 @@ class Ranks:
         return {**tensors, "labels": tensors["shift_labels"], "cut": cut}
 
     def total(self, number: int) -> int:
-        """The sum of every rank's number."""
+        """The sum over dp and sp of the ranks' numbers, which are the same along tp."""
         if self.everyone.size == 1:
             return number
-        return int(collectives.all_reduce(torch.tensor([number]), self.everyone.control, "control").wait().item())
+        told = collectives.all_reduce(torch.tensor([number]), self.everyone.control, "control").wait()
+        return int(told.item()) // self.tp_size
 
     def mean(self, value: Tensor) -> float:
         """The mean of a scalar over the data-parallel axis, the same on every rank when it is the same along sp."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from lasp.models.tensor_parallel import check_heads, share_heads
 from lasp.parallel.group import SequenceGroup
 from lasp.train.checkpoints.comparison import check_checkpoint
 from lasp.train.checkpoints.folders import checkpoint_step
@@ -67,6 +68,8 @@ class Run:
         check_engine(config)
         tokenizer = load_tokenizer(config.tokenizer)
         model = ModelPlan.make(config.model, config.lora, tokenizer)
+        if config.tp > 1:
+            check_heads(model.config, config.tp)
         checkpoint = find_checkpoint(config, tell or logging.getLogger(__name__).warning, look)
         if checkpoint is not None:
             check_checkpoint(checkpoint, model.config, config)
@@ -93,8 +96,10 @@ class Run:
         return run
 
     def build_model(self, ranks: Ranks) -> Any:
-        """The model before its first step, its sequences cut over sp."""
+        """The model before its first step, its sequences cut over sp, its heads over tp."""
         model = self.model.build(self.config.seed, _WEIGHT_DTYPES[self.config.dtype])
+        if self.config.tp > 1:
+            model = share_heads(model, ranks.mesh["tp"])
         return pull(parallelize(model.to(ranks.device), ranks.sequence), self.config.memory)
 
     def share(self, ranks: Ranks) -> Share:

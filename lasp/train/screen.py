@@ -24,7 +24,8 @@ def describe(run: Run, ranks: Ranks, model: Any) -> list[str]:
     kind = type(model.get_base_model() if config.lora.rank else model).__name__.removeprefix("FSDP")
     lines.append(f"model     {kind}, {parameters:,} parameters, {trained:,} of them trained, {config.dtype}")
     lines.append(
-        f"ranks     {size}: dp {ranks.dp_size} x sp {ranks.sequence.size} on {ranks.device.type}, {config.layout}; a "
+        f"ranks     {size}: dp {ranks.dp_size} x sp {ranks.sequence.size}{f' x tp {config.tp}' * (config.tp > 1)} on "
+        f"{ranks.device.type}, {config.layout}; a "
         f"step of {batch} sequences = {batch * config.data.seq_len:,} tokens in {config.accumulation} micro-batches"
     )
     optimizer = config.optimizer

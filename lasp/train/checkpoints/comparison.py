@@ -35,7 +35,7 @@ def _check_model(path: Path, config: Any) -> None:
     written = read_json(path, "config.json")
     # The file leaves out what has its default value; the class knows those, but would call any model its own.
     try:
-        known = type(config).from_dict(written).to_dict()
+        known = type(config).from_pretrained(path).to_dict()  # which alone knows how infinite numbers were written
     except Exception as error:  # transformers has its own ways to reject what it reads
         told = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read {str(path / 'config.json')!r} of the checkpoint: {told}") from error
@@ -54,7 +54,7 @@ def _check_model(path: Path, config: Any) -> None:
 _FREE = (
     "output", "overwrite", "resume", "allow_change", "steps", "save_every", "save_minutes", "keep_last",
     "keep_every", "async_save", "time_limit", "timeout", "skips",
-    "drift_every", "restarts", "engine", "reduce_dtype", "device", "sp", "dp", "layout", "accumulation",
+    "drift_every", "restarts", "engine", "reduce_dtype", "device", "sp", "dp", "tp", "layout", "accumulation",
     "data.batch_size", "data.cache", "validation.every", "validation.sequences", "validation.source", "memory",
     "sample",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lasp.train.config import TrainConfig
-from lasp.train.engines.ddp import Replicated
+from lasp.train.engines.ddp import Replicated, Synced
 from lasp.train.engines.engine import Engine
 from lasp.train.engines.fsdp2 import FullySharded
 from lasp.train.engines.zero import Zero, check_deepspeed
@@ -22,5 +22,5 @@ def check_engine(config: TrainConfig) -> None:
 
 def start_engine(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Engine:
     """The engine that `config.engine` names, holding a model that is the same on every rank, and its optimizer."""
-    engines: dict[str, Callable[..., Engine]] = {"ddp": Replicated, "fsdp2": FullySharded}
+    engines: dict[str, Callable[..., Engine]] = {"ddp": Replicated if config.tp == 1 else Synced, "fsdp2": FullySharded}
     return engines.get(config.engine, Zero)(model, config, ranks)
