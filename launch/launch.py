@@ -48,7 +48,7 @@ def _launch(arguments: list[str]) -> int:
     launcher = LAUNCHERS[name]
     parser = Parser(prog=f"lasp launch {name} CONFIG", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument("--gpus", type=int, help="ranks of each, by default sp x dp / nodes")
+    parser.add_argument("--gpus", type=int, help="ranks of each, by default dp x sp x tp / nodes")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written and run, and do nothing")
     launcher.add_options(parser)
     options, training = parser.parse_known_args(rest)

@@ -5,8 +5,8 @@
     srun --ntasks 4 lasp train CONFIG --sp 2
     mpirun -n 4 lasp train CONFIG --sp 2
 
-On its own, the command checks all that can be checked, starts dp x sp x tp ranks of itself on this machine and waits for
-them. Started as one of several ranks, it trains. The output folder is locked meanwhile.
+On its own, the command checks all that can be checked, starts dp x sp x tp ranks of itself on this machine and waits
+for them. Started as one of several ranks, it trains. The output folder is locked meanwhile.
 """
 
 import hashlib

@@ -11,7 +11,8 @@ from lasp.parallel.methods import METHODS
 from lasp.parallel.scan import check_scan
 
 # Shapes of "160m" and "410m" after Pythia (arXiv 2304.01373), of "1b" after LASP-2 (arXiv 2502.07563) with the
-# vocabulary of Llama 3; "tiny" is for tests and demonstrations, with a byte per token.
+# vocabulary of Llama 3, of "3b" and "8b" after Llama 3.2 and Llama 3 (arXiv 2407.21783, table 3); "tiny" is for tests
+# and demonstrations, with a byte per token.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 256,
@@ -42,6 +43,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 16,
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
+    },
+    "3b": {
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
 }
 
@@ -174,7 +192,7 @@ class LinearLlamaConfig(MixerConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LinearLlamaConfig":
-        """The configuration called `name` ("tiny", "160m", "410m" or "1b"), with some fields replaced.
+        """The configuration called `name` ("tiny", "160m", "410m", "1b", "3b" or "8b"), with some fields replaced.
 
         Raises:
             ValueError: an unknown name or field; and what the constructor raises.

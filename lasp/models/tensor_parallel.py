@@ -46,8 +46,9 @@ def check_heads(config: Any, ranks: int) -> None:
 
 
 def share_heads(model: Model, mesh: DeviceMesh) -> Model:
-    """Give this rank its part of the blocks of a Linear-Llama3, over a mesh of one dim; in place, before
-    `lasp.parallelize`. Parameters that are cut become DTensors. Returns the model. ValueError as `check_heads`."""
+    """Give this rank its part of the blocks of a Linear-Llama3, over a mesh of one dim; in place, after
+    `lasp.parallelize`, before levers on memory. Parameters that are cut become DTensors. Returns the model. ValueError
+    as `check_heads`."""
     config: Any = model.config
     check_heads(config, mesh.size())
     plan: dict[str, ParallelStyle] = {}
@@ -69,12 +70,14 @@ def share_of(config: LinearLlamaConfig, ranks: int) -> LinearLlamaConfig:
     return share
 
 
-@dataclass(frozen=True)
 class Shared(ParallelStyle):
-    """Parallel style of a module whose outputs add up over the ranks to those of the whole."""
+    """Parallel style of a module whose outputs add up over the ranks to those of the whole.
 
-    part: nn.Module
-    """The same module with one rank's heads or channels, on the meta device."""
+    part: the same module with one rank's heads or channels, on the meta device.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         rank, size = device_mesh.get_local_rank(), device_mesh.size()
@@ -165,7 +168,9 @@ def _ranges(module: nn.Module) -> dict[str, list[int]]:
     if steps > 1:
         found = {name: [len(module.get_parameter(name)) // steps] * steps for name in names}
     if isinstance(module, Mixer) and isinstance(module.short_conv, ShortConv):
-        widths = {f"{name}.weight": len(module.get_parameter(f"{name}.weight")) for name in ("q_proj", "k_proj", "v_proj")}
+        widths = {
+            f"{name}.weight": len(module.get_parameter(f"{name}.weight")) for name in ("q_proj", "k_proj", "v_proj")
+        }
         found["short_conv.weight"] = [n for name, width in widths.items() for n in found.get(name, [width])]
     return found
 

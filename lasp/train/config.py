@@ -100,8 +100,9 @@ class ValidationConfig:
 class OptimizerConfig:
     """The optimizer, its schedule, and clipping of the global gradient norm."""
 
-    name: Literal["adamw", "muon", "adafactor"] = "adamw"
-    """"adamw"; "muon" for the matrices between embedding and head with AdamW for the rest; "adafactor"."""
+    name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
+    """"adamw"; "muon" for the matrices between embedding and head with AdamW for the rest; "lion", whose rate is a
+    third to a tenth of AdamW's and its decay as many times larger; "adafactor"."""
 
     lr: float = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
@@ -120,7 +121,7 @@ class OptimizerConfig:
     """Steps of the decay of schedule "wsd"."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
+    """Decay rates of AdamW's two moments; of what Lion steps along, and of its moment."""
 
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; vectors (norms, decays, biases) have none."""
@@ -344,7 +345,7 @@ class TrainConfig:
         )
         _require(
             self.tp == 1 or self.engine == "fsdp2" or self.reduce_dtype is None,
-            f'tp = {self.tp} with engine = "{self.engine}" sums gradients in their own dtype: reduce_dtype needs "fsdp2"',
+            f'tp = {self.tp} with engine = "{self.engine}" sums gradients in their own dtype: leave reduce_dtype out',
         )
         _require(
             self.data.seq_len >= self.sp,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lasp.train.config import OptimizerConfig
+from lasp.train.lion import Lion
 
 
 def build_optimizers(model: Any, config: OptimizerConfig) -> list[Optimizer]:
@@ -17,6 +18,8 @@ def build_optimizers(model: Any, config: OptimizerConfig) -> list[Optimizer]:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.name == "adamw":
         return [_adamw(trained, config)]
+    if config.name == "lion":
+        return [Lion(_groups(trained, config), lr=config.lr, betas=config.betas)]
     if config.name == "adafactor":
         return [torch.optim.Adafactor(_groups(trained, config), lr=config.lr)]
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}

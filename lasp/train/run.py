@@ -98,9 +98,10 @@ class Run:
     def build_model(self, ranks: Ranks) -> Any:
         """The model before its first step, its sequences cut over sp, its heads over tp."""
         model = self.model.build(self.config.seed, _WEIGHT_DTYPES[self.config.dtype])
+        model = parallelize(model.to(ranks.device), ranks.sequence)
         if self.config.tp > 1:
             model = share_heads(model, ranks.mesh["tp"])
-        return pull(parallelize(model.to(ranks.device), ranks.sequence), self.config.memory)
+        return pull(model, self.config.memory)
 
     def share(self, ranks: Ranks) -> Share:
         """What a rank reads of any rows."""

@@ -76,7 +76,7 @@ class Alone(Ranks):
 
 def curve_of_one_process(config: TrainConfig, subgroups: dict[int, Any]) -> list[float]:
     data = replace(config.data, batch_size=4)
-    whole = replace(config, sp=1, accumulation=1, memory=MemoryConfig(), data=data)
+    whole = replace(config, sp=1, tp=1, accumulation=1, memory=MemoryConfig(), data=data)
     ranks, run = Alone.make(subgroups), Run.prepare(whole)
     engine = start_engine(run.build_model(ranks), replace(whole, engine="ddp"), ranks)
     trainer = Trainer(run, ranks, run.open_source(ranks), engine, Folders(run, ranks))
@@ -96,6 +96,17 @@ def foreign(config: TrainConfig, world: MPI.Comm, kind: str) -> TrainConfig:
 @pytest.mark.usefixtures("own_groups")
 def test_the_curve_is_that_of_one_process_also_after_a_resume(config, once, subgroups, engine):
     compare_with_one_process(replace(config, engine=engine), once, subgroups)
+
+
+def sharing_heads(config: TrainConfig) -> TrainConfig:
+    """The same batches on dp x sp x tp = 1 x 2 x 2."""
+    return replace(config, tp=2, data=replace(config.data, batch_size=2))
+
+
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.usefixtures("own_groups")
+def test_the_curve_over_shared_heads_is_that_of_one_process_also_after_a_resume(config, once, subgroups, engine):
+    compare_with_one_process(sharing_heads(replace(config, engine=engine)), once, subgroups)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_parameters_of_the_1b_preset(mixer: str, projections: int) -> None:
     assert model.num_parameters() == 128256 * 2048 + 16 * block + 2048
 
 
-@pytest.mark.parametrize(("name", "millions"), [("160m", 160), ("410m", 410)])
+@pytest.mark.parametrize(("name", "millions"), [("160m", 160), ("410m", 410), ("3b", 3213), ("8b", 8030)])
 def test_presets_are_the_size_they_say(name: str, millions: int) -> None:
     with torch.device("meta"):
         model = models.LinearLlamaForCausalLM(models.LinearLlamaConfig.preset(name))

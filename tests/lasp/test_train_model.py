@@ -21,6 +21,7 @@ from lasp.train.config import (
     ValidationConfig,
 )
 from lasp.train.data.tokenizer import ByteTokenizer
+from lasp.train.lion import Lion
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.model import ModelPlan
 from lasp.train.optimizer import build_optimizers
@@ -155,7 +156,7 @@ def test_adapters_for_modules_that_are_not_there_are_refused(folder):
         ModelPlan.make({"name": folder}, LoraConfig(rank=2, target_modules=["nowhere"]), ByteTokenizer())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor"])
 def test_every_optimizer_takes_each_parameter_once_and_resumes(config, name):
     fields: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
     fields |= {"num_attention_heads": 2, "mixer": "gated_deltanet", "tie_word_embeddings": True}
@@ -172,6 +173,19 @@ def test_every_optimizer_takes_each_parameter_once_and_resumes(config, name):
     assert whole.losses[-1] < whole.losses[0] - 0.1
     resume = str(whole.checkpoint.with_name("step-000003"))
     assert trained(replace(config, output=config.output + "2", resume=resume)).losses == whole.losses[3:]
+
+
+def test_lion_steps_by_the_sign_of_a_mean_that_is_ahead_of_its_moment():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
+    lion = Lion([weight], lr=0.1, betas=(0.9, 0.5), weight_decay=0.2)
+    for gradient in ([1.0, -4.0, 0.0], [-1.0, 0.5, -1.0]):
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        lion.step()
+    # Moments of 0.5, -2 and 0 outweigh a tenth of the new gradient, or do not.
+    expected = [(0.98 - 0.1) * 0.98 - 0.1, (0.98 + 0.1) * 0.98 + 0.1, 0.98 * 0.98 + 0.1]
+    torch.testing.assert_close(weight.detach(), torch.tensor(expected, dtype=torch.float64))
+    moment = torch.tensor([-0.25, -0.75, -0.5], dtype=torch.float64)
+    torch.testing.assert_close(lion.state[weight]["exp_avg"], moment)
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
