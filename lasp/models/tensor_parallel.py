@@ -41,6 +41,8 @@ def check_heads(config: Any, ranks: int) -> None:
     }
     if told := [f"{name} = {count}" for name, count in counts.items() if count % ranks]:
         raise ValueError(f"tp = {ranks} does not divide the model's {' and '.join(told)}")
+    if "mamba" in config.layer_mixers:
+        raise ValueError(f"tp = {ranks}: the channels of mamba are not heads, its gates are of all of them")
     if "mom" in config.layer_mixers and config.options_of("mom").get("balance"):
         raise ValueError(f"tp = {ranks}: the balance loss of mom is one of all heads, set its balance to 0")
 
@@ -168,9 +170,8 @@ def _ranges(module: nn.Module) -> dict[str, list[int]]:
     if steps > 1:
         found = {name: [len(module.get_parameter(name)) // steps] * steps for name in names}
     if isinstance(module, Mixer) and isinstance(module.short_conv, ShortConv):
-        widths = {
-            f"{name}.weight": len(module.get_parameter(f"{name}.weight")) for name in ("q_proj", "k_proj", "v_proj")
-        }
+        names = {id(linear): f"{name}.weight" for name, linear in module.named_children()}
+        widths = {names[id(linear)]: linear.out_features for linear in module.projections}
         found["short_conv.weight"] = [n for name, width in widths.items() for n in found.get(name, [width])]
     return found
 

@@ -80,7 +80,8 @@ class Zero:
         for name, parameter in self._trained().items():
             weights[name] = to_cpu(safe_get_full_fp32_param(parameter), main)
             found = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
-            kept[name] = {key: to_cpu(value, main) for key, value in found.items()} | {"step": self._steps()[0].cpu()}
+            kept[name] = {key: to_cpu(value, main) for key, value in found.items()}
+            kept[name]["step"] = self._steps()[0].cpu().clone()  # a file's tensors share no memory
         return State(weights, kept) if main else State({}, {})
 
     def load(self, read: Callable[[State], None]) -> None:
