@@ -170,8 +170,8 @@ def _ranges(module: nn.Module) -> dict[str, list[int]]:
     if steps > 1:
         found = {name: [len(module.get_parameter(name)) // steps] * steps for name in names}
     if isinstance(module, Mixer) and isinstance(module.short_conv, ShortConv):
-        names = {id(linear): f"{name}.weight" for name, linear in module.named_children()}
-        widths = {names[id(linear)]: linear.out_features for linear in module.projections}
+        paths = {id(linear): f"{name}.weight" for name, linear in module.named_children()}
+        widths = {paths[id(linear)]: linear.out_features for linear in module.projections}
         found["short_conv.weight"] = [n for name, width in widths.items() for n in found.get(name, [width])]
     return found
 
