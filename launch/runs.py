@@ -11,6 +11,7 @@ from lasp.launch.lock import holder
 from lasp.launch.outcome import Outcome
 from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_step, list_checkpoints
 from lasp.train.metrics import read_metrics
+from lasp.train.status import Status, read_status
 
 
 class State(NamedTuple):
@@ -18,7 +19,9 @@ class State(NamedTuple):
 
     name: str
     word: str
-    """"running", "done", "stopped" (resuming goes on), or "no checkpoint"."""
+    """"running"; "done", all of its steps; "stopped", told to, and saved; "failed", by an error of its own, which
+    `told` says; "crashed", killed from outside. Resuming goes on with the last three. "no checkpoint" where a run left
+    neither a word of its own nor a checkpoint."""
 
     step: int
     steps: int | None
@@ -26,6 +29,9 @@ class State(NamedTuple):
     loss: float | None
     changed: float
     """When the last step was, in seconds since 1970."""
+
+    told: str = ""
+    """What it failed by."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +48,8 @@ def _print(arguments: list[str]) -> int:
         loss = "" if state.loss is None else f"{state.loss:.3f}"
         step = str(state.step) if state.steps is None else f"{state.step}/{state.steps}"
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.changed))
-        rows.append((state.name, state.word, step, loss, "" if state.saved is None else str(state.saved), when))
+        saved = "" if state.saved is None else str(state.saved)
+        rows.append((state.name, state.word, step, loss, saved, f"{when}  {state.told}".rstrip()))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -58,21 +65,33 @@ def find_runs(folder: Path) -> list[State]:
 
 
 def state_of(folder: Path) -> State:
-    """How far the run with this output folder is. ValueError, naming the file, where its metrics cannot be read."""
+    """How far the run with this output folder is."""
     metrics = folder / "metrics.jsonl"
-    try:
-        done = read_metrics(metrics)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"cannot read {str(metrics)!r}: {error}") from error
+    done, status = read_metrics(metrics), read_status(folder)
     saved = list_checkpoints(checkpoint_folder(folder))
-    steps = json.loads((saved[-1] / "run.json").read_text(encoding="utf-8"))["steps"] if saved else None
     last = checkpoint_step(saved[-1]) if saved else None
-    word = "no checkpoint" if last is None else "done" if last == steps else "stopped"
-    if holder(folder) is not None:
-        word = "running"
+    steps = status.steps if status is not None else _steps_of(saved[-1]) if saved else None
     step, loss = (done[-1].step, done[-1].loss) if done else (last or 0, None)
     changed = (metrics if done else folder).stat().st_mtime
-    return State(folder.name, word, step, steps, last, loss, changed)
+    word, told = _word(folder, status, last, steps)
+    return State(folder.name, word, step, steps, last, loss, changed, told)
+
+
+def _word(folder: Path, status: Status | None, last: int | None, steps: int | None) -> tuple[str, str]:
+    """The state, and what a run that failed says. last: the step of the last checkpoint."""
+    if holder(folder) is not None:
+        return "running", ""
+    if status is not None:
+        return ("crashed" if status.word == "running" else status.word), " ".join(status.told.split())[:80]
+    return ("no checkpoint" if last is None else "done" if last == steps else "stopped"), ""
+
+
+def _steps_of(checkpoint: Path) -> int | None:
+    try:
+        steps = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def _is_run(folder: Path) -> bool:

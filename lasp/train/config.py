@@ -5,6 +5,7 @@ text under a field is its documentation.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -209,7 +210,7 @@ class TrainConfig:
     """One training run."""
 
     output: str = "runs/train"
-    """Folder that receives metrics.jsonl, loss.png and checkpoints/."""
+    """Folder that receives metrics.jsonl, log.txt, loss.png and checkpoints/."""
 
     overwrite: bool = False
     """Start anew in an output folder that already holds checkpoints, deleting them; otherwise that is an error."""
@@ -254,6 +255,17 @@ class TrainConfig:
 
     restarts: int = 0
     """How often the ranks that `lasp train` starts are started again after a failure, from the last checkpoint."""
+
+    log_every: int = 10
+    """Steps between two lines of log.txt, for which the ranks tell each other what a step took (docs/training.md)."""
+
+    tracker: str | None = None
+    """A further place for metrics, which accelerate knows: "tensorboard", "wandb", "trackio", ...; its package must be
+    installed. It is told every `log_every` steps."""
+
+    profile: str | None = None
+    """Steps of which every rank writes a trace of torch.profiler into `profile` in the output folder: "10:13" for 10 to
+    13."""
 
     seed: int = 0
     """Decides the initial weights and the order of the data."""
@@ -331,6 +343,12 @@ class TrainConfig:
             f"restarts = {self.restarts} goes on from the newest checkpoint: neither overwrite = true nor a certain "
             "checkpoint to resume from goes with it",
         )
+        _require(self.log_every >= 1, f"log_every must be at least 1, got {self.log_every}")
+        _require(self.tracker != "", 'tracker must name a tracker, got ""')
+        _require(
+            self.profile is None or len(self.profiled) > 0,
+            f'profile must be the first and the last step of a trace, as in "10:13", got {self.profile!r}',
+        )
         _require(self.accumulation >= 1, f"accumulation must be at least 1, got {self.accumulation}")
         _require(bool(self.output), 'output must name a folder, got ""')
         _require(0 <= self.seed < 1 << 64, f"seed must not be negative and less than 2^64, got {self.seed}")
@@ -362,6 +380,12 @@ class TrainConfig:
         _require(
             not (self.overwrite and self.resume), f"overwrite = true and resume = {self.resume!r} contradict each other"
         )
+
+    @property
+    def profiled(self) -> range:
+        """The steps that `profile` asks for."""
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.profile or "")
+        return range(0) if found is None else range(int(found[1]), int(found[2]) + 1)
 
     @property
     def tokenizer(self) -> str:

@@ -5,7 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,14 +16,16 @@ from lasp.train.checkpoints.folders import checkpoint_path, delete_checkpoints
 from lasp.train.data.batches import all_rows
 from lasp.train.engines import start_engine
 from lasp.train.engines.engine import Engine
-from lasp.train.metrics import MetricsFile, StepMetrics, plot_loss, read_metrics
+from lasp.train.meter import Meter
+from lasp.train.metrics import StepMetrics
 from lasp.train.optimizer import learning_rate
-from lasp.train.progress import TrainingProgress, show
+from lasp.train.progress import show
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 from lasp.train.screen import describe
 from lasp.train.source import Source
 from lasp.train.unfinite import blame
+from lasp.train.watch import Watch
 from lasp.train.watchdog import Watchdog
 
 
@@ -82,6 +84,18 @@ class Trainer:
     at: Callable[[str], None] = lambda work: None
     """Told what is done next, each time."""
 
+    saved: Callable[[], None] = lambda: None
+    """Called when a state was kept."""
+
+    say: Callable[[list[str]], None] = show
+    """Told what people should know, on the main rank."""
+
+    meter: Meter = field(init=False)
+    """What the steps take."""
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.run, self.ranks, self.engine.model)
+
     @classmethod
     def start(cls, run: Run, ranks: Ranks) -> "Trainer":
         """A trainer at the beginning of a run, or where its checkpoint left off."""
@@ -96,18 +110,18 @@ class Trainer:
         A step whose loss or gradients are not finite changes neither parameters nor optimizer, on any rank.
         FloatingPointError, on every rank, after `config.skips` of these in a row.
         """
-        config, started = self.run.config, time.perf_counter()
+        config = self.run.config
         lr = learning_rate(self.steps_done, config.steps, config.optimizer)
-        loss = self._backward()
-        norm = self.engine.update(lr, config.optimizer.clip, skip=not math.isfinite(loss))
+        with self.meter.step(self.steps_done + 1):
+            loss = self._backward()
+            norm = self.engine.update(lr, config.optimizer.clip, skip=not math.isfinite(loss))
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.skipped = 0 if finite else self.skipped + 1
         if not finite:
             self._tell_skipped(loss, norm)
         self.steps_done += 1
-        tokens = self.run.batch(self.ranks) * config.data.seq_len
-        seconds = time.perf_counter() - started
-        return StepMetrics(self.steps_done, loss, lr, norm, tokens / seconds, skipped=self.skipped or None)
+        pace = self.meter.tokens_per_second
+        return StepMetrics(self.steps_done, loss, lr, norm, pace, skipped=self.skipped or None)
 
     def _tell_skipped(self, loss: float, norm: float) -> None:
         """Say on whom it lay that a step was skipped; FloatingPointError where there were too many of them."""
@@ -115,7 +129,7 @@ class Trainer:
         if self.skipped > self.run.config.skips:
             raise FloatingPointError(f"{told}; {self.skipped} such steps in a row, skips = {self.run.config.skips}")
         if self.ranks.is_main:
-            show([f"{told}; skipped"])
+            self.say([f"{told}; skipped"])
 
     def validate(self) -> dict[str, float]:
         """The mean loss of all targets that are held out, source by source, the same on every rank."""
@@ -131,7 +145,8 @@ class Trainer:
 
     def _backward(self) -> float:
         """Gradients of the next batch; returns its mean loss over all targets of all ranks, the same on every rank."""
-        batches = self.source.read(self.steps_done)
+        with self.meter.reading():
+            batches = self.source.read(self.steps_done)
         # The mean over dp of sums over sp: divided by this, they add up to the mean over the targets of the step.
         targets = self.ranks.total(sum(batch.targets for batch in batches)) / self.ranks.dp_size
         if not targets:
@@ -160,6 +175,8 @@ class Trainer:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 told = f"{error} (ValueError at {Path(place.filename).name}:{place.lineno})"
                 raise StepError(f"step {self.steps_done + 1}: {told}") from error
+            if self._due(config.log_every):
+                result = replace(result, **self.meter.totals(self.steps_done))
             yield result
             late = 0 < 60 * config.save_minutes <= time.monotonic() - saved
             stopped, late = self.ranks.any_of(stop is not None and stop(), late)
@@ -167,6 +184,7 @@ class Trainer:
                 self.at(f"the checkpoint of step {self.steps_done}")
                 self.checkpoints.save(self.steps_done, self.engine, stopped or self.steps_done == config.steps)
                 saved = time.monotonic()
+                self.saved()
 
     def _compare_replicas(self) -> None:
         """StepError, on every rank, where the ranks hold other values of what they should hold alike."""
@@ -187,26 +205,22 @@ def train(
     exactly as if it had not been interrupted. end: given, a watchdog calls it where a step takes too long.
     """
     trainer = Trainer.start(run, ranks)
-    if ranks.is_main:
-        show(describe(run, ranks, trainer.engine.model))
     if ranks.is_main and run.config.overwrite:
         delete_checkpoints(run.config.output)
-    metrics, results = Path(run.config.output) / "metrics.jsonl", []
+    results = []
     with ExitStack() as stack:
+        stack.callback(trainer.meter.close)
         if end is not None:
             trainer.at = stack.enter_context(Watchdog(run.config.timeout, ranks.everyone, end)).at
-        record = stack.enter_context(MetricsFile(metrics, trainer.steps_done)) if ranks.is_main else None
-        shown = stack.enter_context(TrainingProgress(run.config.steps, trainer.steps_done, enabled=ranks.is_main))
+        watch = stack.enter_context(Watch(run, ranks, trainer.steps_done))
+        trainer.saved, trainer.say = watch.saved, watch.say
+        if ranks.is_main:
+            watch.say(describe(run, ranks, trainer.engine.model))
         for result in trainer.rest(stop):
             results.append(result)
-            shown.update(result)
-            if record is not None:
-                record.write(result)
-    plot = metrics.with_name("loss.png")
-    if ranks.is_main:
-        plot_loss(read_metrics(metrics), plot)
+            watch.step(result)
     validation = results[-1].validation or {}
     losses = [result.loss for result in results]
     done = trainer.steps_done
     checkpoint = checkpoint_path(run.config.output, done)
-    return Summary(losses, validation, metrics, plot, checkpoint, done < run.config.steps)
+    return Summary(losses, validation, watch.metrics, watch.plot, checkpoint, done < run.config.steps)

@@ -1,6 +1,7 @@
-"""Metrics of a run: one JSON line per step, and a picture of the loss."""
+"""Metrics of a run: one JSON line per step."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,15 +33,51 @@ class StepMetrics:
     validation: dict[str, float] | None = None
     """Mean loss of what is held out, source by source, after the step's update; None where it was not asked for."""
 
+    tokens: int | None = None
+    """Tokens that were trained on up to this step. This and all below is known every `log_every` steps: means over the
+    steps since the last time, None elsewhere."""
+
+    seconds: float | None = None
+    """Of a step, on the rank that took longest."""
+
+    tokens_per_second_per_rank: float | None = None
+    """Tokens of the whole batch per second and rank."""
+
+    flops_per_second: float | None = None
+    """Model FLOP/s of a rank: the operations of the mathematics, forward and backward, without what is recomputed."""
+
+    mfu: float | None = None
+    """`flops_per_second` as a share of what the chip can do; None where that is not known."""
+
+    memory: int | None = None
+    """Bytes, on the rank that has most: of a GPU the peak of what tensors take since the last time, of a CPU the
+    largest size that the process ever had."""
+
+    received: float | None = None
+    """Bytes that a rank received in a step, the mean over the ranks; None where DeepSpeed exchanges."""
+
+    waited: float | None = None
+    """Seconds of a step in which a rank waited for exchanges and did nothing else, the mean over the ranks; None where
+    DeepSpeed exchanges."""
+
+    data: float | None = None
+    """Seconds of a step in which the data was waited for, on the rank that waited longest."""
+
+    slowest_rank: int | None = None
+    """The rank that took longest without what it waited for others."""
+
+    slowest_by: float | None = None
+    """Seconds by which it took longer than the median of all ranks."""
+
 
 class MetricsFile:
     """A JSON-lines file of steps, open for writing. What a resumed run will do again is dropped from it first."""
 
     def __init__(self, path: Path, steps_done: int = 0) -> None:
-        kept = [metrics for metrics in read_metrics(path) if metrics.step <= steps_done] if steps_done else []
+        self.kept = [metrics for metrics in read_metrics(path) if metrics.step <= steps_done] if steps_done else []
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(_line(metrics) for metrics in kept), encoding="utf-8")
+        partial.write_text("".join(_line(metrics) for metrics in self.kept), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -53,39 +90,41 @@ class MetricsFile:
         self._file.close()
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append one step, readable by others at once."""
-        self._file.write(_line(metrics))
-        self._file.flush()
+        """Append one step, readable by others at once. OSError, naming the file, where that cannot be done."""
+        try:
+            self._file.write(_line(metrics))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps in a metrics file, none when there is no such file; a last line that was cut short is left out."""
+    """The steps in a metrics file, none when there is no such file.
+
+    A last line that was cut short is left out; so is one that is no step, with a warning: it is a record, and no run
+    depends on it.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [StepMetrics(**json.loads(line)) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                found.append(_step(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                warnings.warn(f"{str(path)!r}, line {number} is no step of a run: {error}", stacklevel=2)
+    return found
 
 
-def plot_loss(metrics: list[StepMetrics], path: Path) -> None:
-    """Draw the loss over the steps into a PNG file."""
-    # The object interface: pyplot would keep global state and ask for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([m.step for m in metrics], [m.loss for m in metrics], linewidth=1.2)
-    held = [m for m in metrics if m.validation]
-    for source in dict.fromkeys(source for m in held for source in m.validation or {}):
-        known = [(m.step, m.validation[source]) for m in held if m.validation and source in m.validation]
-        axes.plot(*zip(*known, strict=True), marker="o", label=f"held out of {source}")
-    if held:
-        axes.legend()
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def _step(line: str) -> StepMetrics:
+    told = json.loads(line)
+    if not isinstance(told, dict):
+        raise TypeError(f"it is a {type(told).__name__}")
+    known = StepMetrics(**{name: value for name, value in told.items() if name in StepMetrics.__dataclass_fields__})
+    numbers = (known.step, known.loss, known.lr, known.grad_norm, known.tokens_per_second)
+    if not all(isinstance(value, int | float) for value in numbers) or not isinstance(known.validation, dict | None):
+        raise TypeError("a value of it is of another kind")
+    return known
 
 
 def _line(metrics: StepMetrics) -> str:

@@ -1,6 +1,7 @@
 """What a run shows while it runs: a bar on a terminal, a line now and then elsewhere."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -54,13 +55,40 @@ class TrainingProgress:
         """Show a step that is done."""
         now = time.monotonic()
         left = (now - self._started) / (metrics.step - self._done_before) * (self._steps - metrics.step)
-        held = "".join(f"held out {loss:.3f}  " for loss in (metrics.validation or {}).values())
-        text = f"loss {metrics.loss:.3f}  {held}{metrics.tokens_per_second:,.0f} tokens/s  {_clock(left)} left"
-        self._bar.update(self._task, completed=metrics.step, description=text)
+        pace, ends = f"{metrics.tokens_per_second:,.0f} tokens/s", f"{_clock(left)} left"
+        self._bar.update(self._task, completed=metrics.step, description=f"{losses(metrics)}  {pace}  {ends}")
+        text = f"{losses(metrics)}  norm {metrics.grad_norm:.3g}  lr {metrics.lr:.3g}  {pace}  {ends}"
         due = now - self._shown >= _SECONDS_BETWEEN_LINES or metrics.step == self._steps
         if due and not self._console.is_terminal:
             self._shown = now
             self._console.print(f"step {metrics.step}/{self._steps}  {text}", highlight=False, soft_wrap=True)
+
+
+def losses(metrics: StepMetrics) -> str:
+    """The loss of a step, and of what is held out, source by source."""
+    held = [f"held out {loss:.3f}" for loss in (metrics.validation or {}).values()]
+    return "  ".join([f"loss {metrics.loss:.3f}", *held])
+
+
+def line(metrics: StepMetrics) -> str:
+    """All that is known of a step, with units."""
+    told = [losses(metrics), f"norm {metrics.grad_norm:.3g}", f"lr {metrics.lr:.3g}"]
+    told.append(f"{metrics.tokens_per_second:,.0f} tokens/s")
+    known: list[tuple[float | None, Callable[[float], str]]] = [
+        (metrics.tokens_per_second_per_rank, lambda x: f"{x:,.0f} a rank"),
+        (metrics.tokens, lambda x: f"{x:,.0f} tokens in all"),
+        (metrics.seconds, lambda x: f"{x:.3g} s a step"),
+        (metrics.waited, lambda x: f"waited {x:.3g} s for exchanges"),
+        (metrics.data, lambda x: f"{x:.3g} s for data"),
+        (metrics.received, lambda x: f"received {x / 1e6:.3g} MB"),
+        (metrics.flops_per_second, lambda x: f"{x / 1e12:.3g} TFLOP/s a rank"),
+        (metrics.mfu, lambda x: f"MFU {x:.1%}"),
+        (metrics.memory, lambda x: f"memory {x / 1e9:.3g} GB"),
+    ]
+    told += [text(value) for value, text in known if value is not None]
+    if metrics.slowest_rank is not None and metrics.slowest_by:
+        told.append(f"rank {metrics.slowest_rank} slowest by {metrics.slowest_by:.3g} s")
+    return "  ".join(told)
 
 
 def _clock(seconds: float) -> str:

@@ -112,6 +112,10 @@ class Ranks:
         told = torch.tensor([int(value) for value in values])
         return [n > 0 for n in collectives.all_reduce(told, self.everyone.control, "control").wait().tolist()]
 
+    def gather(self, own: Tensor) -> Tensor:
+        """What every rank has of some numbers [n], as [ranks, n]."""
+        return collectives.all_gather(own, self.everyone.control, "control").wait()
+
     def together(self, work: Callable[[], T]) -> T:
         """What some work gives on this rank; the same ValueError on all where one of them cannot do it."""
         result, error = None, None

@@ -25,6 +25,7 @@ from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.train.engines import check_engine
 from lasp.train.model import ModelPlan, pull
 from lasp.train.ranks import Ranks
+from lasp.train.tracker import check_tracker
 from lasp.wrap.parallelize import parallelize
 
 _WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -61,11 +62,12 @@ class Run:
 
         tell: given by the process that does so for others, which also reads the tokens once to compare their checksum.
         look: whether to compare the checksums of the checkpoint; another rank does where this one does not.
-        ValueError for a model that cannot be, an engine that is not there, an unreadable or too short corpus, a
-        checkpoint that is missing, of another model or at the end of the run already, and for an output folder that
-        holds another run or cannot be written.
+        ValueError for a model that cannot be, an engine or a tracker that is not there, an unreadable or too short
+        corpus, a checkpoint that is missing, of another model or at the end of the run already, and for an output
+        folder that holds another run or cannot be written.
         """
         check_engine(config)
+        check_tracker(config.tracker)
         tokenizer = load_tokenizer(config.tokenizer)
         model = ModelPlan.make(config.model, config.lora, tokenizer)
         if config.tp > 1:

@@ -1,10 +1,12 @@
 """Training on one device, and the checkpoints it leaves and resumes from."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lasp.train.optimizer import build_optimizers, learning_rate
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 from lasp.train.sample import sample
+from lasp.train.status import read_status
 
 MODEL = {
     "num_hidden_layers": 2,
@@ -103,6 +106,81 @@ def test_resuming_is_bitwise_the_uninterrupted_run(config, dtype):
     assert resumed.losses == whole.losses[4:]
     assert [metrics.loss for metrics in read_metrics(resumed.metrics)] == whole.losses
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+class StubTracker:
+    """A tracker in memory, as accelerate makes them."""
+
+    requires_logging_directory = False
+    told: ClassVar[list[object]] = []
+
+    def __init__(self, name: str) -> None:
+        self.told.append(name)
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.told.append(values["optimizer.lr"])
+
+    def log(self, values: dict, step: int) -> None:
+        self.told.append((step, values["loss"], values["tokens"]))
+
+    def finish(self) -> None:
+        self.told.append("finished")
+
+
+def test_what_is_told_of_a_run_is_what_was_done(config, monkeypatch):
+    """Figures, log, trace, tracker and state of a hybrid, whose operations are counted here by hand."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "stub", StubTracker)
+    monkeypatch.setattr("lasp.train.meter.peak_flops", lambda *_: 1e12)
+    config = replace(
+        config,
+        steps=5,
+        model={**MODEL, "pattern": "LN"},
+        data=replace(config.data, packing="none"),
+        log_every=2,
+        tracker="stub",
+        profile="2:3",
+    )
+    summary = trained(config)
+    steps, run = read_metrics(summary.metrics), Path(config.output)
+    measured = [step for step in steps if step.seconds is not None]
+    assert [step.step for step in measured] == [2, 4, 5]
+    layers = (5 + 4) * 32 * 32 + 2 * 3 * 32 * 64  # one mixer has a gate
+    linear, softmax = 4 * 2 * 16 * 16, 2 * (16 + 16) * 2 * 65 / 2
+    flops = 2 * 64 * (6 * (layers + 257 * 32) + 3 * (linear + softmax))
+    for step in measured:
+        assert step.flops_per_second * step.seconds == pytest.approx(flops)
+        assert step.mfu == pytest.approx(step.flops_per_second / 1e12)
+        assert step.tokens == step.step * 128
+        assert step.tokens_per_second_per_rank == pytest.approx(128 / step.seconds)
+        assert (step.received, step.slowest_rank, step.slowest_by) == (0, 0, 0)
+        assert 0 <= step.waited < step.seconds
+        assert step.memory > 10**8
+        assert 0 < step.data < step.seconds
+    log = (run / "log.txt").read_text()
+    assert "parameters" in log
+    assert f"step 4/5 loss {steps[3].loss:.3f} norm" in log
+    assert "checkpoint of step 5" in log
+    told = [(step.step, step.loss, step.tokens) for step in measured]
+    assert StubTracker.told == ["run", config.optimizer.lr, *told, "finished"]
+    names = {
+        event.get("name") for event in json.loads((run / "profile/steps-2-3-rank-0.json").read_text())["traceEvents"]
+    }
+    assert {"lasp::step 2", "lasp::step 3", "lasp::forward", "lasp::backward"} <= names
+    assert not {"lasp::step 1", "lasp::step 4"} & names
+    assert read_status(run) == ("done", 5, "")
+
+
+def test_a_run_that_fails_says_by_what_and_keeps_its_plot(config, monkeypatch):
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self: step(self) if self.steps_done < 4 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trained(replace(config, save_every=2))
+    run = Path(config.output)
+    assert read_status(run) == ("failed", 6, "ZeroDivisionError: division by zero")
+    assert (run / "log.txt").read_text().endswith("ended by ZeroDivisionError: division by zero\n")
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_latest_without_a_checkpoint_starts_from_scratch(config):

@@ -1,20 +1,29 @@
 """The metrics file, the plot, what a run shows, the optimizer's schedule, and the checks of a configuration."""
 
 import io
+import json
+import logging
 import math
 import os
+import socket
 import sys
+import warnings
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from lasp.train.chips import known_peak
 from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
-from lasp.train.metrics import MetricsFile, StepMetrics, plot_loss, read_metrics
+from lasp.train.flops import weight_flops
+from lasp.train.log import logged
+from lasp.train.metrics import MetricsFile, StepMetrics, read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
-from lasp.train.progress import TrainingProgress
+from lasp.train.progress import TrainingProgress, line
+from lasp.train.tracker import check_tracker
 
 
 def of_step(step: int) -> StepMetrics:
@@ -36,9 +45,99 @@ def test_metrics_round_trip_and_resume_drops_what_will_be_done_again(tmp_path):
         assert read_metrics(path) == []
 
 
-def test_plot_is_a_png(tmp_path):
-    plot_loss([of_step(step) for step in range(1, 4)], tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{}", "[]", "null", "NaN", '{"step": "1"', "\x00", '{"step": 1, "loss": "low"}', "[" * 9999],
+    ids=range(9),
+)
+def test_a_line_that_is_no_step_is_left_out_with_a_warning_that_names_it(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write(of_step(1))
+    with path.open("a") as more:
+        more.write(damage + "\n")
+    with pytest.warns(UserWarning, match=r"metrics.jsonl', line 2 is no step of a run"):
+        assert read_metrics(path) == [of_step(1)]
+
+
+def test_fields_of_a_later_version_are_passed_over(tmp_path):
+    told = {"step": 1, "loss": 5.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 1234.5, "later": [1]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(told) + "\n")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [of_step(1)]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    def full(_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with MetricsFile(tmp_path / "metrics.jsonl") as file:
+        monkeypatch.setattr("lasp.train.metrics._line", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics.jsonl"):
+            file.write(of_step(1))
+
+
+def test_a_line_of_the_log_has_units_and_only_what_is_known():
+    assert line(of_step(2)) == "loss 2.500  norm 0.5  lr 0.001  1,234 tokens/s"
+    told = line(
+        replace(of_step(2), seconds=0.25, received=3e6, mfu=0.125, memory=2 * 10**9, slowest_rank=3, slowest_by=0.1)
+    )
+    assert told.endswith("0.25 s a step  received 3 MB  MFU 12.5%  memory 2 GB  rank 3 slowest by 0.1 s")
+
+
+def test_warnings_of_any_rank_are_in_the_log(tmp_path, capsys):
+    for rank in (0, 3):
+        with logged(tmp_path / "log.txt", rank) as say:
+            say("step 1")
+            logging.getLogger("somebody").info("nothing")
+            logging.getLogger("somebody").warning("beware\nof it")
+            warnings.warn(f"mind {rank}", stacklevel=1)
+    lines = [text[24:] for text in (tmp_path / "log.txt").read_text().splitlines()]
+    host = socket.gethostname()
+    assert lines[:2] == ["step 1", "warning: beware of it"]
+    assert lines[3] == f"rank 3 on {host}: warning: beware of it"
+    assert ["mind" in text for text in lines] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, False, 989.5),
+        ("NVIDIA H100 PCIe", torch.bfloat16, False, 756.0),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, True, 156.0),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, False, 19.5),
+        ("NVIDIA L40S", torch.bfloat16, False, 362.0),
+        ("NVIDIA GB200", torch.bfloat16, False, 2500.0),
+        ("NVIDIA T1000", torch.bfloat16, False, None),
+    ],
+)
+def test_the_peak_of_a_chip_is_found_by_its_name(name, dtype, tf32, teraflops):
+    assert known_peak(name, dtype, tf32) == (None if teraflops is None else teraflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "said"),
+    [
+        ("wandb", 'tracker = "wandb" needs its package: pip install wandb'),
+        ("paper", "tracker must be one of aim, .*paper"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused(monkeypatch, tracker, said):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ValueError, match=said):
+        check_tracker(tracker)
+
+
+def test_of_experts_a_token_meets_those_that_are_chosen():
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(num_experts=8, num_experts_per_tok=2)
+    model.embedding, model.router = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 8, bias=False)
+    model.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(8))
+    layer = torch.nn.Module()
+    layer.mlp = model
+    model.router.requires_grad_(False)
+    assert weight_flops(layer) == 4 * 32 + 6 * 8 * 16  # no configuration at hand: all of them
+    layer.config = model.config
+    assert weight_flops(layer) == 4 * 32 + 6 * 2 * 16
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -78,6 +177,10 @@ def test_only_matrices_decay():
         (lambda: TrainConfig(overwrite=True, resume="latest"), "overwrite = true and resume = 'latest'"),
         (lambda: OptimizerConfig(lr=1e-3, min_lr=1e-2), "min_lr=0.01 and lr=0.001"),
         (lambda: DataConfig(batch_size=0), "data.batch_size must be at least 1, got 0"),
+        (lambda: TrainConfig(log_every=0), "log_every must be at least 1, got 0"),
+        (lambda: TrainConfig(tracker=""), 'tracker must name a tracker, got ""'),
+        (lambda: TrainConfig(profile="13:10"), "the first and the last step of a trace, as in .*, got '13:10'"),
+        (lambda: TrainConfig(profile="10"), "the first and the last step of a trace, as in .*, got '10'"),
     ],
 )
 def test_impossible_settings_are_refused_with_their_values(make, message):

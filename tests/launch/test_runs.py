@@ -8,11 +8,13 @@ import pytest
 from lasp.launch import plot, runs
 from lasp.launch.lock import holder, locked
 from lasp.train.metrics import StepMetrics
+from lasp.train.plot import draw, smoothed
+from lasp.train.status import Status
 
 
-def leave(folder: Path, steps: int, saved: int | None, of: int = 4) -> Path:
+def leave(folder: Path, steps: int, saved: int | None, of: int = 4, there: bool = False) -> Path:
     """What a run of `of` steps leaves after some of them."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=there)
     lines = [
         {"step": n + 1, "loss": 5.0 - n, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0} for n in range(steps)
     ]
@@ -60,17 +62,32 @@ def test_runs_are_drawn_into_one_picture(tmp_path, capsys, suffix):
     assert picture.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
 
 
-def test_losses_are_smoothed_over_the_steps_before():
-    assert plot.smoothed([4.0, 2.0, 3.0, 1.0], 2) == [4.0, 3.0, 2.5, 2.0]
-    assert plot.smoothed([4.0, 2.0], 1) == [4.0, 2.0]
+def test_losses_are_smoothed_over_the_steps_before_that_have_one():
+    assert smoothed([4.0, 2.0, 3.0, 1.0], 2) == [4.0, 3.0, 2.5, 2.0]
+    assert smoothed([4.0, 2.0], 1) == [4.0, 2.0]
+    assert smoothed([4.0, float("nan"), 2.0, float("inf")], 2) == [4.0, 4.0, 2.0, 2.0]
+
+
+def test_a_run_that_was_told_to_stop_and_those_that_failed_or_were_killed_are_told_apart(tmp_path):
+    for name, word, told in (("a", "stopped", ""), ("b", "failed", "OSError: no\nspace"), ("c", "running", "")):
+        Status(word, 9, told).write(leave(tmp_path / name, 3, 2))
+    (leave(tmp_path / "d", 4, 4) / "status.json").write_text('{"word": "done"')
+    with locked(tmp_path / "e"):
+        Status("running", 9).write(leave(tmp_path / "e", 3, None, there=True))
+        found = [(state.word, state.step, state.steps, state.told) for state in runs.find_runs(tmp_path)]
+    assert found == [
+        ("stopped", 3, 9, ""),
+        ("failed", 3, 9, "OSError: no space"),
+        ("crashed", 3, 9, ""),
+        ("done", 4, 4, ""),
+        ("running", 3, 9, ""),
+    ]
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
     run = str(leave(tmp_path / "a", 2, None))
-    (leave(tmp_path / "broken" / "b", 0, None) / "metrics.jsonl").write_text("{}\n")
     for main, arguments, said in (
         (runs.main, ["/nowhere/at/all"], "'/nowhere/at/all' is no folder"),
-        (runs.main, [str(tmp_path / "broken")], "metrics.jsonl': "),
         (plot.main, [], "RUN"),
         (plot.main, [str(tmp_path)], "is no run with steps"),
         (plot.main, [run, "--output", "loss.gif"], "--output must end in .png, .svg, .pdf, got 'loss.gif'"),
@@ -85,5 +102,5 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
 
 def test_held_out_losses_are_drawn_too(tmp_path):
     step = StepMetrics(1, 2.0, 1e-3, 1.0, 9.0, {"books": 3.0})
-    plot._draw({"a": [step]}, 1, tmp_path / "a.svg")
+    draw({"a": [step]}, tmp_path / "a.svg")
     assert "held out of books" in (tmp_path / "a.svg").read_text()

@@ -56,7 +56,7 @@ _FREE = (
     "keep_every", "async_save", "time_limit", "timeout", "skips",
     "drift_every", "restarts", "engine", "reduce_dtype", "device", "sp", "dp", "tp", "layout", "accumulation",
     "data.batch_size", "data.cache", "validation.every", "validation.sequences", "validation.source", "memory",
-    "sample",
+    "sample", "log_every", "tracker", "profile",
 )  # fmt: skip
 
 

@@ -1,0 +1,59 @@
+"""The picture of losses: one run's own, or several in one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lasp.train.metrics import StepMetrics
+
+
+def draw(runs: Mapping[str, Sequence[StepMetrics]], picture: Path, smooth: int | None = None) -> None:
+    """Draw the losses of runs over their steps, and those of what is held out, into a PNG, SVG or PDF file.
+
+    smooth: at each step the mean of so many losses, by default a fiftieth of them all; behind it, faint, the losses.
+    """
+    # The object interface: pyplot would keep global state and ask for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, metrics in runs.items():
+        steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
+        window = max(1, len(losses) // 50) if smooth is None else smooth
+        (line,) = axes.plot(steps, smoothed(losses, window), linewidth=1.2, label=name)
+        if window > 1:
+            axes.plot(steps, losses, linewidth=0.6, alpha=0.25, color=line.get_color())
+        for source, held in _held_out(metrics).items():
+            label = f"{name}, held out of {source}"
+            axes.plot(*zip(*held, strict=True), marker="o", linestyle="--", color=line.get_color(), label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    partial = picture.with_name(f".{picture.name}")  # who looks meanwhile sees the last one
+    figure.savefig(partial, dpi=120)
+    partial.replace(picture)
+
+
+def smoothed(losses: Sequence[float], steps: int) -> list[float]:
+    """At each step the mean of the last `steps` losses, or of as many as there are, without those that are not
+    finite."""
+    values = np.asarray(losses, dtype=float)
+    known = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(known, values, 0.0), known))
+    first = np.maximum(np.arange(1, len(values) + 1) - steps, 0)
+    with np.errstate(invalid="ignore"):
+        means: list[float] = ((sums[1:] - sums[first]) / (counts[1:] - counts[first])).tolist()
+    return means
+
+
+def _held_out(metrics: Sequence[StepMetrics]) -> dict[str, list[tuple[int, float]]]:
+    """The steps and losses of what is held out, source by source."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for step in metrics:
+        for source, loss in (step.validation or {}).items():
+            found.setdefault(source, []).append((step.step, loss))
+    return found

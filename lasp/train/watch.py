@@ -1,0 +1,75 @@
+"""Watch: all that people look at of a run. Its main rank shows and writes it; the others only log their warnings."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lasp.train.log import logged
+from lasp.train.metrics import MetricsFile, StepMetrics
+from lasp.train.plot import draw
+from lasp.train.progress import TrainingProgress, line, show
+from lasp.train.ranks import Ranks
+from lasp.train.run import Run
+from lasp.train.status import Status
+from lasp.train.tracker import tracking
+
+
+class Watch:
+    """The terminal, and in the output folder log.txt, metrics.jsonl, loss.png, status.json and what a tracker keeps."""
+
+    def __init__(self, run: Run, ranks: Ranks, steps_done: int) -> None:
+        self._config, self._ranks, self._done = run.config, ranks, steps_done
+        self.folder = Path(run.config.output)
+        self.metrics, self.plot = self.folder / "metrics.jsonl", self.folder / "loss.png"
+
+    def __enter__(self) -> Self:
+        config, main = self._config, self._ranks.is_main
+        with ExitStack() as stack:
+            self._log = stack.enter_context(logged(self.folder / "log.txt", self._ranks.everyone.rank))
+            if main:
+                self._file = stack.enter_context(MetricsFile(self.metrics, self._done))
+                self._track = stack.enter_context(tracking(config, self._ranks.device.type == "cpu"))
+                self._shown = stack.enter_context(TrainingProgress(config.steps, self._done, enabled=True))
+                self._steps = self._file.kept
+                self._end("running")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._stack:
+            told = "" if error is None else f"{type(error).__name__}: {error}"
+            if told:
+                self._log(f"ended by {told}")
+            if self._ranks.is_main:
+                word = "done" if self._done >= self._config.steps else "stopped"
+                self._end("failed" if told else word, told)
+
+    def say(self, lines: list[str]) -> None:
+        """Show and log some lines, on the main rank."""
+        show(lines)
+        for text in lines:
+            self._log(text)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Take note of a step that is done."""
+        self._done = metrics.step
+        if not self._ranks.is_main:
+            return
+        self._file.write(metrics)
+        self._steps.append(metrics)
+        self._shown.update(metrics)
+        if metrics.seconds is not None or metrics.validation:
+            self._log(f"step {metrics.step}/{self._config.steps}  {line(metrics)}")
+            self._track(metrics)
+
+    def saved(self) -> None:
+        """Take note that the state after the last step is kept."""
+        if self._ranks.is_main:
+            self._log(f"checkpoint of step {self._done}")
+            draw({self.folder.name: self._steps}, self.plot)
+
+    def _end(self, word: str, told: str = "") -> None:
+        Status(word, self._config.steps, told).write(self.folder)
