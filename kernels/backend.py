@@ -15,7 +15,8 @@ from lasp.kernels.arguments import check_choice
 from lasp.kernels.gpu import tuning
 from lasp.kernels.portable.recurrence import PortableRecurrence
 from lasp.kernels.recurrence import Recurrence
-from lasp.kernels.softmax.operators import CpuFlash, CudaFlash, Operator, Plain
+from lasp.kernels.softmax.cuda import CudaEfficient, CudaFlash, CudnnFlash, FlashPackage
+from lasp.kernels.softmax.operators import CpuFlash, Operator, Plain
 
 Backend = Literal["auto", "torch", "triton", "fla"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -103,11 +104,17 @@ def softmax_operator(k: Tensor, v: Tensor, masked: bool, softcap: float | None) 
     """The attention of a tile with keys k [B, N, Hk, K] and values v [B, N, Hk, V]; masked: it has an explicit mask."""
     if softcap is None and k.device.type == "cpu":
         return CpuFlash()
-    half = k.dtype in (torch.float16, torch.bfloat16)
-    dims = k.shape[3] == v.shape[3] <= 256 and k.shape[3] % 8 == 0
-    if softcap is None and k.is_cuda and half and not masked and dims:
-        return CudaFlash()
-    return Plain(softcap)
+    dims, half = (k.shape[3], v.shape[3]), k.dtype in (torch.float16, torch.bfloat16)
+    if not k.is_cuda or masked or any(dim % 8 or dim > 256 for dim in dims):
+        return Plain(softcap)
+    one_dim = half and dims[0] == dims[1]
+    if one_dim and has_package("flash_attn"):
+        return FlashPackage(softcap)
+    if softcap is not None or k.dtype == torch.float64:
+        return Plain(softcap)
+    if one_dim and dims[0] <= 128 and torch.cuda.get_device_capability(k.device) >= (9, 0):
+        return CudnnFlash()
+    return CudaFlash() if one_dim else CudaEfficient()
 
 
 # The report ---------------------------------------------------------------------------------------------------------

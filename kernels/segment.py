@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """The affine map `S -> A·S + U` of a stretch of tokens.
+    """The affine map `S -> A·S + U` of a stretch of tokens, real or complex.
 
     transfer (A): [..., 1, 1] one factor per head, [..., K, 1] one per channel, or [..., K, K] dense.
     state (U):    [..., K, V], the state the stretch leaves behind when it starts from an empty memory.
@@ -68,5 +68,6 @@ def compose(later: Tensor, first: Tensor) -> Tensor:
 
 
 def transpose(transfer: Tensor) -> Tensor:
-    """`A^T`; a diagonal transfer is its own transpose."""
-    return transfer if transfer.shape[-1] == 1 else transfer.mT
+    """`A^T`, conjugate where it is complex; a real diagonal transfer is its own transpose."""
+    transposed = transfer if transfer.shape[-1] == 1 else transfer.mT
+    return transposed.conj_physical() if transposed.is_complex() else transposed

@@ -195,19 +195,24 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[
 def gather(tensor: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     """The same, where the caller counts."""
     size = dist.get_world_size(group)
-    tensor = tensor.contiguous()
+    tensor = tensor.contiguous().resolve_conj()
     if size == 1:
         return Pending([], tensor.unsqueeze(0))
     result = tensor.new_empty(size, *tensor.shape)
     # Flat on both sides: gloo wants the input's dims to match the output's.
-    work = _all_gather(result.view(-1), tensor.view(-1), group=group, async_op=True)
+    work = _all_gather(_numbers(result).view(-1), _numbers(tensor).view(-1), group=group, async_op=True)
     return Pending([work], result, sent=[tensor])
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """What travels of a contiguous tensor, in its memory: of a complex one pairs of real numbers."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> Pending[Tensor]:
     """Start sending a tensor of one rank to all others, which receive it in place. The caller counts."""
-    tensor = tensor.contiguous()
-    return Pending([dist.broadcast(tensor, group=group, group_src=source, async_op=True)], tensor)
+    tensor = tensor.contiguous().resolve_conj()
+    return Pending([dist.broadcast(_numbers(tensor), group=group, group_src=source, async_op=True)], tensor)
 
 
 def swap_headers(header: Tensor, ranks: Sequence[int], group: dist.ProcessGroup) -> Pending[Tensor]:
@@ -234,8 +239,9 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[
     if size == 1:
         return Pending([], tensor)
     record("all_reduce", phase, 2 * (size - 1) * tensor.nbytes // size, 1)
+    tensor = tensor.resolve_conj()
     with named("all_reduce", phase):
-        return Pending([dist.all_reduce(tensor, group=group, async_op=True)], tensor)
+        return Pending([dist.all_reduce(_numbers(tensor), group=group, async_op=True)], tensor)
 
 
 def all_reduce_future(
@@ -260,24 +266,28 @@ def all_reduce_future(
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
     """Start summing [W, ...] over the ranks, rank r keeping part r [...]."""
     size = dist.get_world_size(group)
-    tensor = tensor.contiguous()
+    tensor = tensor.contiguous().resolve_conj()
     if size == 1:
         return Pending([], tensor[0])
     result = tensor.new_empty(tensor.shape[1:])
     record("reduce_scatter", phase, (size - 1) * result.nbytes, 1)
     with named("reduce_scatter", phase):
-        return Pending([_reduce_scatter(result.view(-1), tensor.view(-1), group=group, async_op=True)], result)
+        return Pending(
+            [_reduce_scatter(_numbers(result).view(-1), _numbers(tensor).view(-1), group=group, async_op=True)], result
+        )
 
 
 def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
     """Start sending to a rank of the group. The caller counts: a scan is one exchange of many messages."""
-    tensor = tensor.contiguous()
-    return Pending([dist.isend(tensor, group=group, group_dst=to, tag=tag)] if tensor.numel() else [], tensor)
+    tensor = tensor.contiguous().resolve_conj()
+    works = [dist.isend(_numbers(tensor), group=group, group_dst=to, tag=tag)] if tensor.numel() else []
+    return Pending(works, tensor)
 
 
 def receive(buffer: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
     """Start receiving into a contiguous buffer from a rank of the group."""
-    return Pending([dist.irecv(buffer, group=group, group_src=source, tag=tag)] if buffer.numel() else [], buffer)
+    works = [dist.irecv(_numbers(buffer), group=group, group_src=source, tag=tag)] if buffer.numel() else []
+    return Pending(works, buffer)
 
 
 class Message(NamedTuple):

@@ -92,13 +92,13 @@ class _CausalRecurrence(torch.autograd.Function):
         inputs = recurrence.kind(*tensors)
         if call.group is None:
             plan = call.plan()
-            output, chain = recurrence.forward(inputs, _initial(plan, initial_state))
-            final = _share_ends(call, plan, chain.leaving(), "forward") if call.final else None
+            output, chain = recurrence.forward(inputs, initial_states(plan, initial_state))
+            final = share_final(call, plan, chain.leaving(), "forward") if call.final else None
         else:
             with call.turn.forward():
                 chain = recurrence.states(inputs)
                 plan = call.plan()
-                initial = _initial(plan, initial_state)
+                initial = initial_states(plan, initial_state)
                 maps = [_link_map(link, plan, chain, initial) for link in plan.own_links]
                 monoid = _affine(recurrence, inputs)
                 ctx.exchange = exchange_of(call.scan, plan, call.group, maps[0], monoid, trained)
@@ -107,7 +107,7 @@ class _CausalRecurrence(torch.autograd.Function):
                 arrived, kept = flight.wait()
                 chain.enter(enter_runs(plan, arrived, initial))
                 output = recurrence.read_out(inputs, chain, inside)
-                final = _share_ends(call, plan, chain.leaving(), "forward") if call.final else None
+                final = share_final(call, plan, chain.leaving(), "forward") if call.final else None
         _save(ctx, call, plan, initial_state, inputs, chain, kept)
         return output, final
 
@@ -117,7 +117,7 @@ class _CausalRecurrence(torch.autograd.Function):
         call, plan, recurrence = ctx.call, ctx.plan, ctx.call.recurrence
         inputs, entered, kept = _saved(ctx)
         with _exact(inputs), call.turn.backward():
-            ends = _ends_grad(call, plan, grad_final)
+            ends = ends_grad(call, plan, grad_final)
             if call.alone:
                 grads, starts = recurrence.backward(inputs, grad, entered, ends)
             else:
@@ -128,7 +128,7 @@ class _CausalRecurrence(torch.autograd.Function):
                 adjoint.enter(enter_ends(plan, flight.wait().states, ends))
                 grads, starts = recurrence.grad_states(inputs, entered, adjoint, total), adjoint.leaving()
         begins = [start if run.reset else None for run, start in zip(plan.runs, starts, strict=True)]
-        return None, None, _initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
+        return None, None, initial_grad(plan, begins, starts[0]) if ctx.has_initial else None, *grads
 
 
 def _affine(recurrence: Recurrence, inputs: Any) -> Affine:
@@ -166,7 +166,7 @@ def _saved(ctx: Any) -> tuple[Any, Chain, Tensor | None]:
 # Runs and links -----------------------------------------------------------------------------------------------------
 
 
-def _initial(plan: Plan, initial_state: Tensor | None) -> list[Tensor | None]:
+def initial_states(plan: Plan, initial_state: Tensor | None) -> list[Tensor | None]:
     """The initial state of each run's document."""
     return [None if initial_state is None else initial_state[run.document] for run in plan.runs]
 
@@ -186,7 +186,7 @@ def _link_adjoint(link: Link, plan: Plan, adjoint: Chain, ends: list[Tensor | No
     return Segment(segment.transfer, given_back(plan, link, state))
 
 
-def _share_ends(call: Call, plan: Plan, states: list[Tensor], phase: str) -> Tensor:
+def share_final(call: Call, plan: Plan, states: list[Tensor], phase: str) -> Tensor:
     """The states at the ends of all documents [documents, B, H, K, V], on every rank."""
     own = {run.document: state for run, state in zip(plan.runs, states, strict=True) if run.last}
     nothing = torch.zeros_like(states[0])
@@ -194,7 +194,7 @@ def _share_ends(call: Call, plan: Plan, states: list[Tensor], phase: str) -> Ten
     return shared if call.group is None else collectives.all_reduce(shared, call.group.process_group, phase).wait()
 
 
-def _ends_grad(call: Call, plan: Plan, grad_final: Tensor | None) -> list[Tensor | None]:
+def ends_grad(call: Call, plan: Plan, grad_final: Tensor | None) -> list[Tensor | None]:
     """The gradient of the final state where a document ends in one of this rank's runs, summed over the ranks."""
     if not call.final:
         return [None] * len(plan.runs)
@@ -206,7 +206,7 @@ def _ends_grad(call: Call, plan: Plan, grad_final: Tensor | None) -> list[Tensor
     return [grad_final[run.document] if run.last else None for run in plan.runs]
 
 
-def _initial_grad(plan: Plan, parts: list[Tensor | None], like: Tensor) -> Tensor:
+def initial_grad(plan: Plan, parts: list[Tensor | None], like: Tensor) -> Tensor:
     """This rank's part of the gradient of the initial states, from what each run gives to its document's."""
     grad = like.new_zeros(plan.documents, *like.shape)
     for run, part in zip(plan.runs, parts, strict=True):
@@ -249,7 +249,7 @@ class _BidirectionalRecurrence(torch.autograd.Function):
                 totals = [total + initial_state[run.document] for run, total in zip(plan.runs, totals, strict=True)]
             chain.fill(totals)
             output = recurrence.read_out(inputs, chain, recurrence.inside(inputs, chain))
-            final = _share_ends(call, plan, totals, "forward") if call.final else None
+            final = share_final(call, plan, totals, "forward") if call.final else None
         _save(ctx, call, plan, initial_state, inputs, chain, None)
         return output, final
 
@@ -260,9 +260,9 @@ class _BidirectionalRecurrence(torch.autograd.Function):
         inputs, entered, _ = _saved(ctx)
         with _exact(inputs), call.turn.backward():
             adjoint = recurrence.adjoint(inputs, grad, entered)
-            ends = _ends_grad(call, plan, grad_final)
+            ends = ends_grad(call, plan, grad_final)
             own = [start if end is None else start + end for start, end in zip(adjoint.leaving(), ends, strict=True)]
-            initial = _initial_grad(plan, list(own), own[0]) if ctx.has_initial else None
+            initial = initial_grad(plan, list(own), own[0]) if ctx.has_initial else None
             adjoint.fill(_document_totals(call, plan, own, "backward"))
             total = recurrence.grad_outputs(inputs, grad, entered)
             grads = recurrence.grad_states(inputs, entered, adjoint, total)

@@ -28,7 +28,7 @@ def results(
     Every final state gets a gradient of its own cosine, by as much as the ranks are fewer.
     """
     given = {name: x.detach().clone() for name, x in {**tokens, **fixed}.items()}
-    trained = {name: x.requires_grad_() for name, x in given.items() if x.is_floating_point()}
+    trained = {name: x.requires_grad_() for name, x in given.items() if x.is_floating_point() or x.is_complex()}
     output, final = operation(**given, **options)
     finals = list(final) if isinstance(final, tuple) else [final]
     ranks = options["cut"].size if "cut" in options else 1

@@ -72,34 +72,6 @@ class CpuFlash:
         return dq.transpose(1, 2)[..., :key_dim], dk.transpose(1, 2)[..., :key_dim], dv.transpose(1, 2)[..., :value_dim]
 
 
-class CudaFlash:
-    """PyTorch's flash attention for CUDA: fp16 and bf16, one head dim, a multiple of 8 and at most 256, no bias.
-
-    Untested: the machines that built this have no GPU.
-    """
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        q, k, v = (aligned(x).transpose(1, 2) for x in (q, k, v))
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, scores.causal, scale=scores.scale
-        )
-        return output.transpose(1, 2), lse.transpose(1, 2)
-
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scores: Scores
-    ) -> Gradients:
-        rows, keys = q.shape[1], k.shape[1]
-        grad, q, k, v, output = (aligned(x.to(q.dtype)).transpose(1, 2) for x in (grad, q, k, v, output))
-        # Without dropout the state of the random generator is never read.
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, output, lse.transpose(1, 2).contiguous(), None, None, rows, keys, 0.0, scores.causal,
-            seed, offset, scale=scores.scale,
-        )  # fmt: skip
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
 @dataclass(frozen=True)
 class Plain:
     """Matrix products, on any device and for any dtype, with an optional softcap; some rows at a time.
@@ -168,12 +140,6 @@ def _heads_first(dim: int, *tensors: Tensor) -> Iterator[Tensor]:
         x = x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1]))
         # The operator looks at no stride of the last dim, and takes what lies there.
         yield x if x.stride(-1) == 1 else x.contiguous()
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x in half precision, copied unless its rows are dense and begin at multiples of 16 bytes, the unit of loads."""
-    dense = x.stride(-1) == 1 and all(n % 8 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
-    return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:

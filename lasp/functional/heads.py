@@ -50,7 +50,7 @@ def run_by_heads(
     if not output_final_state:
         return heads_to_tokens(exchange, operation(*found, **options))[0]
     output, final = leave_heads(exchange, *operation(*found, output_final_state=True, **options))
-    states = max(x.shape[0 if x.dim() == 1 else 2] for x in tensors[1:] if x is not None)
+    states = max(x.shape[0 if x.dim() == 1 else 2] for x in tensors[1:] or tensors if x is not None)
     states = max(states, 1 if initial_state is None else initial_state.shape[1])
     return output, final[:, :: final.shape[1] // states]
 

@@ -21,11 +21,14 @@ from lasp.layers.rebased import Rebased
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.retention import Retention
 from lasp.layers.rwkv7 import Rwkv7
+from lasp.layers.s4d import S4D
+from lasp.layers.slstm import SLstm
 from lasp.layers.softmax import SoftmaxAttention
 from lasp.layers.state import ConvolvedMemory, KeyValues, ScaledMemory, State
 
 __all__ = [
     "MIXERS",
+    "S4D",
     "Based",
     "ConvolvedMemory",
     "DeltaNet",
@@ -49,6 +52,7 @@ __all__ = [
     "RecurrentMixer",
     "Retention",
     "Rwkv7",
+    "SLstm",
     "ScaledMemory",
     "SoftmaxAttention",
     "State",
@@ -75,6 +79,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "inline": InLine,
     "lightnet": LightNet,
     "mlstm": MLstm,
+    "s4d": S4D,
+    "slstm": SLstm,
     "softmax": SoftmaxAttention,
 }
 

@@ -33,16 +33,17 @@ class MLstm(RecurrentMixer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         hidden = self.q_proj.in_features
-        self.input_proj = nn.Linear(hidden, self.num_kv_heads)
-        self.forget_proj = nn.Linear(hidden, self.num_kv_heads)
-        with torch.no_grad():
-            self.forget_proj.bias.copy_(torch.linspace(3, 6, self.num_kv_heads))
+        self.input_proj = nn.Linear(hidden, self.num_kv_heads, bias=False)
+        self.forget_proj = nn.Linear(hidden, self.num_kv_heads, bias=False)
+        self.input_bias = nn.Parameter(torch.zeros(self.num_kv_heads))
+        self.forget_bias = nn.Parameter(torch.linspace(3, 6, self.num_kv_heads))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ScaledMemory | None]:
         state = context.state
         if state is not None and not isinstance(state, ScaledMemory):
             raise ValueError(f"MLstm continues from a ScaledMemory, got {type(state).__name__}")
-        enters, forgets = self.input_proj(x).double(), F.logsigmoid(self.forget_proj(x).double())
+        enters = self.input_proj(x).double() + self.input_bias.double()
+        forgets = F.logsigmoid(self.forget_proj(x).double() + self.forget_bias.double())
         if context.attention_mask is not None:
             padding = ~context.attention_mask.unsqueeze(-1)
             enters, forgets = enters.masked_fill(padding, -torch.inf), forgets.masked_fill(padding, 0)

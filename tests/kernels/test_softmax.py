@@ -14,8 +14,9 @@ import lasp
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.softmax import blocks, mask
 from lasp.kernels.softmax.blocks import BlockAttention, Keys, Queries, empty_attention, merge, merge_sinks
+from lasp.kernels.softmax.cuda import aligned
 from lasp.kernels.softmax.mask import Mask, Span, tiles
-from lasp.kernels.softmax.operators import CpuFlash, Operator, Plain, aligned
+from lasp.kernels.softmax.operators import CpuFlash, Operator, Plain
 from tests.attention import AttentionProblem, largest_error, make_attention, solve_attention
 
 DOCUMENTS = (0, 1, 1, 9, 26, 27, 37)

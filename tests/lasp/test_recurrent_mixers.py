@@ -55,10 +55,10 @@ def mamba_gate(mixer: Mixer, x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tenso
 
 
 def gla(mixer: Mixer, x: Tensor) -> Tensor:
-    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k = (project(p, x, mixer.key_dim) for p in (mixer.q_proj, mixer.k_proj))
     narrow, wide = mixer.decay_proj
     alpha = torch.sigmoid(x @ narrow.weight.T @ wide.weight.T + wide.bias) ** (1 / 16)
-    o, _ = reference.linear_attention(q, k, v, alpha.log().unflatten(-1, (-1, DIM)))
+    o, _ = reference.linear_attention(q, k, project(mixer.v_proj, x), alpha.log().unflatten(-1, (-1, mixer.key_dim)))
     return gated(mixer, x, o, F.silu)
 
 
@@ -69,9 +69,14 @@ def hgrn2(mixer: Mixer, x: Tensor) -> Tensor:
     return normed(mixer, o).flatten(-2) @ mixer.out_proj.weight.T
 
 
-def mamba(mixer: Mixer, x: Tensor) -> Tensor:
+def convolved_channels(mixer: Mixer, x: Tensor) -> Tensor:
+    """Those of the one projection, of mixers whose queries and keys are no projections of x."""
     channels, weight = F.pad(x @ mixer.v_proj.weight.T, (0, 0, 3, 0)), mixer.short_conv.weight
-    u = F.silu(sum(weight[:, tap] * channels[:, tap : tap + x.shape[1]] for tap in range(4)))
+    return F.silu(sum(weight[:, tap] * channels[:, tap : tap + x.shape[1]] for tap in range(4)))
+
+
+def mamba(mixer: Mixer, x: Tensor) -> Tensor:
+    u = convolved_channels(mixer, x)
     narrow, wide = mixer.dt_proj
     step = torch.log1p(torch.exp(u @ narrow.weight.T @ wide.weight.T + mixer.dt_bias))
     b, c = u @ mixer.k_proj.weight.T, u @ mixer.q_proj.weight.T
@@ -193,10 +198,31 @@ def rwkv7(mixer: Mixer, x: Tensor) -> Tensor:
 def mlstm(mixer: Mixer, x: Tensor) -> Tensor:
     """Not stabilised."""
     q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    enters = (x @ mixer.input_proj.weight.T + mixer.input_proj.bias).exp()
-    forgets = (x @ mixer.forget_proj.weight.T + mixer.forget_proj.bias).sigmoid().log()
+    enters = (x @ mixer.input_proj.weight.T + mixer.input_bias).exp()
+    forgets = (x @ mixer.forget_proj.weight.T + mixer.forget_bias).sigmoid().log()
     o, _ = reference.linear_attention(q, k, F.pad(v, (0, 1), value=1.0) * enters.unsqueeze(-1), forgets)
     return gated(mixer, x, o[..., :-1] / o[..., -1:].abs().clamp(min=1), torch.sigmoid)
+
+
+def s4d(mixer: Mixer, x: Tensor) -> Tensor:
+    u = convolved_channels(mixer, x)
+    a, step = torch.complex(-mixer.A_log.exp(), mixer.A_imag), mixer.step_log.exp()[:, None]
+    weights = torch.complex(*mixer.C.unbind(-1)) * ((step * a).exp() - 1) / a
+    y, _ = reference.diagonal_state_space(u, step * a, weights)
+    y = F.gelu(y + mixer.D * u) * torch.sigmoid(x @ mixer.g_proj.weight.T)
+    return y @ mixer.out_proj.weight.T
+
+
+def slstm(mixer: Mixer, x: Tensor) -> Tensor:
+    gates = convolved_channels(mixer, x) @ mixer.gate_proj.weight.T
+    gates = gates.unflatten(-1, (4, mixer.num_heads, -1)) + mixer.bias
+    c, n, h, outputs = 0, 0, torch.zeros_like(gates[:, 0, 0]), []
+    for t in range(x.shape[1]):
+        z, i, f, o = (gates[:, t] + torch.einsum("bhd,ghde->bghe", h, mixer.recurrent)).unbind(1)
+        c, n = f.sigmoid() * c + i.exp() * z.tanh(), f.sigmoid() * n + i.exp()
+        h = o.sigmoid() * c / n
+        outputs.append(h)
+    return normed(mixer, torch.stack(outputs, 1)).flatten(-2) @ mixer.out_proj.weight.T
 
 
 def mom(mixer: Mixer, x: Tensor) -> Tensor:
@@ -225,7 +251,7 @@ def mom(mixer: Mixer, x: Tensor) -> Tensor:
 
 DEFINITIONS = {f.__name__: f for f in (
     gla, hgrn2, mamba, mamba2, based, rebased, hedgehog, inline, lightnet, deltanet, gated_deltanet, kda,
-    delta_product, rwkv7, mlstm, mom,
+    delta_product, rwkv7, mlstm, s4d, slstm, mom,
 )}  # fmt: skip
 
 
@@ -270,6 +296,13 @@ def test_mixer_equals_its_definition(name: str, kv_heads: int) -> None:
     torch.testing.assert_close(mixer(x)[0], DEFINITIONS[name](mixer, x), rtol=1e-10, atol=1e-10)
 
 
+def test_gla_with_half_width_keys() -> None:
+    mixer, x = make("gla", expand_k=0.5, num_kv_heads=2), torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64)
+    y, state = mixer(x, output_final_state=True)
+    torch.testing.assert_close(y, gla(mixer, x), rtol=1e-10, atol=1e-10)
+    assert state.shape == (2, 2, DIM // 2, DIM)
+
+
 def test_beta_reaches_two_where_eigenvalues_may_be_negative() -> None:
     x = torch.randn(1, 50, HIDDEN, dtype=torch.float64) * 20
     assert 0.9 < make("deltanet").beta(x).max() <= 1
@@ -291,7 +324,11 @@ def test_a_memory_without_tokens_stays_as_it_is() -> None:
     ("name", "options", "words"),
     [
         ("mom", {"top_k": 5}, "got 5 and 4"),
+        ("mom", {"balance": -1.0}, "got -1.0"),
         ("delta_product", {"num_householder": 0}, "got 0"),
+        ("gla", {"expand_k": 0.4}, "head_dim 6, got 0.4"),
+        ("mamba", {"state_size": 0}, "got 0"),
+        ("s4d", {"state_size": 0}, "got 0"),
         ("gated_deltanet", {"causal": False}, "GatedDeltaNet .* got causal=False"),
     ],
 )
