@@ -104,7 +104,7 @@ class FlashPackage:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
         grad, q, k, v, output = (aligned(x.to(q.dtype)) for x in (grad, q, k, v, output))
-        found = tuple(torch.empty_like(x) for x in (q, k, v))
+        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _flash_attn_backward(
             grad, q, k, v, output, lse.transpose(1, 2).contiguous(), *found, *self._options(scores), deterministic=False
         )
