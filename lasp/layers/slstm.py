@@ -14,8 +14,8 @@ from lasp.layers.recurrent import RecurrentMixer
 class SLstm(RecurrentMixer):
     """`c_t = f c_{t-1} + i z`, `n_t = f n_{t-1} + i`, `h_t = o c_t / n_t` in every channel; h_{t-1} joins all gates.
 
-    i = exp(..), f = sigmoid(..), z = tanh(..), o = sigmoid(..); what of h_{t-1} joins is mixed within its head, and x
-    joins behind a short convolution with SiLU (xLSTM, arXiv 2405.04517, equations 8 to 18). It is no scan: ranks wait
+    i = exp(..), f = sigmoid(..), z = tanh(..), o = sigmoid(..); both it and x, which
+    joins behind a short convolution with SiLU, are mixed within heads (xLSTM, arXiv 2405.04517, equations 8 to 18). It is no scan: ranks wait
     for one another, and work at the same time only on different sequences of the batch (docs/mixers.md). Channels are
     num_heads·head_dim, whatever num_kv_heads; the state is [B or documents, H, D, 4].
 
@@ -35,9 +35,10 @@ class SLstm(RecurrentMixer):
         del self.q_proj, self.k_proj
         self.v_proj = nn.Linear(hidden, channels, bias=False)
         self.short_conv = self._new_conv()
-        self.gate_proj = nn.Linear(channels, 4 * channels, bias=False)
+        size = 4, self.num_heads, self.head_dim, self.head_dim
+        self.enters = nn.Parameter(torch.randn(size) * self.head_dim**-0.5)
         self.bias = nn.Parameter(torch.zeros(4, self.num_heads, self.head_dim))
-        self.recurrent = nn.Parameter(torch.zeros(4, self.num_heads, self.head_dim, self.head_dim))
+        self.recurrent = nn.Parameter(torch.zeros(size))
         with torch.no_grad():
             self.bias[2] = torch.linspace(3, 6, self.head_dim)  # of what is remembered
 
@@ -48,7 +49,7 @@ class SLstm(RecurrentMixer):
     def split(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nothing to ask with, and the gates [B, T, 4, H, D]."""
         (u,) = projected
-        gates = self.gate_proj(u).unflatten(-1, self.bias.shape) + self.bias.to(u.dtype)
+        gates = torch.einsum("bthd,ghde->btghe", self._heads(u), self.enters.to(u.dtype)) + self.bias.to(u.dtype)
         return u[..., :0], u[..., :0], gates
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:

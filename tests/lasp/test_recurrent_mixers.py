@@ -214,8 +214,9 @@ def s4d(mixer: Mixer, x: Tensor) -> Tensor:
 
 
 def slstm(mixer: Mixer, x: Tensor) -> Tensor:
-    gates = convolved_channels(mixer, x) @ mixer.gate_proj.weight.T
-    gates = gates.unflatten(-1, (4, mixer.num_heads, -1)) + mixer.bias
+    u = convolved_channels(mixer, x).unflatten(-1, (-1, DIM))
+    heads = [torch.stack([u[:, :, h] @ mixer.enters[g, h] for h in range(HEADS)], 2) for g in range(4)]
+    gates = torch.stack(heads, 2) + mixer.bias
     c, n, h, outputs = 0, 0, torch.zeros_like(gates[:, 0, 0]), []
     for t in range(x.shape[1]):
         z, i, f, o = (gates[:, t] + torch.einsum("bhd,ghde->bghe", h, mixer.recurrent)).unbind(1)
