@@ -14,10 +14,10 @@ from lasp.layers.recurrent import RecurrentMixer
 class SLstm(RecurrentMixer):
     """`c_t = f c_{t-1} + i z`, `n_t = f n_{t-1} + i`, `h_t = o c_t / n_t` in every channel; h_{t-1} joins all gates.
 
-    i = exp(..), f = sigmoid(..), z = tanh(..), o = sigmoid(..); both it and x, which
-    joins behind a short convolution with SiLU, are mixed within heads (xLSTM, arXiv 2405.04517, equations 8 to 18). It is no scan: ranks wait
-    for one another, and work at the same time only on different sequences of the batch (docs/mixers.md). Channels are
-    num_heads·head_dim, whatever num_kv_heads; the state is [B or documents, H, D, 4].
+    i = exp(..), f = sigmoid(..), z = tanh(..), o = sigmoid(..). Both h_{t-1} and x, which joins behind a short
+    convolution with SiLU, are mixed within heads (xLSTM, arXiv 2405.04517, equations 8 to 18). It is no scan: ranks
+    wait for one another, and work at the same time only on different sequences of the batch (docs/mixers.md). Channels
+    are num_heads·head_dim, whatever num_kv_heads; the state is [B or documents, H, D, 4].
 
     Args:
         *args, **kwargs: as for `Mixer`.

@@ -88,8 +88,15 @@ def assert_same(found: Results, wanted: Results, tolerance: float = 1e-9) -> Non
 CUTS = [("contiguous", False), ("contiguous", True), ("zigzag", True)]
 
 
-@pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("size", [2, 4])
+# Those of which two simulated ranks are tested beside their functions (tests/lasp).
+SIMULATED = ("mamba", "mlstm", "rwkv7", "s4d", "slstm")
+SIZES = [(name, size) for size in (2, 4) for name in MIXERS]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == 2 and case[0] in SIMULATED)) for case in SIZES],
+)
 @pytest.mark.parametrize(("layout", "packed"), CUTS)
 def test_a_layer_is_what_it_is_on_one_device(group_of, expected, name, size, layout, packed) -> None:
     kind = "packed" if packed else "plain"
