@@ -15,12 +15,14 @@ class Context:
     """Arguments of `Mixer.forward` on their way to `lasp.functional`.
 
     sequence: the keywords that tell its functions how the sequence lies, "cut" or "group" and "cu_seqlens".
+    lower_bound: of a layer's gates, where its model knows it.
     """
 
     attention_mask: Tensor | None
     state: State | None
     output_final_state: bool
     sequence: dict[str, Any]
+    lower_bound: Tensor | None = None
 
     @property
     def ranks(self) -> int:

@@ -127,6 +127,7 @@ class Mixer(nn.Module):
         output_final_state: bool = False,
         group: SequenceGroup | None = None,
         cut: Cut | None = None,
+        lower_bound: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mix the tokens of x.
 
@@ -141,6 +142,7 @@ class Mixer(nn.Module):
             output_final_state: whether to return the state after the last token.
             group: ranks that hold the rest of the sequence.
             cut: of the batch (`lasp.shard_batch`), in the place of group and cu_seqlens.
+            lower_bound: [H_kv·D], of the gates of a mixer that learns one together with other layers (Hgrn2).
 
         Returns:
             y [B, T, hidden] and the final state of the mixer's kind, None unless asked for.
@@ -155,7 +157,7 @@ class Mixer(nn.Module):
         sequence = sequence_of(cut=cut, group=group, cu_seqlens=cu_seqlens)
         if cut is not None:
             check_cut(cut, x.shape[1], type(self).__name__)
-        context = Context(attention_mask, state, output_final_state, sequence)
+        context = Context(attention_mask, state, output_final_state, sequence, lower_bound)
         projected = [projection(x) for projection in self.projections]
         tail = None
         if self.short_conv is not None:

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lasp.kernels.documents import document_bounds
 from lasp.layers import Mixer, State, mixer_class
+from lasp.layers.hgrn2 import Hgrn2, rising_bounds
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.softmax import SoftmaxAttention
 from lasp.models.config import MixerConfig
@@ -79,6 +80,19 @@ def build_mixer(config: MixerConfig, layer_idx: int) -> Mixer:
     )
     _choose(mixer, config.scan, config.attention)
     return mixer
+
+
+def bounded_layers(blocks: nn.ModuleList) -> list[Hgrn2]:
+    """The mixers whose lower bounds are learned together."""
+    mixers = (block.mixer for block in blocks)
+    return [mixer for mixer in mixers if isinstance(mixer, Hgrn2) and mixer.learned_bounds]
+
+
+def told_bounds(blocks: nn.ModuleList, logits: Tensor) -> dict[int, dict[str, Tensor]]:
+    """What to tell which block, given the logits [L, width] of their bounds."""
+    places = [mixer.layer_idx for mixer in bounded_layers(blocks)]
+    bounds = rising_bounds(logits).unbind()
+    return {place: {"lower_bound": bound} for place, bound in zip(places, bounds, strict=True)}
 
 
 class Exchanging:

@@ -12,7 +12,15 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from lasp.layers import State
-from lasp.models.blocks import Exchanging, build_blocks, take_cut, token_mask, tokens_of
+from lasp.models.blocks import (
+    Exchanging,
+    bounded_layers,
+    build_blocks,
+    take_cut,
+    token_mask,
+    tokens_of,
+    told_bounds,
+)
 from lasp.models.cache import NAME, NAMES, RecurrentCache, one_cache
 from lasp.models.config import LinearLlamaConfig
 from lasp.parallel.batch import AGREEMENT
@@ -43,6 +51,9 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = build_blocks(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        bounded = bounded_layers(self.layers)
+        # Of the whole model, not of a layer: each layer's bound depends on those of all.
+        self.lower_bounds = nn.Parameter(torch.zeros(len(bounded), bounded[0].k_proj.out_features)) if bounded else None
         self.post_init()
 
     def forward(
@@ -70,6 +81,7 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
         mask = token_mask(attention_mask, x, past, cut)
 
+        bounds = {} if self.lower_bounds is None else told_bounds(self.layers, self.lower_bounds)
         states: list[State | None] = []
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: tuple[Tensor, ...] = ()
@@ -83,6 +95,7 @@ class LinearLlamaModel(LinearLlamaPreTrainedModel):
                 state=None if before is None else before.states[index],
                 output_final_state=after is not None,
                 cut=cut,
+                **bounds.get(index, {}),
             )
             states.append(state)
         if after is not None:

@@ -43,6 +43,8 @@ def check_heads(config: Any, ranks: int) -> None:
         raise ValueError(f"tp = {ranks} does not divide the model's {' and '.join(told)}")
     if "mamba" in config.layer_mixers:
         raise ValueError(f"tp = {ranks}: the channels of mamba are not heads, its gates are of all of them")
+    if "hgrn2" in config.layer_mixers and config.options_of("hgrn2").get("learned_bounds"):
+        raise ValueError(f"tp = {ranks}: the learned bounds of hgrn2 are of all heads, set its learned_bounds to false")
     if "mom" in config.layer_mixers and config.options_of("mom").get("balance"):
         raise ValueError(f"tp = {ranks}: the balance loss of mom is one of all heads, set its balance to 0")
 

@@ -62,6 +62,7 @@ def model_results(name: str, packed: bool, group: lasp.SequenceGroup | None) -> 
     config = LinearLlamaConfig(
         vocab_size=31, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=3, num_attention_heads=HEADS,
         pattern=[name, "softmax", name], initializer_range=0.2,
+        mixer_options={"hgrn2": {"learned_bounds": True}} if name == "hgrn2" else None,
     )  # fmt: skip
     model = LinearLlamaForCausalLM(config).double()
     ids = torch.randint(0, 31, (1, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -18,6 +18,7 @@ from lasp.models.cache import NAME, NAMES  # noqa: E402 (behind what may skip)
 PROMPT, NEW = 7, 9
 # Models of every mixer, and hybrids.
 KINDS = {name: {"mixer": name} for name in MIXERS} | {
+    "hgrn2, bounds": {"mixer": "hgrn2", "pattern": "LNLL", "mixer_options": {"hgrn2": {"learned_bounds": True}}},
     "LLLN": {"pattern": "LLLN"},
     "LNLN": {"pattern": ["retention", "softmax"], "mixer_options": {"softmax": {"window": 5}}},
     "NNNN": {"pattern": "NNNN", "num_key_value_heads": 2},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lasp.kernels import reference
 from lasp.layers import MIXERS, Mixer, mixer_class
 from lasp.layers.features import FEATURE_MAPS, Hedgehog, LearnedQuadratic, TransformerToRnn, softmax, taylor
+from lasp.layers.hgrn2 import rising_bounds
 from lasp.layers.recurrent import RecurrentMixer
 
 HIDDEN, HEADS, LENGTH, DIM = 24, 4, 13, 6
@@ -302,6 +303,23 @@ def test_gla_with_half_width_keys() -> None:
     y, state = mixer(x, output_final_state=True)
     torch.testing.assert_close(y, gla(mixer, x), rtol=1e-10, atol=1e-10)
     assert state.shape == (2, 2, DIM // 2, DIM)
+
+
+def test_hgrn2_with_a_bound_that_it_is_told() -> None:
+    mixer, x = make("hgrn2", learned_bounds=True), torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64)
+    bounds = rising_bounds(torch.randn(3, HIDDEN, dtype=torch.float64))
+    assert not bounds[0].any()
+    assert (bounds[1:] > bounds[:-1]).all()
+    assert bounds.max() < 1
+    q, k, v = (project(p, x) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    for bound in bounds:
+        lowest = bound.unflatten(-1, (-1, DIM))
+        forget = lowest + (1 - lowest) * torch.sigmoid(k)
+        o, _ = reference.linear_attention(F.silu(q), 1 - forget, v, forget.log(), scale=1.0)
+        expected = normed(mixer, o).flatten(-2) @ mixer.out_proj.weight.T
+        torch.testing.assert_close(mixer(x, lower_bound=bound)[0], expected, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="give forward its lower_bound"):
+        mixer(x)
 
 
 def test_beta_reaches_two_where_eigenvalues_may_be_negative() -> None:
