@@ -48,6 +48,9 @@ COMMANDS = {
     "runs": Command("lasp.launch.runs", "list runs: the state of each and how far it is", "train", TRAIN),
     "export": Command("lasp.launch.export", "write a checkpoint's model in the files of Hugging Face", "train", TRAIN),
     "plot": Command("lasp.launch.plot", "draw the losses of runs into one picture", "train", TRAIN),
+    "linearize": Command(
+        "lasp.launch.linearize", "turn a softmax model into a linear one, over ranks", "train", (*TRAIN, "peft")
+    ),
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)
     ),
@@ -94,7 +97,7 @@ def print_error(message: str) -> None:
 
 
 def _usage() -> str:
-    lines = [f"  {name:8}{command.purpose}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10}{command.purpose}" for name, command in COMMANDS.items()]
     told = "`lasp COMMAND --help` tells more, `lasp --version` the version."
     return "\n".join(["usage: lasp COMMAND ...", "", *lines, "", told])
 

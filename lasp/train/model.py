@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lasp.linearize.convert import follow, read
 from lasp.memory.checkpoints import checkpoint_activations
 from lasp.memory.fused_loss import fuse_loss
 from lasp.memory.tiles import tile_mlp
@@ -75,13 +76,11 @@ class ModelPlan:
 
         if isinstance(self.config, LinearLlamaConfig):
             return LinearLlamaForCausalLM(self.config)
-        return AutoModelForCausalLM.from_config(self.config)
+        return follow(AutoModelForCausalLM.from_config(self.config))
 
     def _pretrained(self, folder: str) -> Any:
-        from transformers import AutoModelForCausalLM
-
         try:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            return read(folder, dtype=torch.float32)
         except Exception as error:  # so have readers of weights
             told = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"the weights of model.name={folder!r} cannot be read: {told}") from error

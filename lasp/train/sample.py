@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from lasp.linearize.convert import read
 from lasp.train.config import SampleConfig
 from lasp.train.data.tokenizer import Tokenizer
 
@@ -33,7 +33,8 @@ def sample(checkpoint: Path, tokenizer: Tokenizer, config: SampleConfig, seed: i
 
 def _load(checkpoint: Path) -> Any:
     if (checkpoint / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
+        from peft import PeftConfig, PeftModel
 
-        return AutoPeftModelForCausalLM.from_pretrained(checkpoint)
-    return AutoModelForCausalLM.from_pretrained(checkpoint)
+        base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+        return PeftModel.from_pretrained(read(str(base)), checkpoint)
+    return read(checkpoint)
