@@ -48,9 +48,7 @@ COMMANDS = {
     "runs": Command("lasp.launch.runs", "list runs: the state of each and how far it is", "train", TRAIN),
     "export": Command("lasp.launch.export", "write a checkpoint's model in the files of Hugging Face", "train", TRAIN),
     "plot": Command("lasp.launch.plot", "draw the losses of runs into one picture", "train", TRAIN),
-    "linearize": Command(
-        "lasp.launch.linearize", "turn a softmax model into a linear one, over ranks", "train", (*TRAIN, "peft")
-    ),
+    "linearize": Command("lasp.launch.linearize", "turn a softmax model into a linear one, over ranks", "train", TRAIN),
     "verify": Command(
         "lasp.launch.verify", "prove that a kind of model is parallel and exact", "hf", ("transformers",)
     ),

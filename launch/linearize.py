@@ -15,6 +15,7 @@ import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def _read(arguments: list[str]) -> Namespace:
     for name, least in (("transfer_steps", 0), ("steps", 0), ("rank", 1), ("window", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    if options.steps and find_spec("peft") is None:
+        raise ValueError("adapters need peft: pip install peft, or --steps 0")
     if not 0 < options.held_out < 1:
         raise ValueError(
             f"--held-out must lie between 0 and 1, got {options.held_out}: a report needs what is held out"
