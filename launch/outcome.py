@@ -62,9 +62,14 @@ class Outcome:
         return self.code
 
     def tell_as(self, rank: int) -> int:
-        """`tell` of a rank that has no launcher of ours. An error ends its process here and now."""
-        if rank == 0 or not self.alike:
+        """`tell` of a rank that has no launcher of ours, in one line where another rank, which has more to say, was
+        lost. An error ends its process here and now."""
+        if self.lost_peer:
+            print_error(f"rank {rank} lost another one, which says why unless it was killed: {self.message}")
+        elif self.alike and rank == 0:
             self.tell()
+        elif not self.alike:
+            self.tell(f"rank {rank}: ")
         if self.message:
             # The other ranks may be anywhere, and an orderly exit would wait for them (or be aborted by gloo).
             sys.stdout.flush()

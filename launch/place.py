@@ -94,14 +94,14 @@ class Place:
             if self.rank == 0:
                 told = f"cannot listen at {where}, which MASTER_ADDR and MASTER_PORT may change"
                 raise ValueError(f"{told}: {_first_line(error)}") from error
-            raise Failure(f"rank {self.rank} finds no rank 0 at {where}: {_first_line(error)}") from error
+            raise Failure(f"there is no rank 0 at {where}: {_first_line(error)}") from error
         keys = [f"here/{rank}" for rank in range(self.size)]
         try:
             store.set(keys[self.rank], socket.gethostname())
             store.wait(keys, timedelta(seconds=JOIN))
         except dist.DistError as error:
             if self.rank:
-                raise Failure(f"rank {self.rank} waited at {where} and rank 0 gave up") from error
+                raise Failure(f"waited at {where}, and rank 0 gave up") from error
             missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
             raise ValueError(f"of {self.size} ranks, {missing} did not come to {where} in {JOIN:g} s") from error
         return store

@@ -99,6 +99,8 @@ class Trainer:
     @classmethod
     def start(cls, run: Run, ranks: Ranks) -> "Trainer":
         """A trainer at the beginning of a run, or where its checkpoint left off."""
+        # What dropout draws: alike along a sequence, and something else in each replica. Processes start with any seed.
+        torch.manual_seed((run.config.seed + ranks.dp_rank) % (1 << 64))
         engine = start_engine(ranks.together(lambda: run.build_model(ranks)), run.config, ranks)
         checkpoints = Folders(run, ranks)
         done = 0 if run.checkpoint is None else checkpoints.load(run.checkpoint, engine)

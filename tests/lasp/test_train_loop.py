@@ -372,6 +372,7 @@ def test_a_preset_takes_the_vocabulary_of_the_tokenizer(config):
 
 def test_a_loss_that_is_not_finite_is_skipped_and_a_fourth_in_a_row_ends_the_run(config, capfd):
     trainer = Trainer.start(Run.prepare(config), Ranks.join(config))
+    assert torch.initial_seed() == config.seed
     engine = trainer.engine
     trainer.step()
     good = engine.model.lm_head.weight[0, 0].item()

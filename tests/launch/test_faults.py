@@ -7,13 +7,16 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lasp.launch.cli import SAVED, STUCK
+from lasp.launch.network import lacking, network
 from tests.launch.forked import Training, alive
 
 pytestmark = [
@@ -213,6 +216,57 @@ def test_a_long_run_holds_memory_threads_and_descriptors(folder):
         assert last["threads"] == first["threads"]
         assert last["descriptors"] == first["descriptors"]
     say(f"R22: {looks}")
+
+
+@pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+def test_two_nodes_train_survive_a_cut_link_and_go_on(tmp_path):
+    """Two network namespaces, a torchrun on each. An agent that has ended is started again, as a scheduler would."""
+    expected, folder = (prepared(tmp_path / name, 300) for name in ("undisturbed", "cut"))
+    assert Training(expected, ["--sp", "2"]).end(600) == 0
+    launch = [sys.executable, "-m", "lasp.launch.cli", "launch", "torchrun", str(folder / "tiny.toml"), "--sp", "2"]
+    launch += ["--nodes", "2", "--gpus", "1", "--endpoint", "10.99.0.1:29444", "--restarts", "3"]
+
+    def start(node: int) -> subprocess.Popen:
+        with (folder / f"stderr-{node}").open("ab") as file:
+            return subprocess.Popen([*net.command(node), *launch], stderr=file, stdout=file, start_new_session=True)
+
+    def said(node: int) -> str:
+        return (folder / f"stderr-{node}").read_text()
+
+    with network(2, 1e9) as net:
+        nodes = [start(0), start(1)]
+        try:
+            wait_until(lambda: (folder / "run" / "metrics.jsonl").exists() and len(losses(folder)) > 20)
+            link = ["ip", "-n", f"{net.name}-1", "link", "set", "eth0"]
+            subprocess.run([*link, "down"], check=True)
+            cut, done = time.monotonic(), len(losses(folder))
+            wait_until(lambda: all("took longer than timeout = 10 s" in said(node) for node in range(2)))
+            noticed = time.monotonic() - cut
+            time.sleep(5)
+            subprocess.run([*link, "up"], check=True)
+            starts = 0
+            while any(code != 0 for code in (node.poll() for node in nodes)):
+                for place, node in enumerate(nodes):
+                    if node.poll():
+                        starts, nodes[place] = starts + 1, start(place)
+                assert starts < 6, said(0)[-2000:] + said(1)[-2000:]
+                time.sleep(0.5)
+        finally:
+            for node in nodes:
+                node.kill()  # its ranks are tied to it
+                node.wait()
+    assert done < 300
+    assert state(folder, 300) == state(expected, 300)
+    assert losses(folder) == losses(expected)
+    say(f"two nodes: cut at step {done}, noticed after {noticed:.1f} s by both, {starts} agents started again")
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
+    """Until something holds; AssertionError where it takes too long."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.1)
 
 
 def usage(pid: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lasp.launch import place
 from lasp.launch.lock import locked
-from lasp.launch.outcome import Failure
+from lasp.launch.outcome import Failure, Outcome
 from lasp.launch.place import Place, hosts
 from lasp.launch.train import main
 from lasp.train.metrics import read_metrics
@@ -150,7 +150,7 @@ def test_who_is_missing_is_named(port, monkeypatch):
 
 def test_a_port_that_is_taken_and_a_rank_0_that_never_comes_are_told(port, monkeypatch):
     monkeypatch.setattr(place, "JOIN", 1.0)
-    with pytest.raises(Failure, match=f"rank 1 finds no rank 0 at 127.0.0.1:{port}"):
+    with pytest.raises(Failure, match=f"there is no rank 0 at 127.0.0.1:{port}"):
         Place(1, 2, 1, 2, "127.0.0.1", port)._meet()
     with socket.socket() as other:
         other.bind(("", port))
@@ -225,3 +225,23 @@ def test_two_tasks_of_srun_are_one_run_which_a_second_run_may_not_join(recipe, t
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert first[1].count("last loss") == 1
     assert not second[1]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (Outcome(2, "no such file", alike=True), ["no such file", ""]),
+        (Outcome(1, "the cause"), ["rank 0: the cause", "rank 1: the cause"]),
+        (
+            Outcome(1, "closed", "Traceback\n", lost_peer=True),
+            [f"rank {rank} lost another one, which says why unless it was killed: closed" for rank in range(2)],
+        ),
+    ],
+)
+def test_a_rank_of_others_tells_its_error_in_one_line_and_ends(capsys, monkeypatch, outcome, told):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for rank in range(2):
+        outcome.tell_as(rank)
+        assert capsys.readouterr().err == (f"lasp: error: {told[rank]}\n" if told[rank] else "")
+    assert ended == [outcome.code] * 2
