@@ -54,6 +54,7 @@ COMMANDS = {
     ),
     "doctor": Command("lasp.launch.doctor", "look at the machines of a run and the links between their ranks"),
     "tune": Command("lasp.launch.tune", "measure how this GPU likes the Triton kernels cut into tiles"),
+    "plan": Command("lasp.launch.plan", "find the layout that trains a model on given machines", "train", TRAIN),
     "bench": Command("lasp.launch.bench", "measure speed and memory", "bench", (*TRAIN, "ring_attention_pytorch")),
 }
 

@@ -21,9 +21,10 @@ from lasp.kernels.softmax.mask import Mask
 
 @dataclass
 class Work:
-    """What was computed inside a `work()` block, forward."""
+    """What was computed inside a `work()` block, forward; attention: what of it softmax attention was."""
 
     flops: float = 0.0
+    attention: float = 0.0
 
 
 # Like open ledgers: what happens in backward must be seen to be left out.
@@ -50,7 +51,8 @@ def count_recurrence(recurrence: Recurrence, inputs: Any) -> None:
 def count_attention(mask: Mask, ranks: int, q: torch.Tensor, v: torch.Tensor) -> None:
     """Count one rank's share of softmax attention whose queries q [B, T, Hq, K] are of so many ranks."""
     if _counting():
-        _add(2 * (q.shape[3] + v.shape[3]) * q.shape[0] * q.shape[2] * seen_keys(mask) / ranks)
+        flops = 2 * (q.shape[3] + v.shape[3]) * q.shape[0] * q.shape[2] * seen_keys(mask) / ranks
+        _add(flops, flops)
 
 
 def seen_keys(mask: Mask) -> int:
@@ -69,6 +71,7 @@ def _counting() -> bool:
     return bool(_open) and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
 
 
-def _add(flops: float) -> None:
+def _add(flops: float, attention: float = 0.0) -> None:
     for found in _open:
         found.flops += flops
+        found.attention += attention

@@ -60,7 +60,7 @@ def test_import_is_quick_and_takes_no_extras(tmp_path: Path) -> None:
             "no-such",
             2,
             "lasp: error: unknown command 'no-such'; choose from "
-            "train, data, launch, runs, export, plot, linearize, verify, doctor, tune, bench",
+            "train, data, launch, runs, export, plot, linearize, verify, doctor, tune, plan, bench",
         ),
         ("lasp.launch.cli", "--version", 0, f"lasp {lasp.__version__}"),
     ],

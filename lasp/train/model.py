@@ -61,7 +61,11 @@ class ModelPlan:
     def skeleton(self) -> Any:
         """The model without memory for its weights."""
         with torch.device("meta"):
-            return self._adapted(self._from_scratch())
+            return self.fresh()
+
+    def fresh(self) -> Any:
+        """The model with random weights, on torch's default device."""
+        return self._adapted(self._from_scratch())
 
     def _check(self) -> None:
         try:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, memory, scan, step, wrapped
+from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, memory, plan, scan, step, wrapped
 from lasp.launch.bench.options import at_least
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "step": step,
     "scan": scan,
     "memory": memory,
+    "plan": plan,
     "wrapped": wrapped,
     "convergence": convergence,
 }

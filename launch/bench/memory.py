@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 5, "mixer": "gated_deltanet", "pattern": "LLLN", "tie_word_embeddings": True,
 }  # fmt: skip
 # Freed tensors go back to the system at once, and what a process holds is what is in use.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(1), "gib": options.gib, "loss": {}, "cells": []}
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__, "lasp.models"])  # what takes seconds, once
-    with mock.patch.dict(os.environ, _ENVIRONMENT):
+    with mock.patch.dict(os.environ, ENVIRONMENT):
         if "loss" in options.part:
             found["shape"] = options.loss
             for kind in ("fused", "plain"):

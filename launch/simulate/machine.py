@@ -18,6 +18,7 @@ class Chip:
     The shares of these that are reached are assumptions, unless a file says what was measured: matmul, of flops, by
     projections and MLPs; attention, of flops, by softmax attention; mixing, of flops, by a linear mixer; stream, of
     bandwidth, by what is bound to it: norms, optimizer, mixers. launch: seconds from one small kernel to the next.
+    reserve: bytes that the context and libraries take.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Chip:
     mixing: float = 0.15
     stream: float = 0.7
     launch: float = 5e-6
+    reserve: float = 1.5e9
 
     def relay(self, size: float) -> float:
         """Seconds to apply a map to a state of so many bytes: a product and a sum, reading two and writing one."""
@@ -68,7 +70,7 @@ class Machine:
             raise ValueError(f"unknown figures of a chip: {', '.join(wrong)}")
         chip = Chip(**{**asdict(base.chip), **told.get("chip", {})})
         numbers = {key: value for key, value in asdict(chip).items() if key != "name"}
-        if wrong := [f"{key} = {value}" for key, value in numbers.items() if not value > 0]:
+        if wrong := [f"{k} = {v}" for k, v in numbers.items() if v < 0 or (v == 0 and k != "reserve")]:
             raise ValueError(f"figures must be positive, got {', '.join(wrong)}")
         wires = {kind: Wire(**{**getattr(base.wires, kind)._asdict(), **told.get(kind, {})}) for kind in Wires._fields}
         return Machine(chip, Wires(**wires), int(told.get("gpus", base.gpus)), told.get("card", base.card))
@@ -83,5 +85,5 @@ MACHINES = {
     "h100": Machine(Chip("H100", 989e12, 3.35e12, 80e9), GPUS, card=400e9),
     "h200": Machine(Chip("H200", 989e12, 4.8e12, 141e9), GPUS, card=400e9),
     "b200": Machine(Chip("B200", 2250e12, 8e12, 180e9), _B200, card=400e9),
-    "cpu": Machine(Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6), PROCESSES, gpus=2),
+    "cpu": Machine(Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 0.0), PROCESSES, gpus=2),
 }

@@ -1,0 +1,218 @@
+"""What a model holds, computes and sends on one rank: its own modules, run without values over a few tokens.
+
+Memory at each kind of moment, work and bytes are affine in a rank's tokens and, where maps are gathered, in the number
+of ranks; attention's work is quadratic. So a few short runs tell of any length.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lasp
+from lasp.kernels import head
+from lasp.launch.plan.alone import alone
+from lasp.launch.plan.tally import Effort, Tally
+from lasp.memory.parts import layers_of, mixers_of
+from lasp.parallel.collectives import Record
+from lasp.parallel.layout import Layout
+from lasp.parallel.methods import Method
+from lasp.parallel.scan import ScanName
+from lasp.parallel.wires import Wires
+from lasp.train.config import MemoryConfig
+from lasp.train.model import ModelPlan, pull
+
+SHORT = 128
+"""Tokens of a rank in the shortest run: some chunks of a recurrence."""
+
+
+class Setting(NamedTuple):
+    """How a model is run: everything but the length and the number of ranks."""
+
+    model: ModelPlan
+    levers: MemoryConfig
+    layout: Layout
+    scan: ScanName
+    method: Method
+    dtype: str  # of the computation, as of `lasp train`
+    wires: Wires
+
+
+class Parameters(NamedTuple):
+    """Bytes of a model's parameters: all, those that are trained, and those of its largest unit of FSDP2."""
+
+    all: int
+    trained: int
+    unit: int
+    buffers: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, or what follows of any other."""
+
+    peaks: dict[tuple[str, str], dict[str, float]]
+    effort: dict[tuple[str, str], Effort]
+    mixing: dict[str, float]
+    sent: dict[tuple[str, str], tuple[float, float]]  # bytes and steps, by operation and phase
+    kinds: tuple[str, ...]  # of the mixers, layer by layer
+    softmax: frozenset[str]  # those kinds that are softmax attention
+    parameters: Parameters
+
+    def peak(self, resident: Callable[[str], float]) -> dict[str, float]:
+        """The items of the moment at which most is held; resident: the share of an item that stays on this rank."""
+        best = max(self.peaks.values(), key=lambda items: sum(size * resident(i) for i, size in items.items()))
+        return {item: size * resident(item) for item, size in best.items() if size}
+
+
+class Footprints:
+    """The runs of one model, each made once."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._known: dict[tuple[Any, ...], Run] = {}
+
+    def of(
+        self, ranks: int, tokens: int, rank: int, levers: MemoryConfig | None = None, method: Method = "ring"
+    ) -> Run:
+        """What a rank of so many has of a step of one sequence, of which it holds so many tokens. rank: the first (0)
+        or the last (-1)."""
+        setting = self.setting._replace(levers=levers or self.setting.levers, method=method)
+        least = max(SHORT, setting.levers.mlp_tile or 0, head.TOKENS if setting.levers.fuse_loss else 0)
+        if tokens <= 2 * least:
+            return self._by_ranks(setting, ranks, tokens, rank)
+        short, long = (self._by_ranks(setting, ranks, number, rank) for number in (least, 2 * least))
+        return _extended(short, long, (tokens - least) / least, tokens / least)
+
+    def _by_ranks(self, setting: Setting, ranks: int, tokens: int, rank: int) -> Run:
+        if ranks <= 4:
+            return self._sample(setting, ranks, tokens, rank)
+        two, four = (self._sample(setting, number, tokens, rank) for number in (2, 4))
+        far = _extended(two, four, (ranks - 2) / 2, None)
+        return replace(far, effort=four.effort, mixing=_per_rank(four.mixing, two.mixing, ranks))
+
+    def _sample(self, setting: Setting, ranks: int, tokens: int, rank: int) -> Run:
+        key = setting.levers, setting.method, setting.scan, ranks, tokens, rank % ranks
+        if key not in self._known:
+            self._known[key] = sample(setting, ranks, tokens, rank % ranks)
+        return self._known[key]
+
+
+def _per_rank(four: dict[str, float], two: dict[str, float], ranks: int) -> dict[str, float]:
+    """A rank's tokens meet all before them: with as many tokens each, work grows with the ranks."""
+    return {kind: flops + (flops - two[kind]) / 2 * (ranks - 4) for kind, flops in four.items()}
+
+
+def _extended(short: Run, long: Run, times: float, square: float | None) -> Run:
+    """What follows `times` beyond the first of two runs, of which the second is one beyond it. square: how many times
+    as long as the first, for what grows so."""
+
+    def line(one: float, two: float) -> float:
+        return max(one + (two - one) * times, 0.0)
+
+    peaks = {}
+    for key in short.peaks.keys() & long.peaks.keys():
+        one, two = short.peaks[key], long.peaks[key]
+        peaks[key] = {item: line(one.get(item, 0), two.get(item, 0)) for item in one.keys() | two.keys()}
+    effort = {}
+    for place in short.effort.keys() & long.effort.keys():
+        a, b = short.effort[place], long.effort[place]
+        effort[place] = Effort(line(a.flops, b.flops), line(a.bytes, b.bytes), a.calls)
+    sent = {
+        key: (line(short.sent[key][0], long.sent[key][0]), line(short.sent[key][1], long.sent[key][1]))
+        for key in short.sent.keys() & long.sent.keys()
+    }
+    mixing = dict(short.mixing)
+    if square is not None:
+        for kind, flops in short.mixing.items():
+            curve = (long.mixing[kind] - 2 * flops) / 2
+            mixing[kind] = (flops - curve) * square + curve * square**2
+    return replace(short, peaks=peaks, effort=effort, mixing=mixing, sent=sent)
+
+
+def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
+    """One run."""
+    with (
+        warnings.catch_warnings(action="ignore"),  # of autocast on a CPU, which stands for a GPU here
+        alone(ranks, rank, setting.layout, setting.wires, None) as group,
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model = _cast(setting.model.fresh(), torch.float64 if setting.dtype == "float64" else torch.float32).train()
+        model = lasp.parallelize(model, group, attention=setting.method, scan=setting.scan)
+        model = pull(model, setting.levers)
+        named, kinds = _named(model)
+        tally = Tally()
+        tally.know(model)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids, "shift_labels": ids, "cut": group.cut(tokens * ranks)}
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bfloat16")
+        with lasp.traffic() as ledger, tally, tally.places(named):
+            with autocast:
+                loss = model(**batch, num_items_in_batch=tokens * ranks).loss
+            loss.backward()
+            del loss
+        parameters = _parameters(model)
+    peaks = {key: {item: float(size) for item, size in items.items()} for key, items in tally.peaks.items()}
+    return Run(
+        peaks,
+        dict(tally.effort),
+        dict(tally.mixing),
+        _sums(ledger.records),
+        kinds,
+        frozenset(tally.softmax),
+        parameters,
+    )
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with floating-point parameters of one dtype, tied ones together: `nn.Module.to` swaps what a tensor
+    without values cannot."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                setattr(module, name, made[parameter])
+    return model
+
+
+def _sums(records: list[Record]) -> dict[tuple[str, str], tuple[float, float]]:
+    found: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for record in records:
+        size, steps = found[record.op, record.phase]
+        found[record.op, record.phase] = size + record.bytes, steps + record.steps
+    return dict(found)
+
+
+def _named(model: Any) -> tuple[dict[nn.Module, str], tuple[str, ...]]:
+    """The modules whose memory and work are told apart, and the kind of each layer's mixer."""
+    named: dict[nn.Module, str] = {}
+    kinds = []
+    for layer in layers_of(model):
+        mixers = mixers_of(layer)
+        kinds.append(_kind(mixers[0]) if mixers else "none")
+        named |= {mixer: _kind(mixer) for mixer in mixers}
+        within = {part for mixer in mixers for part in mixer.modules()}
+        named |= {child: "mlp and norms" for child in layer.children() if child not in within}
+    embedding = model.get_input_embeddings()
+    return named | ({} if embedding is None else {embedding: "embedding"}), tuple(kinds)
+
+
+def _kind(mixer: nn.Module) -> str:
+    return type(mixer).__name__
+
+
+def _parameters(model: Any) -> Parameters:
+    every = {id(p): p for p in model.parameters()}.values()
+    trained = sum(p.nbytes for p in every if p.requires_grad)
+    units = [sum(p.nbytes for p in layer.parameters()) for layer in layers_of(model)]
+    whole = sum(p.nbytes for p in every)
+    return Parameters(whole, trained, max([*units, whole - sum(units)]), sum(b.nbytes for b in model.buffers()))

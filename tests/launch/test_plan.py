@@ -1,0 +1,178 @@
+"""Plans: the same as what runs, where both can be had; files that `lasp train` takes; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lasp
+from lasp.launch.cli import main
+from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
+from lasp.launch.plan.estimate import memory_of, sizes_of
+from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
+from lasp.launch.plan.report import longest
+from lasp.launch.simulate.exchanges import links_of
+from lasp.launch.simulate.machine import MACHINES
+from lasp.layers import MIXERS
+from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
+from lasp.parallel.layout import Layout
+from lasp.parallel.scan import SCANS, ScanName
+from lasp.train.config import LoraConfig
+from lasp.train.model import ModelPlan
+from tests.simulated import run
+
+TINY: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+                        "vocab_size": 64}  # fmt: skip
+
+
+def setting(
+    mixer: str = "gated_deltanet", pattern: str = "LN", levers: str = "none", scan: ScanName = "gather"
+) -> Setting:
+    model = ModelPlan(LinearLlamaConfig(**TINY, mixer=mixer, pattern=pattern), None, LoraConfig())
+    return Setting(model, LEVERS[levers], "contiguous", scan, "ring", "float32", MACHINES["cpu"].wires)
+
+
+def held(found: Run) -> dict[str, float]:
+    return found.peak(lambda item: 1.0)
+
+
+@pytest.mark.parametrize("levers", ["none", pytest.param("checkpoints", marks=pytest.mark.slow)])
+def test_short_runs_tell_of_long_ones(levers: str) -> None:
+    """Memory, work and bytes of more tokens and ranks than any run had are those of a run that has them."""
+    told = Footprints(setting(levers=levers)._replace(levers=LEVERS["none"])).of(6, 320, 0, LEVERS[levers])
+    real = sample(setting(levers=levers), 6, 320)
+    assert sum(held(told).values()) == pytest.approx(sum(held(real).values()), rel=1e-3)
+    assert told.mixing == pytest.approx(real.mixing)
+    assert {key: size for key, (size, _) in told.sent.items() if key[0] != "all_reduce"} == {
+        key: size for key, (size, _) in real.sent.items() if key[0] != "all_reduce"
+    }
+
+
+def planned(mixer: str, scan: str, ranks: int, layout: Layout) -> int:
+    """Bytes that all ranks receive for the scans of one layer, both ways, by schedules alone."""
+    sizes = sizes_of(Footprints(setting(mixer, "L")))
+    there, back = links_of(ranks, layout, None)
+    kind = SCANS[scan]().fitted(there, sizes, MACHINES["cpu"].wires)
+    ways = kind.schedule(there), kind.schedule_back(back, there)
+    return sum(way.received(rank, sizes) for way in ways for rank in range(ranks))
+
+
+def counted(mixer: str, scan: str, ranks: int, layout: Layout) -> int:
+    """Those that the ledger of all ranks has, of a step of a model with one layer."""
+    config = LinearLlamaConfig(**{**TINY, "num_hidden_layers": 1}, mixer=mixer, scan=scan)
+    op = {"gather": "all_gather"}.get(scan, scan)
+
+    def step(group: lasp.SequenceGroup) -> None:
+        torch.manual_seed(0)
+        model = LinearLlamaForCausalLM(config).train()
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        model.model(input_ids=ids, cut=group.cut(2 * ranks)).last_hidden_state.sum().backward()
+
+    with lasp.traffic() as ledger:
+        run(ranks, step, layout)
+    return sum(record.bytes for record in ledger.records if record.op == op)
+
+
+SCANS_HERE = [name for name in SCANS if name != "two_level"]  # whose simulated ranks share a node
+
+
+@pytest.mark.parametrize("scan", SCANS_HERE)
+def test_planned_bytes_are_the_ledger_s(scan: str) -> None:
+    assert planned("gla", scan, 4, "zigzag") == counted("gla", scan, 4, "zigzag") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("scan", SCANS_HERE)
+def test_planned_bytes_of_every_mixer_are_the_ledger_s(scan: str, layout: Layout) -> None:
+    mixers = [name for name in MIXERS if name not in ("softmax", "lightnet", "mom", "delta_product")]
+    found = {mixer: (planned(mixer, scan, 4, layout), counted(mixer, scan, 4, layout)) for mixer in mixers}
+    assert {mixer: both for mixer, both in found.items() if both[0] != both[1]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", SCANS_HERE)
+def test_planned_bytes_of_64_ranks_are_the_ledger_s(scan: str) -> None:
+    for mixer in ("lightning", "gla", "gated_deltanet"):
+        assert planned(mixer, scan, 64, "zigzag") == counted(mixer, scan, 64, "zigzag")
+
+
+def candidate(**fields: Any) -> Candidate:
+    return Candidate(**{"dp": 1, "sp": 2, "layout": "contiguous", "scan": "gather", "method": "ring", "engine": "ddp",
+                        "levers": "none", **fields})  # fmt: skip
+
+
+def test_memory_by_engine() -> None:
+    """Parameters and what the optimizer keeps of them: whole under ddp, shares of all ranks under fsdp2."""
+    footprints = Footprints(setting())
+    held_here = footprints.of(2, 64, 0)
+    size = sum(p.nbytes for p in LinearLlamaForCausalLM(footprints.setting.model.config).parameters())
+    whole = memory_of(held_here, candidate(), 2, MACHINES["cpu"].chip)
+    assert (whole["parameters"], whole["optimizer"], whole["gradient buckets"]) == (size, 2 * size, size)
+    shared = memory_of(held_here, candidate(engine="fsdp2"), 2, MACHINES["cpu"].chip)
+    assert (shared["parameters"], shared["optimizer"]) == (size / 2, size)
+    assert "allowance" in memory_of(held_here, candidate(), 2, MACHINES["h100"].chip)
+
+
+def test_the_longest_sequence_fits_and_more_does_not() -> None:
+    footprints, machine = Footprints(setting()), MACHINES["cpu"]
+    tokens = longest(candidate(), machine, footprints) // 2
+
+    def size(tokens: int) -> float:
+        return sum(memory_of(footprints.of(2, tokens, 0), candidate(), 2, machine.chip).values())
+
+    assert size(tokens) <= machine.chip.memory < size(int(1.01 * tokens))
+
+
+def test_candidates_have_numbers_that_divide() -> None:
+    job = Job(seq=64, tokens=256, nodes=1, gpus=8)
+    found = list(candidates(job, "contiguous", ["gather", "ring"], ["ring"], ["ddp"], ["none"]))
+    assert [(c.dp, c.sp, c.scan, c.repeat(job)) for c in found] == [
+        (4, 2, "gather", 1), (4, 2, "ring", 1), (2, 4, "gather", 2), (2, 4, "ring", 2), (1, 8, "gather", 4),
+        (1, 8, "ring", 4)]  # fmt: skip
+    with pytest.raises(ValueError, match="--tokens-per-step must be a multiple of --seq"):
+        Job(64, 100, 1, 8)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table, JSON that says why others lose, a trace, and a configuration that `lasp train` reads."""
+    from lasp.launch.train import read_config
+
+    files = {
+        name: tmp_path / f"{name}.{kind}" for name, kind in (("json", "json"), ("trace", "json"), ("write", "toml"))
+    }
+    arguments = ["plan", "--model", "tiny", "--seq", "512", "--tokens-per-step", "512", "--gpu", "cpu", "--gpus", "2"]
+    arguments += ["--scan", "gather,ring", "--engine", "ddp", "--dtype", "float32", "--price", "1"]
+    assert main([*arguments, *(word for name, file in files.items() for word in (f"--{name}", str(file)))]) == 0
+    table = capsys.readouterr().out
+    assert "tokens/s" in table
+    assert f"lasp train {files['write']}" in table
+    told = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert [each["why_not"] is None for each in told] == [True] + [False] * (len(told) - 1)
+    assert all(each["bytes"] == pytest.approx(sum(each["memory"].values())) for each in told)
+    config = read_config([str(files["write"])])
+    assert (config.sp, config.dp, config.data.seq_len, config.model["preset"]) == (2, 1, 512, "tiny")
+    assert json.loads(files["trace"].read_text(encoding="utf-8"))["traceEvents"]
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (["--gpu", "v100"], "--gpu must be a100, h100, h200, b200, cpu or a file, got 'v100'"),
+    (["--scan", "best"], "unknown best; choose from"),
+    (["--tokens-per-step", "100"], "must be a multiple of --seq"),
+    (["--model", "nothing"], "'nothing': no model type of transformers, and no folder"),
+])  # fmt: skip
+def test_what_is_refused(change: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "tiny", "--seq", "512", "--tokens-per-step", "512", *change]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps({"chip": {"memory": 1e6}}), encoding="utf-8")
+    arguments = ["plan", "--model", "tiny", "--seq", "256", "--tokens-per-step", "256", "--gpus", "1"]
+    assert main([*arguments, "--gpu", str(file), "--engine", "ddp"]) == 1
+    assert "1 do not fit 0 GiB; the smallest, dp 1 x sp 1, ddp, levers: none" in capsys.readouterr().out
