@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.functional.channels import channel_results, own_channels, run_by_channels
 from lasp.functional.checks import check_documents, is_packed, ranks_of
-from lasp.functional.heads import by_heads, check_deal, deal, run_by_heads
-from lasp.functional.recurrence import check_options, plan_call, whole_results
+from lasp.functional.heads import by_heads, check_deal
+from lasp.functional.recurrence import check_options, plan_call
 from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.diagonal import CHUNK_SIZE, DiagonalStateSpace, Driven
 from lasp.kernels.precision import compute_dtype
@@ -62,29 +63,17 @@ def diagonal_state_space(
     rates, weights = rates.to(dtype), weights.to(dtype)
     state = None if initial_state is None else initial_state.to(dtype).unsqueeze(-1)
     if by_heads(turn, scan):
-        found_cut = turn()
-        own = [deal(x, found_cut.size, 0).chunk(found_cut.size)[found_cut.rank] for x in (rates, weights)]
+        own = own_channels(turn, rates), own_channels(turn, weights)
 
         def again(u: Tensor, **options: Any) -> Any:
-            options["initial_state"] = (
-                None if options["initial_state"] is None else options["initial_state"].squeeze(-1)
-            )
-            found = diagonal_state_space(u, *own, chunk_size=chunk_size, **options)
-            if isinstance(found, tuple):
-                return found[0].unsqueeze(-1), found[1].unsqueeze(-1)
-            return found.unsqueeze(-1)
+            return diagonal_state_space(u, *own, chunk_size=chunk_size, **options)
 
-        return _plain(run_by_heads(turn, again, (u,), state, output_final_state))
+        return run_by_channels(turn, again, (u,), state, output_final_state)
     plan, runs = plan_call(turn, u.shape[1], packed)
     recurrence = DiagonalStateSpace(runs, u.shape[2], scale=1.0, causal=True, chunk_size=chunk_size)
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     by_document = None if state is None else state.unsqueeze(1 if packed else 0)
-    return _plain(whole_results(*causal_recurrence(call, by_document, Driven(u, rates, weights)), packed))
-
-
-def _plain(found: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-    """Without the dim of the one value that each channel has."""
-    return (found[0].squeeze(-1), found[1].squeeze(-1)) if isinstance(found, tuple) else found.squeeze(-1)
+    return channel_results(*causal_recurrence(call, by_document, Driven(u, rates, weights)), packed)
 
 
 def _check(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.functional.channels import channel_results, own_channels, run_by_channels
 from lasp.functional.checks import check_beside, check_documents, is_packed, ranks_of
-from lasp.functional.heads import by_heads, check_deal, deal, run_by_heads
-from lasp.functional.recurrence import by_document, check_options, plan_call, whole_results
+from lasp.functional.heads import by_heads, check_deal
+from lasp.functional.recurrence import by_document, check_options, plan_call
 from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.selective import CHUNK_SIZE, Selected, SelectiveScan
@@ -58,29 +59,18 @@ def selective_scan(
     turn, packed = begin_call(group, "selective_scan", check, cut), is_packed(cu_seqlens, cut)
     state = None if initial_state is None else initial_state.unsqueeze(-1)
     if by_heads(turn, scan):
-        own = deal(rates, turn().size, 0).chunk(turn().size)[turn().rank]
+        own = own_channels(turn, rates)
 
         def again(u: Tensor, step: Tensor, key: Tensor, query: Tensor, **options: Any) -> Any:
-            options["initial_state"] = (
-                None if options["initial_state"] is None else options["initial_state"].squeeze(-1)
-            )
-            found = selective_scan(u, step, own, key.squeeze(2), query.squeeze(2), chunk_size=chunk_size, **options)
-            if isinstance(found, tuple):
-                return found[0].unsqueeze(-1), found[1].unsqueeze(-1)
-            return found.unsqueeze(-1)
+            return selective_scan(u, step, own, key.squeeze(2), query.squeeze(2), chunk_size=chunk_size, **options)
 
         tensors = (u, step, key.unsqueeze(2), query.unsqueeze(2))
-        return _plain(run_by_heads(turn, again, tensors, state, output_final_state))
+        return run_by_channels(turn, again, tensors, state, output_final_state)
     plan, runs = plan_call(turn, u.shape[1], packed)
     recurrence = SelectiveScan(runs, u.shape[2], scale=1.0, causal=True, chunk_size=chunk_size)
     call = Call(recurrence, plan, turn, check_scan(scan), output_final_state)
     state = by_document(state, u.shape[2], packed, compute_dtype(u))
-    return _plain(whole_results(*causal_recurrence(call, state, Selected(u, step, key, query, rates)), packed))
-
-
-def _plain(found: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-    """Without the dim of the one value that each channel has."""
-    return (found[0].squeeze(-1), found[1].squeeze(-1)) if isinstance(found, tuple) else found.squeeze(-1)
+    return channel_results(*causal_recurrence(call, state, Selected(u, step, key, query, rates)), packed)
 
 
 def _check(
