@@ -24,7 +24,7 @@ ARGUMENTS = [
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def save(family: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("family", "method"), [("Llama", "lolcats"), ("Qwen3", "lolcats"), ("Qwen3", "liger")])
 def test_from_a_folder_to_a_folder(family: str, method: str, folder: Path) -> None:
     save(family, folder)
