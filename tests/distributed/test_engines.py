@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from lasp.parallel.group import SequenceGroup
 from lasp.train.checkpoints.checkpointer import Folders
+from lasp.train.checkpoints.export import read_weights
 from lasp.train.checkpoints.folders import checkpoint_path
+from lasp.train.checkpoints.manifest import Manifest
 from lasp.train.config import DataConfig, LoraConfig, MemoryConfig, OptimizerConfig, TrainConfig
 from lasp.train.engines import start_engine
 from lasp.train.loop import Trainer, train
@@ -25,7 +27,8 @@ from lasp.train.run import Run
 from tests.hf_models import configuration
 
 pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(240)]
-zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+zero = pytest.mark.skipif(not has_deepspeed, reason="needs the extra deepspeed")
 ZERO = [pytest.param(f"zero{stage}", marks=[zero, pytest.mark.slow]) for stage in (1, 2, 3)]
 ENGINES = ["ddp", "fsdp2", *ZERO]
 HYBRID = {
@@ -141,20 +144,57 @@ def compare_with_one_process(config, once, subgroups, fall=1.0):
     assert resumed.losses == pytest.approx(summary.losses[6:], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=zero)])
+def test_what_2_x_2_ranks_saved_goes_on_on_any_ranks_and_engine(config, once, subgroups, engine):
+    config = replace(config, engine=engine, save_every=6)
+    ranks = Ranks.join(config)
+    whole = train(Run.prepare_together(config, ranks.everyone), ranks)
+    path = str(checkpoint_path(config.output, 6))
+    for other, sp in (("ddp", 4), ("fsdp2", 1), ("fsdp2", 2), *([("zero1", 2), ("zero3", 4)] if has_deepspeed else [])):
+        again = replace(config, output=f"{config.output}-{other}-{sp}", resume=path, engine=other, sp=sp)
+        again = replace(again, accumulation=sp)
+        ranks = Ranks.join(again)
+        resumed = train(Run.prepare_together(again, ranks.everyone), ranks)
+        assert resumed.losses == pytest.approx(whole.losses[6:], rel=1e-5), (other, sp)
+    assert once(resumed_alone, config, subgroups, path) == pytest.approx(whole.losses[6:], rel=1e-5)
+
+
+def resumed_alone(config: TrainConfig, subgroups: dict[int, Any], path: str) -> list[float]:
+    data = replace(config.data, batch_size=4)
+    whole = replace(config, sp=1, accumulation=1, data=data, engine="ddp", resume=path, output=config.output + "-alone")
+    ranks, run = Alone.make(subgroups), Run.prepare(whole)
+    engine, folders = start_engine(run.build_model(ranks), whole, ranks), Folders(run, ranks)
+    done = folders.load(run.checkpoint, engine)
+    trainer = Trainer(run, ranks, run.open_source(ranks), engine, folders, done)
+    return [trainer.step().loss for _ in range(whole.steps - done)]
+
+
 @pytest.mark.usefixtures("own_groups")
-def test_a_rank_that_cannot_write_ends_the_run_on_all_and_leaves_nothing(config, world, monkeypatch):
+def test_a_rank_that_cannot_write_ends_the_run_on_all_and_without_a_shared_folder_one_writes(
+    config, world, monkeypatch
+):
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device", "rank-2.safetensors")
 
-    ranks = Ranks.join(config)
-    trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
+    ranks = Ranks.join(replace(config, engine="fsdp2"))
+    trainer = Trainer.start(Run.prepare_together(replace(config, engine="fsdp2"), ranks.everyone), ranks)
     trainer.checkpoints.save(1, trainer.engine, False)
-    if world.rank == 2:
-        monkeypatch.setattr("lasp.train.checkpoints.writer.save_file", full_disk)
-    with pytest.raises(OSError, match=r"cannot save '.*step-000002': .*No space left on device.*\(rank 2\)"):
-        trainer.checkpoints.save(2, trainer.engine, False)
+    with monkeypatch.context() as patch:
+        if world.rank == 2:
+            patch.setattr("lasp.train.checkpoints.writer.save_file", full_disk)
+        with pytest.raises(OSError, match=r"cannot save '.*step-000002': .*No space left on device.*\(rank 2\)"):
+            trainer.checkpoints.save(2, trainer.engine, False)
+    folder = checkpoint_path(config.output, 1).parent
     world.barrier()
-    assert os.listdir(checkpoint_path(config.output, 2).parent) == ["step-000001"]
+    assert os.listdir(folder) == ["step-000001"]
+    if world.rank:  # as on machines that share no folder
+        elsewhere = replace(trainer.run.config, output=config.output + "-elsewhere")
+        trainer.checkpoints.run = replace(trainer.run, config=elsewhere)
+    trainer.checkpoints.save(3, trainer.engine, False)
+    one, two = (Manifest.read(folder / name).check() for name in ("step-000001", "step-000003"))
+    assert [sum("rank" in name for name in manifest.files) for manifest in (one, two)] == [4, 1]
+    assert all(torch.equal(value, read_weights(two)[name]) for name, value in read_weights(one).items())
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[zero, pytest.mark.slow])])

@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -433,17 +434,17 @@ def test_time_asks_for_checkpoints_too(again):
     assert os.listdir(checkpoint_folder(again.output)) == ["step-000008"]
 
 
-def test_what_is_saved_in_the_background_is_the_state_at_the_call(saved, again):
+@pytest.mark.parametrize("saves", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_what_is_saved_in_the_background_is_the_state_at_the_call(again, saves):
     trainer = Trainer.start(Run.prepare(replace(again, async_save=True)), Ranks.join(again))
-    for step in (7, 8):
+    for step in range(7, 7 + saves):
         trainer.step()
         expected = {name: value.clone() for name, value in trainer.engine.model.state_dict().items()}
-        trainer.checkpoints.save(step, trainer.engine, step == 8)
+        trainer.checkpoints.save(step, trainer.engine, step == 6 + saves)
         for parameter in trainer.engine.model.parameters():
             parameter.data.add_(1.0)  # as training would, while the writer is at work
         path = checkpoint_path(again.output, step)
-        if step == 7:
-            trainer.checkpoints._wait()
+        trainer.checkpoints._wait()
         weights = read_weights(Manifest.read(path).check())
         assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
@@ -469,3 +470,12 @@ def test_a_model_that_was_exported_is_trained_on(again, tmp_path):
     weights = read_weights(Manifest.read(checkpoint_folder(again.output) / "step-000006"))
     model = Run.prepare(config).model.build(1, torch.float32).state_dict()
     assert all(torch.equal(model[name], value) for name, value in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_kills_while_two_ranks_save_lose_nothing_and_the_run_is_the_undisturbed_one(tmp_path):
+    subprocess.run([sys.executable, "-m", "tests.killed_saves", str(tmp_path), "50"], check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["in a save"] >= 25
+    assert (found["kills"], found["lost"], found["damaged"], found["equal"]) == (50, 0, 0, True)

@@ -106,6 +106,8 @@ class Folders:
         except (CheckpointException, ValueError) as error:
             if self.ranks.is_main:
                 shutil.rmtree(partial_path(path), ignore_errors=True)
+            if isinstance(error, CheckpointException) and any(isinstance(e, KeyboardInterrupt) for e in _causes(error)):
+                raise KeyboardInterrupt from error
             raise OSError(f"cannot save {str(path)!r}: {_told(error)}") from error
 
     def load(self, path: Path, engine: Engine) -> int:
@@ -191,9 +193,14 @@ class Folders:
         check_read(path, self._read(), self.run.config.allow_change)
 
 
+def _causes(error: CheckpointException) -> list[BaseException]:
+    """What ended the save, rank by rank."""
+    return [cause for _, (cause, _) in sorted(error.failures.items(), key=lambda failure: failure[0])]
+
+
 def _told(error: BaseException) -> str:
     """What went wrong, in one line, and on which rank."""
     if isinstance(error, CheckpointException):
-        rank, (cause, _) = min(error.failures.items())
-        return f"{(str(cause) or type(cause).__name__).splitlines()[0]} (rank {rank})"
+        cause = _causes(error)[0]
+        return f"{(str(cause) or type(cause).__name__).splitlines()[0]} (rank {min(error.failures)})"
     return str(error)
