@@ -27,7 +27,7 @@ def test_scans_hide_behind_the_kernels(tmp_path: Path) -> None:
     less than a tenth of its time is waited for."""
     file = tmp_path / "figures.json"
     scans = ["--ranks", "2", "--scans", "gather", "ring", "pipeline", "--blocks", "4"]
-    layers = ["--layers", "decay", "delta", "--tokens", "1024", "--heads", "8", "--mib", "1", "--repeat", "5"]
+    layers = ["--layers", "decay", "delta", "--tokens", "2048", "--heads", "8", "--mib", "1", "--repeat", "3"]
     assert main(["scan", *scans, *layers, "--emulate", "rate=1gbit", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["networks"][0]["layers"]
     assert [(row["layer"], row["method"]) for row in rows] == [
