@@ -61,12 +61,12 @@ class Outcome:
             print_error(prefix + self.message)
         return self.code
 
-    def tell_as(self, rank: int) -> int:
+    def tell_as(self, rank: int, speaks: bool) -> int:
         """`tell` of a rank that has no launcher of ours, in one line where another rank, which has more to say, was
-        lost. An error ends its process here and now."""
+        lost; what all ranks say alike those that `speak` say. An error ends its process here and now."""
         if self.lost_peer:
             print_error(f"rank {rank} lost another one, which says why unless it was killed: {self.message}")
-        elif self.alike and rank == 0:
+        elif self.alike and speaks:
             self.tell()
         elif not self.alike:
             self.tell(f"rank {rank}: ")

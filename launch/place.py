@@ -123,7 +123,9 @@ def run_command(alone: Callable[[], int], as_rank: Callable[[], int], look: Look
         place.join(look)
         return as_rank()
 
-    return Outcome.of(work).tell_as(place.rank)
+    # What all ranks say alike is said once per node: their logs may be files of their own.
+    first = place.local_rank == 0 if place.local_rank is not None else place.rank == 0
+    return Outcome.of(work).tell_as(place.rank, speaks=first)
 
 
 def _torch(told: Mapping[str, str]) -> Place | None:

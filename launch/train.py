@@ -9,7 +9,6 @@ On its own, the command checks all that can be checked, starts dp x sp x tp rank
 for them. Started as one of several ranks, it trains. The output folder is locked meanwhile.
 """
 
-import hashlib
 import math
 import os
 import sys
@@ -31,7 +30,7 @@ from lasp.launch.stop import Stop
 from lasp.parallel.group import join_world
 from lasp.train.config import SECTIONS, TrainConfig
 from lasp.train.loop import StepError, Summary, train
-from lasp.train.ranks import Ranks, check_device, replicas
+from lasp.train.ranks import Ranks, agree_on_config, check_device, replicas
 from lasp.train.run import Run, Tell
 from lasp.train.sample import sample
 
@@ -117,8 +116,7 @@ def _agree_on_config(arguments: list[str]) -> TrainConfig:
         check_device(config.device)
     except ValueError as found:
         error = str(found)
-    told = {"configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:8]}
-    join_world().agree("reading the configuration", told, error).wait()
+    agree_on_config(join_world(), config, error)
     assert config is not None, "or there was an error, and everyone has raised it"
     return config
 

@@ -1,7 +1,8 @@
 """This process's place among the ranks of a run, and what training needs of the others."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel import collectives
+from lasp.parallel.agreement import Disagreement
 from lasp.parallel.group import SequenceGroup, init_mesh, join_world, shutdown
 from lasp.train.config import TrainConfig
 from lasp.train.source import MicroBatch
@@ -31,6 +33,42 @@ def replicas(device: str | None, ranks: int) -> int:
     """How many groups of so many ranks the GPUs of this machine take, at least one; one on the CPU."""
     there = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     return max(1, there // ranks)
+
+
+def agree_on_config(everyone: SequenceGroup, config: TrainConfig | None, error: str | None = None) -> None:
+    """Whether all ranks were given the same configuration. All of them call this.
+
+    ValueError on every rank: the `error` of those that have none, or the first field that differs, with its values.
+    """
+    told = {"configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:8]}
+    try:
+        everyone.agree("reading the configuration", told, error).wait()
+    except Disagreement as found:
+        if config is None or found.field not in told:
+            raise
+        # All ranks are here, and meet at every field up to the first that differs: one header would not hold them all.
+        for name, value in _fields(asdict(config)):
+            everyone.agree("comparing the configuration", {name: value}).wait()
+        raise
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The settings of a configuration, a table's names ahead of what it holds: ranks may have other ones."""
+    if prefix:
+        yield f"the fields of {prefix.removesuffix('.')}", _short(", ".join(values))
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _short(repr(value))
+
+
+def _short(text: str, most: int = 120) -> str:
+    """A text as a header has room for it, and as different from others as the whole."""
+    if len(text) <= most and text.isascii():
+        return text
+    begin = text[: most // 4].encode("ascii", "backslashreplace").decode()
+    return f"{begin}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 @dataclass(frozen=True)

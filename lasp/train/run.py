@@ -24,7 +24,7 @@ from lasp.train.data.packing import PACKINGS, held_out
 from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.train.engines import check_engine
 from lasp.train.model import ModelPlan, pull
-from lasp.train.ranks import Ranks
+from lasp.train.ranks import Ranks, agree_on_config
 from lasp.train.tracker import check_tracker
 from lasp.wrap.parallelize import parallelize
 
@@ -89,6 +89,7 @@ class Run:
 
         Rank 0 is first, so that ranks on one machine find the tokens that it has written.
         """
+        agree_on_config(everyone, config)
         run, error = cls._attempt(config, tell) if everyone.rank == 0 else (None, None)
         everyone.agree("preparing the run on rank 0", {}, error).wait()
         if everyone.rank != 0:
@@ -136,7 +137,6 @@ class Run:
     def _fingerprint(self) -> dict[str, str | int | None]:
         """What must be the same on every rank, in short."""
         return {
-            "configuration": hashlib.sha256(repr(self.config).encode()).hexdigest()[:8],
             "tokens (by their checksum)": self.tokens,
             "held out": " ".join(data.corpus.checksum for data in self.validation),
             "checkpoint": self.checkpoint.name if self.checkpoint else None,

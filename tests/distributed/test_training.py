@@ -18,7 +18,7 @@ from lasp.train.data.batches import Batches, Share
 from lasp.train.loop import StepError, Trainer, train
 from lasp.train.metrics import read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
-from lasp.train.ranks import Ranks
+from lasp.train.ranks import Ranks, agree_on_config
 from lasp.train.run import Run
 from lasp.train.unfinite import blame
 
@@ -94,13 +94,25 @@ def test_any_share_of_dp_and_sp_has_the_curve_of_a_plain_loop(config, once, dtyp
     assert expected[-1] < expected[0] - 1
 
 
-def test_an_error_of_one_rank_is_raised_by_all(config, world):
+def test_an_error_of_one_rank_is_raised_by_all(config, world, monkeypatch):
+    def refuse(_: object) -> None:
+        raise ValueError("no tokenizer here")
+
     ranks = Ranks.join(config)
     wrong = replace(config, data=replace(config.data, source="nowhere.txt")) if world.rank == 2 else config
-    with pytest.raises(ValueError, match=r"cannot read 'nowhere\.txt'.*\(rank 2 of 4\)"):
+    with pytest.raises(ValueError, match=r"ranks disagree on data.source: rank 0: '.*text.txt', .*, rank 2: 'nowhere"):
         Run.prepare_together(wrong, ranks.everyone)
-    with pytest.raises(ValueError, match=r"ranks disagree on configuration"):
+    with pytest.raises(ValueError, match=r"disagree on seed: rank 0: 0, rank 1: 1, rank 2: 2, rank 3: 3$"):
         Run.prepare_together(replace(config, seed=world.rank), ranks.everyone)
+    if world.rank == 2:
+        monkeypatch.setattr("lasp.train.run.load_tokenizer", refuse)
+    with pytest.raises(ValueError, match=r"no tokenizer here \(rank 2 of 4\)"):
+        Run.prepare_together(config, ranks.everyone)
+    other = {**config.model, "pattern": "LN"} if world.rank == 1 else config.model
+    with pytest.raises(
+        ValueError, match=r"disagree on the fields of model: rank 0: num_hidden_layers, .*rank 1: .*pattern"
+    ):
+        agree_on_config(ranks.everyone, replace(config, model=other))
 
 
 def test_a_checkpoint_that_one_rank_cannot_read_is_refused_by_all(config, world):

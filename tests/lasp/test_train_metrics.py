@@ -5,17 +5,21 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from lasp.parallel import agreement
 from lasp.train.chips import known_peak
 from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
 from lasp.train.flops import weight_flops
@@ -23,6 +27,7 @@ from lasp.train.log import logged
 from lasp.train.metrics import MetricsFile, StepMetrics, read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
 from lasp.train.progress import TrainingProgress, line
+from lasp.train.ranks import agree_on_config
 from lasp.train.tracker import check_tracker
 
 
@@ -167,6 +172,59 @@ def test_only_matrices_decay():
         (0.1, [2]),
         (0.0, [1, 1, 1]),
     ]
+
+
+class Table:
+    """Ranks that are threads, and lay what they say on one table."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.said = Barrier(size, timeout=20), [{}] * size
+
+    def everyone(self, rank: int) -> SimpleNamespace:
+        def agree(_: str, fields: dict, error: str | None = None) -> SimpleNamespace:
+            assert len(json.dumps(fields)) < 300  # of the 1024 bytes of a header
+            return SimpleNamespace(wait=lambda: self.compare(rank, fields))
+
+        return SimpleNamespace(agree=agree)
+
+    def compare(self, rank: int, fields: dict) -> None:
+        self.said[rank] = fields
+        self.barrier.wait()
+        said = list(self.said)
+        self.barrier.wait()
+        agreement._compare(said)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        ({"steps": 4}, {"steps": 5}, r"steps: rank 0: 4, rank 1: 5"),
+        (
+            {"optimizer": OptimizerConfig(lr=1.0)},
+            {"optimizer": OptimizerConfig(lr=2.0)},
+            r"optimizer.lr: rank 0: 1.0, ra",
+        ),
+        ({"model": {"preset": "1b"}}, {"model": {"preset": "8b"}}, r"model.preset: rank 0: '1b', rank 1: '8b'"),
+        ({"model": {"preset": "1b"}}, {"model": {}}, r"the fields of model: rank 0: preset, rank 1: $"),
+        ({"output": "a" * 900 + "b"}, {"output": "a" * 901}, r"output: rank 0: 'a{29}\.\.\. \(\w{8}\), rank 1: "),
+        ({"output": "ä"}, {"output": "ö"}, r"output: rank 0: .*xe4.*, rank 1: .*xf6"),
+        ({}, {}, None),
+    ],
+    ids=range(7),
+)
+def test_ranks_that_were_told_otherwise_name_the_field(one, two, said):
+    table, configs = Table(2), [TrainConfig(**one), TrainConfig(**two)]
+
+    def work(rank: int) -> str | None:
+        try:
+            return agree_on_config(table.everyone(rank), configs[rank])
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert first == second
+    assert first is None if said is None else re.search(f"ranks disagree on {said}", first), first
 
 
 @pytest.mark.parametrize(

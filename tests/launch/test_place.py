@@ -242,6 +242,6 @@ def test_a_rank_of_others_tells_its_error_in_one_line_and_ends(capsys, monkeypat
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
     for rank in range(2):
-        outcome.tell_as(rank)
+        outcome.tell_as(rank, speaks=rank == 0)
         assert capsys.readouterr().err == (f"lasp: error: {told[rank]}\n" if told[rank] else "")
     assert ended == [outcome.code] * 2
