@@ -17,7 +17,6 @@ from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
 from lasp.launch.plan.report import longest
 from lasp.launch.simulate.exchanges import links_of
 from lasp.launch.simulate.machine import MACHINES
-from lasp.layers import MIXERS
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.layout import Layout
 from lasp.parallel.scan import SCANS, ScanName
@@ -87,18 +86,11 @@ def test_planned_bytes_are_the_ledger_s(scan: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("scan", SCANS_HERE)
-def test_planned_bytes_of_every_mixer_are_the_ledger_s(scan: str, layout: Layout) -> None:
-    mixers = [name for name in MIXERS if name not in ("softmax", "lightnet", "mom", "delta_product")]
-    found = {mixer: (planned(mixer, scan, 4, layout), counted(mixer, scan, 4, layout)) for mixer in mixers}
-    assert {mixer: both for mixer, both in found.items() if both[0] != both[1]} == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scan", SCANS_HERE)
-def test_planned_bytes_of_64_ranks_are_the_ledger_s(scan: str) -> None:
-    for mixer in ("lightning", "gla", "gated_deltanet"):
-        assert planned(mixer, scan, 64, "zigzag") == counted(mixer, scan, 64, "zigzag")
+@pytest.mark.parametrize("mixer", ["lightning", "gated_deltanet"])
+def test_planned_bytes_of_other_mixers_are_the_ledger_s(mixer: str, layout: Layout) -> None:
+    """Without transfers that must be sent, and with dense ones."""
+    found = {scan: (planned(mixer, scan, 4, layout), counted(mixer, scan, 4, layout)) for scan in SCANS_HERE}
+    assert {scan: both for scan, both in found.items() if both[0] != both[1]} == {}
 
 
 def candidate(**fields: Any) -> Candidate:
