@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from lasp.launch.cli import Parser
-from lasp.launch.links import Link, Pair, by_level, measure, pairs, reach, write_links
+from lasp.launch.links import Pair, by_level, measure, pairs, reach, write_links
 from lasp.launch.node import PORT, describe
 from lasp.launch.place import run_command
 from lasp.launch.ranks import run_ranks
 from lasp.parallel import collectives
 from lasp.parallel.group import SequenceGroup, join_world, shutdown
+from lasp.parallel.wires import Wire
 
 OLDEST, NEWEST = (2, 11), (2, 13)
 """The releases of torch that lasp is tested with."""
@@ -37,7 +38,7 @@ _CLOCK, _DISK, _FREE, _SLOWER = 1.0, 50e6, 5 << 30, 3.0
 _PAGE = 16 << 10
 """Bytes that a machine's description takes when it travels, at most."""
 
-Measured = list[tuple[Pair, Link]]
+Measured = list[tuple[Pair, Wire]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,11 +95,11 @@ def as_rank(arguments: list[str]) -> int:
     return _tell(seen, measured)
 
 
-def _measure(pair: Pair, everyone: SequenceGroup, device: torch.device) -> Link:
-    """The link between two ranks, which all are told."""
-    link = measure(pair, everyone, device) or Link(0.0, 0.0)
-    row = torch.tensor([link.latency, link.bandwidth], dtype=torch.float64)
-    return Link(*collectives.all_gather(row, everyone.control, "control").wait()[pair.one].tolist())
+def _measure(pair: Pair, everyone: SequenceGroup, device: torch.device) -> Wire:
+    """The wire between two ranks, which all are told."""
+    collectives.barrier(everyone.control)
+    row = torch.tensor(measure(pair, everyone.rank, device) or [0.0] * len(Wire._fields), dtype=torch.float64)
+    return Wire(*collectives.all_gather(row, everyone.control, "control").wait()[pair.one].tolist())
 
 
 def _gather(everyone: SequenceGroup, told: dict[str, Any]) -> list[dict[str, Any]]:

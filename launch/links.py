@@ -3,20 +3,19 @@
 The link file, which `lasp.parallel.wires.Wires.read` understands, holds one link per level that was measured: "node",
 between ranks of one machine, and "network", between machines.
 
-    {"links": {"node": {"latency": 3.1e-05, "bandwidth": 1.2e+09}, "network": {...}}, "torch": "2.13.0", "date": "...",
-     "device": "cpu", "hosts": ["gpu1", "gpu2"]}
+    {"links": {"node": {"latency": 3.1e-05, "bandwidth": 1.2e+09, "hop": 6e-06}, "network": {...}},
+     "torch": "2.13.0", "date": "...", "device": "cpu", "hosts": ["gpu1", "gpu2"]}
 
-latency: seconds of the shortest message. bandwidth: bytes per second and direction of a long one.
+Each is a `Wire`, as `probe.py` measures it of two ranks that both send.
 """
 
 import json
 import os
 import socket
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,26 +24,12 @@ import torch.distributed as dist
 
 from lasp.launch.address import own_address
 from lasp.launch.place import Place
-from lasp.parallel import collectives
+from lasp.launch.probe import probe
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.wires import Wire
 
-SIZE = 16 << 20
-"""Bytes of a long message."""
-
-_SHORT, _LONG = 50, 5
 _CONNECT = 5.0
 """Seconds in which a rank must be reached."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Between two ranks. latency: seconds; bandwidth: bytes per second and direction."""
-
-    latency: float
-    bandwidth: float
-
-    def __str__(self) -> str:
-        return f"{self.latency * 1e6:.0f} us, {self.bandwidth / 1e9:.2f} GB/s"
 
 
 @dataclass(frozen=True)
@@ -66,45 +51,27 @@ def pairs(hosts: Sequence[str]) -> list[Pair]:
     return within + [Pair("network", first[0], there[0]) for there in others]
 
 
-def measure(pair: Pair, group: SequenceGroup, device: torch.device) -> Link | None:
-    """Send messages to and fro between two ranks. All ranks of the group call this; None on the others."""
-    collectives.barrier(group.control)
-    if group.rank not in (pair.one, pair.other):
+def measure(pair: Pair, rank: int, device: torch.device) -> Wire | None:
+    """The wire between two ranks of the world; None for the others, which leave them alone until both are done."""
+    if rank not in (pair.one, pair.other):
         return None
-    peer, first = (pair.other, True) if group.rank == pair.one else (pair.one, False)
-    short, long = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (8, SIZE))
-    trips = [_there_and_back(tensor, peer, first, group) for tensor in (short, long) for _ in range(3)]
-    del trips  # connections are made, buffers have grown
-    latency = statistics.median(_there_and_back(short, peer, first, group) for _ in range(_SHORT)) / 2
-    seconds = statistics.median(_there_and_back(long, peer, first, group) for _ in range(_LONG)) / 2
-    return Link(latency, SIZE / max(seconds - latency, 1e-9))
+    two = dist.new_group([pair.one, pair.other], use_local_synchronization=True)
+    return probe(SequenceGroup.from_group(two), device)
 
 
-def _there_and_back(tensor: torch.Tensor, peer: int, first: bool, group: SequenceGroup) -> float:
-    """Seconds of a message to a peer and one from it."""
-    started = time.perf_counter()
-    moves = [collectives.send, collectives.receive] if first else [collectives.receive, collectives.send]
-    for move in moves:
-        move(tensor, peer, group.process_group, 0).wait()
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter() - started
-
-
-def by_level(measured: Sequence[tuple[Pair, Link]]) -> dict[str, Link]:
-    """The link of each level: the medians of what was measured."""
+def by_level(measured: Sequence[tuple[Pair, Wire]]) -> dict[str, Wire]:
+    """The wire of each level: the medians of what was measured."""
     found = {}
     for level in ("node", "network"):
-        if links := [link for pair, link in measured if pair.level == level]:
-            latency = statistics.median(link.latency for link in links)
-            found[level] = Link(latency, statistics.median(link.bandwidth for link in links))
+        if wires := [wire for pair, wire in measured if pair.level == level]:
+            found[level] = Wire(*map(statistics.median, zip(*wires, strict=True)))
     return found
 
 
-def write_links(path: Path, links: dict[str, Link], device: str, hosts: Sequence[str]) -> None:
+def write_links(path: Path, links: dict[str, Wire], device: str, hosts: Sequence[str]) -> None:
     """Write the link file, whole from the moment it is there."""
     told = {
-        "links": {level: asdict(link) for level, link in links.items()},
+        "links": {level: wire._asdict() for level, wire in links.items()},
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,

@@ -19,6 +19,9 @@ class Wire(NamedTuple):
     bandwidth: float
     hop: float
 
+    def __str__(self) -> str:
+        return f"{self.latency * 1e6:.0f} us, {self.bandwidth / 1e9:.2f} GB/s"
+
     @property
     def overhead(self) -> float:
         """Seconds of a message's latency that are Python's: messages of a rank take them one after the other."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lasp.launch import doctor, links, node
 from lasp.launch.doctor import amiss, main
-from lasp.launch.links import Link, Pair, by_level, pairs, reach, write_links
+from lasp.launch.links import Pair, by_level, pairs, reach, write_links
 from lasp.launch.place import Place
 from lasp.parallel.wires import Wire, Wires
 
@@ -70,14 +70,14 @@ def test_what_is_measured_of_ranks_on_several_machines():
 def test_a_slow_machine_is_told_and_the_link_file_has_the_middle(capsys, tmp_path):
     seen = [{**WELL, "host": host} for host in "abcd"]
     speeds = {1: 10e9, 2: 2e9, 3: 12e9}
-    measured = [(Pair("network", 0, rank), Link(rank * 1e-6, speed)) for rank, speed in speeds.items()]
+    measured = [(Pair("network", 0, rank), Wire(rank * 1e-6, speed, 4e-7)) for rank, speed in speeds.items()]
     assert doctor._tell(seen, measured) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[-4:] == ["a: well", "b: well", "c: network 2.00 GB/s, elsewhere 10.00", "d: well"]
     assert "network   2 us, 2.00 GB/s, ranks 0 and 2 of a and c" in said
     write_links(tmp_path / "links.json", by_level(measured), "cuda", list("aabcd"))
     told = json.loads((tmp_path / "links.json").read_text())
-    assert told["links"] == {"network": {"latency": 2e-6, "bandwidth": 10e9}}
+    assert told["links"] == {"network": {"latency": 2e-6, "bandwidth": 10e9, "hop": 4e-7}}
     assert (told["device"], told["hosts"]) == ("cuda", ["a", "b", "c", "d"])
     assert {"torch", "date"} <= told.keys()
     assert Wires.read(tmp_path / "links.json") == Wires(*[Wire(2e-6, 10e9, 4e-7)] * 2)
@@ -131,7 +131,8 @@ def test_two_ranks_measure_their_link(capfd, tmp_path):
     link = json.loads(file.read_text())["links"]["node"]
     assert 1e-7 < link["latency"] < 0.1
     assert 1e6 < link["bandwidth"] < 1e12
-    assert Wires.read(file).node[:2] == (link["latency"], link["bandwidth"])
+    assert 0 < link["hop"] < 0.1
+    assert Wires.read(file).node == Wire(**link), "what the cost model reads"
 
 
 def look(ranks: int, monkeypatch, connects) -> list[str]:
