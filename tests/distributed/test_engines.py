@@ -188,6 +188,7 @@ def test_a_rank_that_cannot_write_ends_the_run_on_all_and_without_a_shared_folde
     folder = checkpoint_path(config.output, 1).parent
     world.barrier()
     assert os.listdir(folder) == ["step-000001"]
+    world.barrier()  # every rank has looked before the next save begins
     if world.rank:  # as on machines that share no folder
         elsewhere = replace(trainer.run.config, output=config.output + "-elsewhere")
         trainer.checkpoints.run = replace(trainer.run, config=elsewhere)
