@@ -49,6 +49,7 @@ class Watchdog:
     def __init__(self, limit: float, ranks: SequenceGroup, end: Callable[[str], None]) -> None:
         self.limit, self.ranks, self.end = limit, ranks, end
         self._pause = min(1.0, limit / 20)
+        self._hearing = 2 * self._pause + 0.5  # seconds in which all have heard, and said where they are
         self._began, self._begun, self._work = float("inf"), 0, ""
         self._last = collectives.Last()
         self._left, self._alarm, self._all_said = threading.Event(), threading.Event(), threading.Event()
@@ -83,13 +84,13 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._left.wait(self._pause):
             if not self._alarm.is_set():
-                faulthandler.dump_traceback_later(self.limit + 2 * self._pause, exit=True, file=2)
+                faulthandler.dump_traceback_later(self.limit + 2 * self._hearing + self._pause, exit=True, file=2)
             if time.monotonic() - self._began > self.limit:
                 self._why = f"{self._work} took longer than timeout = {self.limit:g} s"
                 self._alarm.set()
             if self._alarm.is_set():
                 print_stacks(f"rank {self.ranks.rank} of {self.ranks.size}: {self._where()}{_recorded()}")
-                self._all_said.wait(2 * self._pause + 0.5)
+                self._all_said.wait(self._hearing)
                 self.end(self._verdict())
         faulthandler.cancel_dump_traceback_later()
 
