@@ -19,6 +19,7 @@ from lasp.parallel.loss import cross_entropy, linear_cross_entropy, token_log_pr
 from lasp.parallel.sharding import shard, shard_batch, unshard
 from lasp.verify import verify
 from lasp.wrap.parallelize import parallelize, unparallelize
+from lasp.wrap.saving import save_pretrained
 
 if TYPE_CHECKING:
     from lasp.train.sharded_trainer import ShardedTrainer as ShardedTrainer
@@ -44,6 +45,7 @@ __all__ = [
     "linear_cross_entropy",
     "linearize",
     "parallelize",
+    "save_pretrained",
     "shard",
     "shard_batch",
     "shutdown",

@@ -33,7 +33,13 @@ _KEEP_BUFFERS: dict[str, Any] = {
 
 
 def data_parallel(
-    model: nn.Module, group: SequenceGroup, kind: Kind = "ddp", *, reduce_dtype: torch.dtype | None = None
+    model: nn.Module,
+    group: SequenceGroup,
+    kind: Kind = "ddp",
+    *,
+    reduce_dtype: torch.dtype | None = None,
+    reshard: bool = True,
+    offload: bool = False,
 ) -> nn.Module:
     """Make backward itself sum gradients over sp and average them over dp; call the module that comes back.
 
@@ -43,21 +49,26 @@ def data_parallel(
     lists (the layers) and one for the rest; tensor parallelism over the mesh's "tp" may come before. In both, a rank
     whose tokens miss a parameter that others use (an expert) is a case for `sync_gradients`; fsdp2 takes it from torch
     2.13 on. reduce_dtype: in which gradients travel and are summed; None leaves them as they are.
+    Of fsdp2, reshard=False keeps what a forward has gathered until backward has used it, and offload=True keeps
+    parameters, gradients and what an optimizer makes of them in the CPU's memory between their uses.
 
     Raises ValueError on every rank for another kind, for models that differ between ranks (under fsdp2 by value too:
     every parameter is read once), for a model whose backward reduces already, and for what a kind cannot take: sparse
     embeddings, DTensors under ddp, trained parameters of two dtypes in one unit of fsdp2.
     """
     ranks = replicas_of(group)
-    named = agree_on_parameters(
-        ranks,
-        "data_parallel",
-        lambda: Parameters(_reducible(model, ranks, kind), {"kind": kind, "dtype": str(reduce_dtype)}),
-    )
+    told = {"kind": kind, "dtype": str(reduce_dtype), "reshard": reshard, "offload": offload}
+
+    def find() -> Parameters:
+        if kind == "ddp" and (offload or not reshard):
+            raise ValueError(f"reshard and offload are of 'fsdp2', got reshard={reshard} and offload={offload}")
+        return Parameters(_reducible(model, ranks, kind), told)
+
+    named = agree_on_parameters(ranks, "data_parallel", find)
     if kind == "ddp":
         return _replicate(model, ranks, ranks.size // group.size, reduce_dtype)
     compare_values(ranks, named)
-    return _fully_shard(model, ranks, ranks.size // group.size, reduce_dtype)
+    return _fully_shard(model, ranks, ranks.size // group.size, _policies(reduce_dtype, reshard, offload))
 
 
 def _reducible(model: nn.Module, ranks: SequenceGroup, kind: str) -> dict[str, Tensor]:
@@ -117,8 +128,19 @@ def _replicate(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: tor
     return wrapped
 
 
-def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: torch.dtype | None) -> nn.Module:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second to import
+def _policies(reduce_dtype: torch.dtype | None, reshard: bool, offload: bool) -> dict[str, Any]:
+    """Options of `fully_shard`."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy  # takes a second to import
+
+    return {
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
+        "reshard_after_forward": reshard,
+        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy(),
+    }
+
+
+def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, options: dict[str, Any]) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
 
     from lasp.parallel.counted import CountedGather, CountedScatter
 
@@ -126,7 +148,7 @@ def _fully_shard(model: nn.Module, ranks: SequenceGroup, replicas: int, dtype: t
     # A part of the whole mesh where there is one: parameters that tensor parallelism sharded lie on another part.
     mesh = ranks.mesh or DeviceMesh.from_group(ranks.process_group, device)
     for module in [*outermost_layers(model), model]:
-        unit = fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=dtype))
+        unit = fully_shard(module, mesh=mesh, **options)
         unit.set_gradient_divide_factor(replicas)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no average, and no product before a sum
         unit.set_custom_all_gather(CountedGather())

@@ -218,6 +218,23 @@ class SequenceGroup:
         return self.channel.agree(self.channel.next_call(operation), fields, error, tokens)
 
     @contextmanager
+    def first(self, work: str) -> Iterator[bool]:
+        """Around long work of rank 0, which alone is given True. The others wait until it has left the block, in the
+        store where the world met, where no time runs out. Every rank of the group calls it."""
+        if self.size == 1:
+            yield True
+            return
+        name = str(self.agree(f"beginning: {work}", {}, tokens=secrets.randbelow(_DRAWN)).wait()[0])
+        store = common_store(work)
+        try:
+            yield self.rank == 0
+        finally:
+            if self.rank == 0:
+                store.set(name, "done")
+        while not store.check([name]):
+            time.sleep(0.1)
+
+    @contextmanager
     def telling(self, work: str) -> Iterator[None]:
         """Around work between calls: what ends it on one rank is a ValueError on those that wait for a header of it."""
         try:

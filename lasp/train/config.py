@@ -154,9 +154,14 @@ class LoraConfig:
     target_modules: str | list[str] = "all-linear"
     """Names of the modules that get adapters; all linear ones but the head by default."""
 
+    merge: bool = False
+    """After the last step, write the model with what the adapters add to its weights into `merged` in the output
+    folder, for `from_pretrained`."""
+
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"lora.rank must not be negative, got {self.rank}")
         _require(0 < self.alpha < math.inf, f"lora.alpha must be positive, got {self.alpha}")
+        _require(bool(self.rank) or not self.merge, "lora.merge merges adapters: lora.rank must be at least 1, got 0")
         _require(bool(self.target_modules), f"lora.target_modules must name modules, got {self.target_modules!r}")
 
 
@@ -185,6 +190,17 @@ class MemoryConfig:
         _require(
             self.mlp_tile is None or self.mlp_tile >= 1, f"memory.mlp_tile must be at least 1, got {self.mlp_tile}"
         )
+
+
+@dataclass(frozen=True)
+class Fsdp2Config:
+    """Of the engine "fsdp2"."""
+
+    reshard: bool = True
+    """Let what a layer has gathered go after its forward, and gather it again for backward; false keeps it."""
+
+    offload: bool = False
+    """Keep parameters, gradients and optimizer state in the CPU's memory between their uses; the step is made there."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +297,9 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per step: their gradients add up to those of one batch that is as many times larger."""
 
+    compile: bool = False
+    """torch.compile of every layer; mixers stay outside where they do not trace."""
+
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """In which gradients are summed over the ranks; by default in their own dtype, which is that of the weights."""
 
@@ -321,6 +340,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
 
+    fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
+    """Of the engine "fsdp2"."""
+
     sample: SampleConfig = field(default_factory=SampleConfig)
     """What to generate when training is over."""
 
@@ -355,6 +377,14 @@ class TrainConfig:
         _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')
         _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")
         _require(self.dp is None or self.dp >= 1, f"dp must be at least 1, got {self.dp}")
+        _require(
+            not self.engine.startswith("zero") or not self.compile,
+            f'engine = "{self.engine}" has hooks of its own in every layer: compile = true needs "ddp" or "fsdp2"',
+        )
+        _require(
+            self.engine == "fsdp2" or self.fsdp2 == Fsdp2Config(),
+            f'[fsdp2] is of engine = "fsdp2", got "{self.engine}"',
+        )
         _require(self.tp >= 1, f"tp must be at least 1, got {self.tp}")
         _require(
             self.tp == 1 or (self.engine in ("ddp", "fsdp2") and not self.lora.rank),
@@ -399,6 +429,7 @@ SECTIONS: dict[str, type] = {
     "lora": LoraConfig,
     "memory": MemoryConfig,
     "optimizer": OptimizerConfig,
+    "fsdp2": Fsdp2Config,
     "sample": SampleConfig,
 }
 """The classes of the fields that are tables of a TOML file."""

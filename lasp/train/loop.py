@@ -16,6 +16,7 @@ from lasp.train.checkpoints.folders import checkpoint_path, delete_checkpoints
 from lasp.train.data.batches import all_rows
 from lasp.train.engines import start_engine
 from lasp.train.engines.engine import Engine
+from lasp.train.merge import merge_adapters
 from lasp.train.meter import Meter
 from lasp.train.metrics import StepMetrics
 from lasp.train.optimizer import learning_rate
@@ -225,4 +226,6 @@ def train(
     losses = [result.loss for result in results]
     done = trainer.steps_done
     checkpoint = checkpoint_path(run.config.output, done)
+    if ranks.is_main and run.config.lora.merge and done == run.config.steps:
+        merge_adapters(run, checkpoint)
     return Summary(losses, validation, watch.metrics, watch.plot, checkpoint, done < run.config.steps)

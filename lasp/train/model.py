@@ -10,6 +10,7 @@ from torch import nn
 from lasp.linearize.convert import follow, read
 from lasp.memory.checkpoints import checkpoint_activations
 from lasp.memory.fused_loss import fuse_loss
+from lasp.memory.parts import layers_of
 from lasp.memory.tiles import tile_mlp
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.train.config import LoraConfig, MemoryConfig
@@ -106,6 +107,13 @@ def pull(model: Any, levers: MemoryConfig) -> Any:
         tile_mlp(model, levers.mlp_tile)
     if levers.checkpoint_every is not None:
         checkpoint_activations(model, every=levers.checkpoint_every, offload=levers.offload)
+    return model
+
+
+def compile_layers(model: Any) -> Any:
+    """A model whose layers are compiled when they are called first, in place: one program for layers of a kind."""
+    for layer in layers_of(model):
+        layer.compile()
     return model
 
 

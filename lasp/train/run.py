@@ -23,7 +23,7 @@ from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.packing import PACKINGS, held_out
 from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.train.engines import check_engine
-from lasp.train.model import ModelPlan, pull
+from lasp.train.model import ModelPlan, compile_layers, pull
 from lasp.train.ranks import Ranks, agree_on_config
 from lasp.train.tracker import check_tracker
 from lasp.wrap.parallelize import parallelize
@@ -87,10 +87,12 @@ class Run:
     def prepare_together(cls, config: TrainConfig, everyone: SequenceGroup, tell: Tell | None = None) -> Self:
         """`prepare` on all ranks, which all raise the same ValueError when one of them cannot, or when they differ.
 
-        Rank 0 is first, so that ranks on one machine find the tokens that it has written.
+        Rank 0 is first, so that ranks on one machine find the tokens that it has written. The others wait for as long
+        as it takes: no collective does.
         """
         agree_on_config(everyone, config)
-        run, error = cls._attempt(config, tell) if everyone.rank == 0 else (None, None)
+        with everyone.first("preparing the run") as first:
+            run, error = cls._attempt(config, tell) if first else (None, None)
         everyone.agree("preparing the run on rank 0", {}, error).wait()
         if everyone.rank != 0:
             run, error = cls._attempt(config, None, look=False)
@@ -104,7 +106,8 @@ class Run:
         model = parallelize(model.to(ranks.device), ranks.sequence)
         if self.config.tp > 1:
             model = share_heads(model, ranks.mesh["tp"])
-        return pull(model, self.config.memory)
+        model = pull(model, self.config.memory)
+        return compile_layers(model) if self.config.compile else model
 
     def share(self, ranks: Ranks) -> Share:
         """What a rank reads of any rows."""

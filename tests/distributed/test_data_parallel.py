@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +146,20 @@ def test_an_expert_that_some_ranks_miss_is_reduced_by_all(world, group: lasp.Seq
     own(inputs[world.rank], world.rank == 3).backward()
     for parameter, expected in zip(own.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad)
+
+
+@pytest.mark.parametrize("name", ["LinearLlama", "qwen3_5"])
+def test_a_sharded_model_is_saved_whole(group, world, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(world.bcast(str(tmp_path))) / "saved"
+    model = lasp.data_parallel(lasp.parallelize(build(name), group), group, "fsdp2")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    lasp.save_pretrained(model, folder)
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for (path, found), expected in zip(read.named_parameters(), build(name).parameters(), strict=True):
+        torch.testing.assert_close(found, expected + 1.0, rtol=0, atol=1e-12, msg=path)
+    with pytest.raises(ValueError, match=r"cannot save to .*\(rank 0 of 4\)"):
+        lasp.save_pretrained(model, folder / "config.json" / "under a file")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import nn
 
 from lasp.models import LinearLlamaForCausalLM
+from lasp.parallel.group import SequenceGroup
 from lasp.parallel.parameters import local_part
 from lasp.train.config import DataConfig, OptimizerConfig, TrainConfig
 from lasp.train.data.batches import Batches, Share
@@ -196,3 +200,13 @@ def flip_bit(parameter: torch.Tensor, number: int) -> None:
     """Flip one bit of an fp64 parameter."""
     bits = parameter.detach().view(torch.int64).flatten()
     bits[number % bits.numel()] ^= 1 << (3 * number)
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_longer_than_a_collective_does(world):
+    everyone = SequenceGroup.from_group(dist.new_group(timeout=timedelta(seconds=4)))
+    with everyone.first("long work") as first:
+        assert first == (world.rank == 0)
+        if first:
+            time.sleep(6)
+    everyone.agree("after it", {}).wait()

@@ -13,6 +13,7 @@ import transformers
 from lasp.parallel.group import shutdown
 from lasp.train.config import (
     DataConfig,
+    Fsdp2Config,
     LoraConfig,
     MemoryConfig,
     OptimizerConfig,
@@ -82,10 +83,13 @@ def trained(config: TrainConfig) -> Summary:
 
 def test_adapters_are_trained_saved_as_peft_does_and_resumed(config, folder):
     peft = pytest.importorskip("peft")
-    config = replace(config, lora=LoraConfig(rank=4), save_every=3)
+    config = replace(config, lora=LoraConfig(rank=4, merge=True), save_every=3)
     whole = trained(config)
     assert whole.losses[-1] < whole.losses[0] - 0.2
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(whole.checkpoint)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(Path(config.output) / "merged")
+    ids = torch.arange(20).unsqueeze(0)
+    torch.testing.assert_close(merged(ids).logits, saved(ids).logits, rtol=1e-4, atol=1e-5)
     own = Trainer.start(
         replace(Run.prepare(replace(config, steps=7, resume=str(whole.checkpoint)))), Ranks.join(config)
     )
@@ -196,3 +200,20 @@ def test_levers_on_memory_leave_the_curve_as_it_is(config, rank):
     pulled = trained(replace(config, output=config.output + "2", memory=levers))
     assert pulled.losses == pytest.approx(plain.losses, rel=1e-5)
     assert pulled.validation == pytest.approx(plain.validation, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"engine": "fsdp2", "fsdp2": Fsdp2Config(reshard=False)},
+        {"engine": "fsdp2", "fsdp2": Fsdp2Config(offload=True)},
+        pytest.param({"compile": True}, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+    ],
+    ids=["kept", "offloaded", "compiled"],
+)
+def test_how_a_model_is_held_leaves_the_curve_as_it_is(config, fields):
+    config = replace(config, steps=3)
+    plain = trained(config)
+    other = trained(replace(config, output=config.output + "2", **fields))
+    assert other.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert other.validation == pytest.approx(plain.validation, rel=1e-4)

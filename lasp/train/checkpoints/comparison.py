@@ -53,10 +53,10 @@ def _check_model(path: Path, config: Any) -> None:
 # What says where and how long a run is, who computes it and what is told of it: neither its data nor its mathematics.
 _FREE = (
     "output", "overwrite", "resume", "allow_change", "steps", "save_every", "save_minutes", "keep_last",
-    "keep_every", "async_save", "time_limit", "timeout", "skips",
-    "drift_every", "restarts", "engine", "reduce_dtype", "device", "sp", "dp", "tp", "layout", "accumulation",
-    "data.batch_size", "data.cache", "validation.every", "validation.sequences", "validation.source", "memory",
-    "sample", "log_every", "tracker", "profile",
+    "keep_every", "async_save", "time_limit", "timeout", "skips", "drift_every", "restarts", "engine", "fsdp2",
+    "compile", "lora.merge", "reduce_dtype", "device", "sp", "dp", "tp", "layout", "accumulation", "data.batch_size",
+    "data.cache", "validation.every", "validation.sequences", "validation.source", "memory", "sample",
+    "log_every", "tracker", "profile",
 )  # fmt: skip
 
 

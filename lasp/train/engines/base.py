@@ -15,6 +15,7 @@ from lasp.train.config import TrainConfig
 from lasp.train.engines.engine import Batch, State, autocast
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
+from lasp.wrap.saving import tensors_of
 
 
 class TorchEngine:
@@ -104,16 +105,6 @@ class TorchEngine:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
         self._step(lr=0.0)
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds: parameters and persistent buffers, tied ones under their first name; around a model
-    that stays as it is, the adapters alone."""
-    named: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    if hasattr(model, "peft_config"):
-        named = {name: value for name, value in named.items() if value.requires_grad}
-    first = {id(value): name for name, value in reversed(named.items())}
-    return {name: value for name, value in named.items() if first[id(value)] == name}
 
 
 def to_cpu(value: Tensor, main: bool) -> Tensor:

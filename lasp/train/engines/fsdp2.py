@@ -1,5 +1,7 @@
 """fsdp2: every rank holds its share of parameters, gradients and optimizer state."""
 
+from dataclasses import asdict
+
 from torch import nn
 
 from lasp.parallel.data_parallel import data_parallel
@@ -11,4 +13,5 @@ class FullySharded(TorchEngine):
     ever holds those of the whole model."""
 
     def _prepare(self) -> nn.Module:
-        return data_parallel(self.model, self.ranks.sequence, "fsdp2", reduce_dtype=self.reduce_dtype)
+        options = {"reduce_dtype": self.reduce_dtype, **asdict(self.config.fsdp2)}
+        return data_parallel(self.model, self.ranks.sequence, "fsdp2", **options)
