@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_fields_that_differ(co
     )
     with pytest.raises(ValueError, match=r"of another model: intermediate_size is 64 there and 96 here$"):
         Run.prepare(other)
-    with pytest.raises(ValueError, match=r"'nowhere' is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"nowhere' is not a checkpoint"):
         Run.prepare(replace(other, resume="nowhere"))
 
 

@@ -101,6 +101,6 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_held_out_losses_are_drawn_too(tmp_path):
-    step = StepMetrics(1, 2.0, 1e-3, 1.0, 9.0, {"books": 3.0})
+    step = StepMetrics(1, 2.0, 1e-3, 1.0, 9.0, validation={"books": 3.0})
     draw({"a": [step]}, tmp_path / "a.svg")
     assert "held out of books" in (tmp_path / "a.svg").read_text()
