@@ -210,7 +210,8 @@ def train(
     trainer = Trainer.start(run, ranks)
     if ranks.is_main and run.config.overwrite:
         delete_checkpoints(run.config.output)
-    results = []
+    losses: list[float] = []
+    validation: dict[str, float] = {}
     with ExitStack() as stack:
         stack.callback(trainer.meter.close)
         if end is not None:
@@ -220,10 +221,9 @@ def train(
         if ranks.is_main:
             watch.say(describe(run, ranks, trainer.engine.model))
         for result in trainer.rest(stop):
-            results.append(result)
+            losses.append(result.loss)
+            validation = result.validation or {}
             watch.step(result)
-    validation = results[-1].validation or {}
-    losses = [result.loss for result in results]
     done = trainer.steps_done
     checkpoint = checkpoint_path(run.config.output, done)
     if ranks.is_main and run.config.lora.merge and done == run.config.steps:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -54,6 +54,7 @@ class Watchdog:
         self._last = collectives.Last()
         self._left, self._alarm, self._all_said = threading.Event(), threading.Event(), threading.Event()
         self._said: dict[int, Where] = {}
+        self._store: Any = None
         self._why, self._heard = "", False
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._watch, self._talk)]
 
@@ -98,7 +99,11 @@ class Watchdog:
         said = dict(self._said)
         if not self._heard:
             return f"{self._why}: the store in which the ranks met does not answer; rank 0 holds it, or its launcher"
-        return verdict(self._why, said, self.ranks.size) if min(said) == self.ranks.rank else ""
+        own = self.ranks.rank
+        # Who was held up, and goes on now, finds that it has been told.
+        if min(said) != own or self._store.compare_set("told by", "", str(own)).decode() != str(own):
+            return ""
+        return verdict(self._why, said, self.ranks.size)
 
     def _where(self) -> Where:
         return Where(self._begun, self._work, self._last.count, self._last.name)
@@ -107,7 +112,7 @@ class Watchdog:
         """Hear of an alarm, or tell of it; then tell where this rank is, and read where the others are."""
         self._said[self.ranks.rank] = self._where()
         try:
-            store = common_store("watchdog").clone()  # type: ignore[attr-defined]  # the main thread may be in another
+            self._store = store = common_store("watchdog").clone()  # type: ignore[attr-defined]  # the main thread may be in another
             while not self._alarm.is_set() and not store.check(["why"]):
                 if self._left.wait(self._pause):
                     return
