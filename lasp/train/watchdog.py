@@ -99,11 +99,15 @@ class Watchdog:
         said = dict(self._said)
         if not self._heard:
             return f"{self._why}: the store in which the ranks met does not answer; rank 0 holds it, or its launcher"
-        own = self.ranks.rank
-        # Who was held up, and goes on now, finds that it has been told.
-        if min(said) != own or self._store.compare_set("told by", "", str(own)).decode() != str(own):
-            return ""
-        return verdict(self._why, said, self.ranks.size)
+        return verdict(self._why, said, self.ranks.size) if min(said) == self.ranks.rank and self._tells() else ""
+
+    def _tells(self) -> bool:
+        """Whether it is for this rank to tell: one that was held up, and goes on now, finds that another one has."""
+        own = str(self.ranks.rank)
+        try:
+            return bool(self._store.compare_set("told by", "", own).decode() == own)
+        except RuntimeError:
+            return True  # the store has gone with the rank that held it
 
     def _where(self) -> Where:
         return Where(self._begun, self._work, self._last.count, self._last.name)
@@ -112,7 +116,8 @@ class Watchdog:
         """Hear of an alarm, or tell of it; then tell where this rank is, and read where the others are."""
         self._said[self.ranks.rank] = self._where()
         try:
-            self._store = store = common_store("watchdog").clone()  # type: ignore[attr-defined]  # the main thread may be in another
+            # A store of its own: the main thread may be in another.
+            self._store = store = common_store("watchdog").clone()  # type: ignore[attr-defined]
             while not self._alarm.is_set() and not store.check(["why"]):
                 if self._left.wait(self._pause):
                     return
