@@ -134,7 +134,7 @@ def _policies(reduce_dtype: torch.dtype | None, reshard: bool, offload: bool) ->
 
     return {
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
-        "reshard_after_forward": reshard,
+        "reshard_after_forward": None if reshard else False,  # None: what lies outside the layers stays gathered
         "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy(),
     }
 

@@ -102,7 +102,7 @@ def groups(engine: str, request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("own_groups")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), *ENGINES[1:]])
 @pytest.mark.usefixtures("groups")
 def test_the_curve_is_that_of_one_process_also_after_a_resume(config, once, subgroups, engine):
     compare_with_one_process(replace(config, engine=engine), once, subgroups)

@@ -95,6 +95,7 @@ def test_bench_convergence_says_why_a_run_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_bench_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     emulated = [] if lacking() else ["--emulate", "rate=1gbit"]
     file, plot = tmp_path / "figures.json", tmp_path / "scans.png"
