@@ -192,7 +192,9 @@ class Trainer:
     def _compare_replicas(self) -> None:
         """StepError, on every rank, where the ranks hold other values of what they should hold alike."""
         replicas = self.ranks.sequence.replicas
-        if told := find_difference(replicas, replicated(self.engine.model, replicas)):
+        told = find_difference(replicas, replicated(self.engine.model, replicas))
+        if self.ranks.any(bool(told)):  # those of another tp index hold other parameters
+            told = told or "ranks of another tp index say which"
             raise StepError(f"after step {self.steps_done} the ranks hold other models: {told}")
 
     def _due(self, every: int) -> bool:
