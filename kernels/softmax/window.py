@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from lasp.kernels.chunks import ceil_div
 from lasp.kernels.precision import compute_dtype, exact
 
 CHUNK = (16, 128)  # the least and the most queries of a chunk; between these as many as the window has tokens
@@ -139,7 +140,7 @@ class _Chunked:
 
     def _scores(self, q: Tensor, k: Tensor, sight: Sight) -> Tensor:
         """[B, Hk, chunks, Hq / Hk, c, c + w - 1], -inf where a query does not see a key."""
-        chunks, heads = max(-(-q.shape[1] // self.size), 1), k.shape[2]
+        chunks, heads = max(ceil_div(q.shape[1], self.size), 1), k.shape[2]
         products = self._queries(q, heads, chunks) @ self._keys(k, chunks).mT
         scores = products.unflatten(3, (-1, self.size)).mul_(self.scale)
         row = torch.arange(self.size, device=q.device)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.functional import selective_scan
+from lasp.kernels.chunks import ceil_div
 from lasp.layers.context import Context
 from lasp.layers.mamba2 import inverse_softplus
 from lasp.layers.recurrent import RecurrentMixer
@@ -41,7 +42,7 @@ class Mamba(RecurrentMixer):
         self.k_proj = nn.Linear(channels, state_size, bias=False)
         self.short_conv = self._new_conv()
         self.dt_proj = nn.Sequential(
-            nn.Linear(channels, -(-hidden // 16), bias=False), nn.Linear(-(-hidden // 16), channels, bias=False)
+            nn.Linear(channels, ceil_div(hidden, 16), bias=False), nn.Linear(ceil_div(hidden, 16), channels, bias=False)
         )
         self.dt_bias = nn.Parameter(inverse_softplus(torch.logspace(-3, -1, channels)))
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(channels, 1))

@@ -25,7 +25,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{type(target).__name__} is no model of transformers or peft: it has no save_pretrained")
     world = join_world() if dist.is_initialized() else None
     main, error = world is None or world.rank == 0, None
-    whole = {name: _whole(value, main) for name, value in tensors_of(target).items()}
+    whole = {name: to_cpu(value, main) for name, value in tensors_of(target).items()}
     if main:
         try:
             target.save_pretrained(folder, state_dict=whole)
@@ -47,8 +47,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if first[id(value)] == name}
 
 
-@torch.no_grad()
-def _whole(value: Any, main: bool) -> Tensor:
-    """All of a tensor, on the CPU of the main rank."""
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole.detach().cpu() if main else torch.empty(0)
+def to_cpu(value: Tensor, main: bool) -> Tensor:
+    """The whole of a tensor, which all ranks may have to put together, on the CPU of the main rank."""
+    whole: Any = value.detach()
+    whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # DTensor takes a while to import
+    return whole.cpu() if main else torch.empty(0)

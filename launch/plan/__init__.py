@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from lasp.launch.bench.options import at_least
 from lasp.launch.cli import Parser
 from lasp.launch.outcome import Outcome
 from lasp.launch.plan import report
@@ -43,6 +44,8 @@ def _plan(argv: list[str]) -> int:
         print(published.report())
         return 0
     options = _parser().parse_args(argv)
+    if options.price is not None and not 0 <= options.price < float("inf"):
+        raise ValueError(f"--price must not be negative, got {options.price}")
     job = Job(options.seq, options.tokens_per_step, options.nodes, options.gpus)
     machine = Machine.named(options.gpu)
     model, fields, files = read_model(options.model)
@@ -139,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
                                  ("levers", "none", LEVERS)):  # fmt: skip
         parser.add_argument(f"--{name}", default=default, help=f"some of {', '.join(known)}, or choose")
     parser.add_argument("--price", type=float, help="of a chip and an hour")
-    parser.add_argument("--top", type=int, default=10, help="lines of the table")
+    parser.add_argument("--top", type=at_least(1), default=10, help="lines of the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all candidates there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the longest sequence against ranks")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the best one's step as a Chrome trace")

@@ -155,6 +155,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (["--gpu", "v100"], "--gpu must be a100, h100, h200, b200, cpu or a file, got 'v100'"),
     (["--scan", "best"], "unknown best; choose from"),
     (["--tokens-per-step", "100"], "must be a multiple of --seq"),
+    (["--price", "-3"], "--price must not be negative, got -3.0"),
+    (["--top", "0"], "argument --top: must be a whole number of at least 1, got '0'"),
     (["--model", "nothing"], "'nothing': no model type of transformers, and no folder"),
 ])  # fmt: skip
 def test_what_is_refused(change: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

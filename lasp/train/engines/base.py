@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lasp.parallel.gradients import clip_grad_norm_
 from lasp.parallel.parameters import local_part
@@ -105,10 +104,3 @@ class TorchEngine:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
         self._step(lr=0.0)
-
-
-def to_cpu(value: Tensor, main: bool) -> Tensor:
-    """The whole of a tensor, which all ranks may have to put together, on the CPU of the main rank."""
-    whole: Tensor = value.detach()
-    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-    return whole.cpu() if main else torch.empty(0)

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.train.config import TrainConfig
-from lasp.train.engines.base import to_cpu
 from lasp.train.engines.engine import Batch, State, autocast
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
-from lasp.wrap.saving import tensors_of
+from lasp.wrap.saving import tensors_of, to_cpu
 
 
 def check_deepspeed() -> None:
