@@ -3,7 +3,8 @@
 The link file, which `lasp.parallel.wires.Wires.read` understands, holds one link per level that was measured: "node",
 between ranks of one machine, and "network", between machines.
 
-    {"links": {"node": {"latency": 3.1e-05, "bandwidth": 1.2e+09, "hop": 6e-06}, "network": {...}},
+    {"links": {"node": {"latency": 3.1e-05, "bandwidth": 1.2e+09, "hop": 6e-06, "share": 0.9, "gap": 3e-05},
+               "network": {...}},
      "torch": "2.13.0", "date": "...", "device": "cpu", "hosts": ["gpu1", "gpu2"]}
 
 Each is a `Wire`, as `probe.py` measures it of two ranks that both send.

@@ -75,7 +75,7 @@ def _round_seconds(parcels: Round, size: int, wires: Wires, node_size: int | Non
         for parcel in parcels:
             loads[parcel.source] += parcel.bytes
         ring = [wires.between(rank, (rank + 1) % size, node_size) for rank in range(size)]
-        return (size - 1) * max(wire.hop + max(loads.values()) / wire.bandwidth for wire in ring)
+        return (size - 1) * max(wire.hop + max(loads.values()) / (wire.share * wire.bandwidth) for wire in ring)
     latencies: dict[int, float] = defaultdict(float)
     for source, target, length in parcels:
         wire = wires.between(source, target, node_size)

@@ -7,8 +7,8 @@
 
 Messages that a rank sends to several others at a time share its port, as TCP's do; where nodes have a card, those that
 leave a node share its card, and so do those that enter one. Each arrives a latency behind its last byte (Hockney's
-alpha-beta, 1994, with ports), and of a latency the share that is Python's keeps the port, as the overhead of LogP does
-(Culler and others, 1993). Messages between two ranks go one after the other.
+alpha-beta, 1994, with ports). Messages between two ranks go one after the other, with a wire's overhead between them,
+as the gap of LogGP has it (Alexandrov and others, 1995).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Traffic:
         self._number = count()
         self._events: list[tuple[float, int, Call]] = []
         self._lines: dict[tuple[int, int], deque[_Flow]] = defaultdict(deque)
+        self._rested: dict[tuple[int, int], float] = defaultdict(float)  # when a line's next message may begin
         self._sharing: dict[Any, list[_Flow]] = defaultdict(list)  # by port or card: who is under way through it
 
     def after(self, seconds: float, call: Call) -> None:
@@ -46,13 +47,11 @@ class Traffic:
     def send(self, source: int, target: int, size: float, arrived: Call) -> None:
         """Send so many bytes, behind those on their way from the same rank to the same; call when they arrive."""
         wire = self.wires.between(source, target, self.node_size)
-        flow = _Flow(
-            wire, wire.overhead + size / wire.bandwidth, arrived, (source, target), self._shared(source, target)
-        )
-        line = self._lines[source, target]
+        flow = _Flow(wire, size / wire.bandwidth, arrived, (source, target), self._shared(source, target))
+        line = self._lines[flow.ends]
         line.append(flow)
         if len(line) == 1:
-            self._begin(flow)
+            self._follow(flow)
 
     def run(self) -> float:
         """Seconds until the last event."""
@@ -66,6 +65,14 @@ class Traffic:
             return (source,)
         return source, ("out", source // self.node_size), ("in", target // self.node_size)
 
+    def _follow(self, flow: _Flow) -> None:
+        """Begin the first of a line, an overhead behind the one before."""
+        rest = self._rested[flow.ends] - self.now
+        if rest > 0:
+            self.after(rest, partial(self._begin, flow))
+        else:
+            self._begin(flow)
+
     def _begin(self, flow: _Flow) -> None:
         flow.since = self.now
         for key in flow.shared:
@@ -78,11 +85,12 @@ class Traffic:
         for key in flow.shared:
             self._sharing[key].remove(flow)
         self._share(flow.shared)
-        self.after(flow.wire.latency - flow.wire.overhead, flow.arrived)
+        self.after(flow.wire.latency, flow.arrived)
+        self._rested[flow.ends] = self.now + flow.wire.overhead
         line = self._lines[flow.ends]
         line.popleft()
         if line:
-            self._begin(line[0])
+            self._follow(line[0])
 
     def _share(self, keys: tuple[Any, ...]) -> None:
         """Deal out anew what passes through these."""

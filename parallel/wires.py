@@ -12,20 +12,25 @@ class Wire(NamedTuple):
 
     latency: seconds of the shortest message between two ranks, from and to Python. bandwidth: bytes per second and
     direction of a long one. hop: seconds that a collective of short messages takes for each further rank: without
-    Python between them, a fifth of the latency where nobody has measured it.
+    Python between them, a fifth of the latency where nobody has measured it. share: of the bandwidth, what a collective
+    reaches, with what its ranks do to put to use what has come. gap: seconds between the ends of short messages that
+    follow one another while all ranks do so; None where nobody has measured it.
     """
 
     latency: float
     bandwidth: float
     hop: float
+    share: float = 1.0
+    gap: float | None = None
 
     def __str__(self) -> str:
         return f"{self.latency * 1e6:.0f} us, {self.bandwidth / 1e9:.2f} GB/s"
 
     @property
     def overhead(self) -> float:
-        """Seconds of a message's latency that are Python's: messages of a rank take them one after the other."""
-        return max(self.latency - self.hop, 0.0)
+        """Seconds that a message keeps the next one waiting beside its bytes: the gap, or what Python has of the
+        latency, which is what a collective does without."""
+        return max(self.latency - self.hop, 0.0) if self.gap is None else self.gap
 
 
 class Wires(NamedTuple):
@@ -63,7 +68,9 @@ PROCESSES = Wires(Wire(300e-6, 1e9, 60e-6), Wire(400e-6, 1.25e9, 100e-6))
 
 def _wire(told: dict[str, float]) -> Wire:
     latency, bandwidth = float(told["latency"]), float(told["bandwidth"])
-    wire = Wire(latency, bandwidth, float(told.get("hop", latency / 5)))
-    if min(wire) <= 0:
-        raise ValueError(f"latency, bandwidth and hop must be positive, got {tuple(wire)}")
+    gap = told.get("gap")
+    share, gap = float(told.get("share", 1.0)), None if gap is None else float(gap)
+    wire = Wire(latency, bandwidth, float(told.get("hop", latency / 5)), share, gap)
+    if wrong := [f"{name} = {value}" for name, value in wire._asdict().items() if value is not None and not value > 0]:
+        raise ValueError(f"figures of a wire must be positive, got {', '.join(wrong)}")
     return wire

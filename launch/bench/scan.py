@@ -85,9 +85,10 @@ def show(figures: dict[str, Any]) -> None:
     print(markdown(headings, rows))
     _show_layers(figures)
     for wired in figures["networks"]:
-        latency, bandwidth, hop = wired["wire"]
+        latency, bandwidth, hop, share, gap = wired["wire"]
         told = (
-            f"{1e6 * latency:.0f} us, in a collective {1e6 * hop:.0f} us, and {8 * bandwidth / 1e6:.0f} Mbit/s a rank"
+            f"{1e6 * latency:.0f} us, behind one another {1e6 * gap:.0f} us, in a collective {1e6 * hop:.0f} us, "
+            f"and {8 * bandwidth / 1e6:.0f} Mbit/s a rank, of which a collective reaches {100 * share:.0f} %"
         )
         print(f"\n{wired['network']}: measured {told}", end="")
     print(f"\n\nOf exchanges alone, {sum(near)} of {len(near)} predictions within {100 * NEAR:.0f} %; ", end="")

@@ -70,17 +70,17 @@ def test_what_is_measured_of_ranks_on_several_machines():
 def test_a_slow_machine_is_told_and_the_link_file_has_the_middle(capsys, tmp_path):
     seen = [{**WELL, "host": host} for host in "abcd"]
     speeds = {1: 10e9, 2: 2e9, 3: 12e9}
-    measured = [(Pair("network", 0, rank), Wire(rank * 1e-6, speed, 4e-7)) for rank, speed in speeds.items()]
+    measured = [(Pair("network", 0, rank), Wire(rank * 1e-6, speed, 4e-7, 0.9, 1e-6)) for rank, speed in speeds.items()]
     assert doctor._tell(seen, measured) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[-4:] == ["a: well", "b: well", "c: network 2.00 GB/s, elsewhere 10.00", "d: well"]
     assert "network   2 us, 2.00 GB/s, ranks 0 and 2 of a and c" in said
     write_links(tmp_path / "links.json", by_level(measured), "cuda", list("aabcd"))
     told = json.loads((tmp_path / "links.json").read_text())
-    assert told["links"] == {"network": {"latency": 2e-6, "bandwidth": 10e9, "hop": 4e-7}}
+    assert told["links"] == {"network": {"latency": 2e-6, "bandwidth": 10e9, "hop": 4e-7, "share": 0.9, "gap": 1e-6}}
     assert (told["device"], told["hosts"]) == ("cuda", ["a", "b", "c", "d"])
     assert {"torch", "date"} <= told.keys()
-    assert Wires.read(tmp_path / "links.json") == Wires(*[Wire(2e-6, 10e9, 4e-7)] * 2)
+    assert Wires.read(tmp_path / "links.json") == Wires(*[Wire(2e-6, 10e9, 4e-7, 0.9, 1e-6)] * 2)
 
 
 @pytest.fixture
@@ -132,6 +132,8 @@ def test_two_ranks_measure_their_link(capfd, tmp_path):
     assert 1e-7 < link["latency"] < 0.1
     assert 1e6 < link["bandwidth"] < 1e12
     assert 0 < link["hop"] < 0.1
+    assert 0 < link["share"] <= 1
+    assert 0 < link["gap"] < 0.1
     assert Wires.read(file).node == Wire(**link), "what the cost model reads"
 
 

@@ -35,6 +35,13 @@ def test_formulas(ranks: int) -> None:
     assert cost(Ring(), ranks) == (ranks - 1) * (a + state)
     for blocks in (2, 4):
         assert cost(Pipeline(blocks), ranks) == (ranks - 1) * (a + state / blocks) + (blocks - 1) * state / blocks
+    resting = SLOW._replace(gap=3.0, share=0.5)
+    wires = Wires(resting, resting)
+    assert cost(Gather(), ranks, wires=wires) == (ranks - 1) * (a + 2 * whole)
+    assert cost(Ring(), ranks, wires=wires) == cost(Ring(), ranks), "no message follows another"
+    for blocks in (2, 4):
+        more = (blocks - 1) * (state / blocks + 3)
+        assert cost(Pipeline(blocks), ranks, wires=wires) == (ranks - 1) * (a + state / blocks) + more
     # The first rank sends to 1, 2, 4, ... at once: they share its port, and who is told by them waits for that.
     steps = ranks.bit_length() - 1
     assert steps * (a + state) <= cost(Doubling(), ranks) <= steps * (a + steps * whole)
@@ -110,8 +117,10 @@ def test_a_file(tmp_path: Path) -> None:
     assert Wires.read(file) == Wires(*[Wire(1e-4, 2e9, 2e-5)] * 2)
     file.write_text(json.dumps({"links": {"node": node, "network": {**node, "hop": 1e-5}}}), encoding="utf-8")
     assert Wires.read(file).network == Wire(1e-4, 2e9, 1e-5)
-    for latency in ("slow", 0, None):
-        file.write_text(json.dumps({"links": {"node": {**node, "latency": latency}}}), encoding="utf-8")
+    file.write_text(json.dumps({"links": {"node": {**node, "gap": 3e-4, "share": 0.5}}}), encoding="utf-8")
+    assert Wires.read(file).node.overhead == 3e-4, "what was measured"
+    for wrong in ({"latency": "slow"}, {"latency": 0}, {"latency": None}, {"gap": -1}, {"share": 0}):
+        file.write_text(json.dumps({"links": {"node": {**node, **wrong}}}), encoding="utf-8")
         with pytest.raises(ValueError, match=r"links\.json' is no file of `lasp doctor --probe`"):
             Wires.read(file)
     with pytest.raises(ValueError, match=r"none\.json' is no file of"):
