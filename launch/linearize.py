@@ -8,7 +8,6 @@ report: the error of every layer, and perplexities of what is held out, before a
 command goes on where it was.
 """
 
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from lasp.launch.cli import SAVED, Parser
+from lasp.launch.linearize_report import Report
 from lasp.launch.lock import locked
 from lasp.launch.outcome import Failure
 from lasp.launch.place import run_command
@@ -90,7 +90,7 @@ def _read(arguments: list[str]) -> Namespace:
     parser.add_argument("--held-out", type=float, default=0.05, help="share of the documents that is measured")
     parser.add_argument("--held-out-sequences", type=int, help="at most so many sequences of it")
     parser.add_argument("--transfer-steps", type=int, default=200, help="of the first stage")
-    parser.add_argument("--transfer-lr", type=float, default=1e-2)
+    parser.add_argument("--transfer-lr", type=float, default=3e-2)
     parser.add_argument("--steps", type=int, default=200, help="of the second stage; 0 leaves it out")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
@@ -156,7 +156,8 @@ def _linearize(options: Namespace) -> int:
     config, output, stop = _first_stage(options), Path(options.output), Stop()
     ranks = Ranks.join(config)
     run = Run.prepare_together(config, ranks.everyone)
-    report = ranks.together(lambda: _open_report(options))
+    asked = {name: value for name, value in vars(options).items() if name not in _FREE}
+    report = ranks.together(lambda: Report.open(output, asked))
     with stop.listening():
         try:
             finished = _transferred(run, ranks, options, report, stop) and _trained(ranks, options, report, stop)
@@ -169,31 +170,29 @@ def _linearize(options: Namespace) -> int:
             print("lasp: told to stop, saved: the same command goes on", file=sys.stderr, flush=True)
         return SAVED
     if main:
-        _tell(report, output)
+        report.tell()
     return 0
 
 
-def _transferred(run: Run, ranks: Ranks, options: Namespace, report: dict[str, Any], stop: Stop) -> bool:
+def _transferred(run: Run, ranks: Ranks, options: Namespace, report: Report, stop: Stop) -> bool:
     """The first stage, whose model is written into a folder of its own; whether it came to its end."""
     output = Path(options.output)
-    if "transferred" in report:
+    if "transferred" in report.found:
         return True
     model = ranks.together(lambda: _converted(options))
     model = parallelize(model.to(ranks.device), ranks.sequence)
-    if "converted" not in report:
+    if "converted" not in report.found:
         before = measure(model, run, ranks)
-        report |= {"teacher": before.teacher, "converted": before.loss, "errors before": before.errors}
-        _write(report, output, ranks)
+        report.note(ranks, {"teacher": before.teacher, "converted": before.loss, "errors before": before.errors})
     steps = options.transfer_steps if METHODS[options.method].trained else 0
     tell = print if ranks.is_main else (lambda _: None)
     if steps and not transfer(model, run, ranks, run.config.optimizer, output / "transfer.pt", stop, tell):
         return False
     after = measure(model, run, ranks)
-    report |= {"transferred": after.loss, "errors after": after.errors}
     if ranks.is_main:
         unparallelize(model).save_pretrained(output / TRANSFERRED)
         run.tokenizer.save(output / TRANSFERRED)
-    _write(report, output, ranks)
+    report.note(ranks, {"transferred": after.loss, "errors after": after.errors})
     return True
 
 
@@ -206,10 +205,10 @@ def _converted(options: Namespace) -> Any:
     return linearize(read(options.model, dtype="float32"), options.method, layers=layers, window=options.window)
 
 
-def _trained(ranks: Ranks, options: Namespace, report: dict[str, Any], stop: Stop) -> bool:
+def _trained(ranks: Ranks, options: Namespace, report: Report, stop: Stop) -> bool:
     """The second stage; whether it came to its end. The model with its adapters merged is written."""
     output = Path(options.output)
-    if options.steps and "trained" not in report:
+    if options.steps and "trained" not in report.found:
         config = _second_stage(options)
         steps = [checkpoint_step(path) for path in list_checkpoints(checkpoint_folder(config.output))]
         if max(steps, default=0) < options.steps:
@@ -218,8 +217,7 @@ def _trained(ranks: Ranks, options: Namespace, report: dict[str, Any], stop: Sto
                 return False
         ranks.barrier()
         held = read_metrics(output / "adapters" / "metrics.jsonl")[-1].validation or {}
-        report["trained"] = sum(held.values()) / len(held)
-        _write(report, output, ranks)
+        report.note(ranks, {"trained": sum(held.values()) / len(held)})
     if ranks.is_main and not (output / "model").exists():
         _merge(output, options.steps)
     ranks.barrier()
@@ -238,61 +236,6 @@ def _merge(output: Path, steps: int) -> None:
     model.save_pretrained(output / "model")
     for file in (output / TRANSFERRED).glob("*token*"):
         (output / "model" / file.name).write_bytes(file.read_bytes())
-
-
-# The report ---------------------------------------------------------------------------------------------------------
-
-
-def _open_report(options: Namespace) -> dict[str, Any]:
-    """What is known so far. ValueError where another command has begun it."""
-    path = Path(options.output) / "report.json"
-    asked = {name: value for name, value in vars(options).items() if name not in _FREE}
-    if not path.exists():
-        return {"asked": asked}
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(name for name in asked if report["asked"].get(name) != asked[name])
-    if changed:
-        told = ", ".join(f"{name} was {report['asked'].get(name)!r}" for name in changed)
-        raise ValueError(f"{str(path)!r} is of another linearisation: {told}; choose another output")
-    return report
-
-
-def _write(report: dict[str, Any], output: Path, ranks: Ranks) -> None:
-    if ranks.is_main:
-        partial = output / ".report.json"
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        partial.replace(output / "report.json")
-        _draw(report, output / "report.png")
-    ranks.barrier()
-
-
-def _tell(report: dict[str, Any], output: Path) -> None:
-    for stage in ("teacher", "converted", "transferred", "trained"):
-        if stage in report:
-            print(f"{stage:12}perplexity {math.exp(report[stage]):.3f} (loss {report[stage]:.4f})")
-    cost = report["converted"] - report["teacher"]
-    last = report.get("trained", report["transferred"])
-    if cost > 0:
-        print(f"{'recovered':12}{(report['converted'] - last) / cost:.1%} of what the conversion cost")
-    print(f"report      {output / 'report.json'}\nplot        {output / 'report.png'}\nmodel       {output / 'model'}")
-
-
-def _draw(report: dict[str, Any], picture: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    layers, losses = figure.subplots(1, 2)
-    for name, marker in (("errors before", "o"), ("errors after", "s")):
-        if found := report.get(name):
-            layers.plot(list(map(int, found)), list(found.values()), marker=marker, label=name)
-    layers.set(xlabel="layer", ylabel="squared error / square of the output", yscale="log")
-    layers.legend()
-    stages = [stage for stage in ("teacher", "converted", "transferred", "trained") if stage in report]
-    losses.bar(stages, [math.exp(report[stage]) for stage in stages])
-    losses.set(ylabel="perplexity of what is held out")
-    figure.savefig(picture, dpi=120)
 
 
 if __name__ == "__main__":

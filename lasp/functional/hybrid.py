@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lasp.functional.checks import check_beside, check_documents, check_heads, check_tokens, ranks_of
+from lasp.functional.checks import check_documents, check_tokens, ranks_of
+from lasp.functional.hybrid_arguments import HybridOptions, HybridState, check_hybrid, check_state
 from lasp.functional.linear import linear_attention
 from lasp.functional.recurrence import check_options, check_recurrence
-from lasp.kernels.arguments import check_flags, check_integer, check_tensors, told
+from lasp.kernels.arguments import check_flags, check_integer, check_tensors
 from lasp.kernels.backend import Backend, implementation
 from lasp.kernels.precision import compute_dtype, exact
 from lasp.kernels.softmax.mask import Mask
 from lasp.kernels.softmax.window import Sight, Windowed, window_attention
-from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -27,32 +27,6 @@ from lasp.parallel.layout import Plan
 from lasp.parallel.scan import Scan, ScanName
 from lasp.parallel.untraced import outside
 from lasp.parallel.work import count_attention
-
-
-class HybridState(NamedTuple):
-    """What `hybrid_attention` keeps of the tokens so far: of fixed size. w: the window."""
-
-    memory: Tensor  # [B, H, F, V + 1] in fp32 (fp64): of the tokens that have left the window; V + 1: the normaliser
-    k: Tensor  # [B, w, Hk, K], of the last w tokens, as the two below
-    v: Tensor  # [B, w, Hv, V]
-    phi_k: Tensor  # [B, w, Hf, F]
-    shown: Tensor  # [B, w] bool: False where there was no token, or a hidden one
-
-
-class HybridOptions(TypedDict, total=False):
-    """The keywords that do not change what is returned, for type checkers."""
-
-    window_factor: Tensor | None
-    relative: bool
-    scale: float | None
-    key_mask: Tensor | None
-    initial_state: HybridState | None
-    cu_seqlens: Tensor | Sequence[int] | None
-    group: SequenceGroup | None
-    cut: Cut | None
-    scan: ScanName | Scan
-    backend: Backend
-    chunk_size: int | None
 
 
 @overload
@@ -144,10 +118,10 @@ def hybrid_attention(
         check_tokens(q, k, v)
         bounds = check_documents(q, cu_seqlens, cut)
         ranks = ranks_of(group, cut)
-        _check_state((q, k, v), features, window, initial_state, output_final_state, ranks > 1 or bounds is not None)
+        check_state((q, k, v), features, window, initial_state, output_final_state, ranks > 1 or bounds is not None)
         options = check_options(scale, scan, chunk_size, cut.group if cut else group)
         options |= {"window": window, "relative": relative, "final_state": output_final_state}
-        fields = _check_hybrid((q, k, v), features, window_factor, key_mask, options)
+        fields = check_hybrid((q, k, v), features, window_factor, key_mask, options)
         linear = _linear_inputs(features, v)
         memory = None if initial_state is None else initial_state.memory
         fields |= check_recurrence(linear, None, None, memory, bounds, options, ranks).fields
@@ -279,88 +253,3 @@ def _linear_inputs(features: tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, 
     dtype = compute_dtype(v)
     phi_q, phi_k = (x.to(dtype) for x in features)
     return phi_q, phi_k, v.new_empty((), dtype=dtype).expand(*v.shape[:3], v.shape[3] + 1)
-
-
-# Checks -------------------------------------------------------------------------------------------------------------
-
-
-def _check_hybrid(
-    tokens: tuple[Tensor, Tensor, Tensor],
-    features: tuple[Tensor, Tensor],
-    factor: Tensor | None,
-    key_mask: Tensor | None,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """Returns what all ranks must share beside what the linear part's check returns."""
-    q, k, v = tokens
-    check_features(features, q)
-    heads = {"q": q, "k": k, "v": v, "phi_q": features[0], "phi_k": features[1]}
-    counts = {name: x.shape[2] for name, x in heads.items()}
-    check_heads(counts)
-    _check_factor(factor, max(counts.values()), q)
-    if key_mask is not None and (key_mask.shape != q.shape[:2] or key_mask.dtype != torch.bool):
-        raise ValueError(f"key_mask must be bool {list(q.shape[:2])}, got {key_mask.dtype} {list(key_mask.shape)}")
-    if key_mask is not None and key_mask.device != q.device:
-        raise ValueError(f"key_mask must be on the device of q, {q.device}, got {key_mask.device}")
-    return {
-        "window": options["window"],
-        "relative": options["relative"],
-        "scale of the scores": q.shape[3] ** -0.5 if options["scale"] is None else options["scale"],
-        "all heads": counts,
-        "key dim": q.shape[3],
-        "dtypes": [str(x.dtype) for x in (v, features[1])],
-        "window_factor": factor is not None,
-        "key_mask": key_mask is not None,
-    }
-
-
-def check_features(features: tuple[Tensor, Tensor], q: Tensor) -> None:
-    """Raises ValueError for what are no features of the tokens of q."""
-    for name, x in zip(("phi_q", "phi_k"), features, strict=True):
-        check_beside(name, x, q)
-        if x.dim() != 4 or x.shape[:2] != q.shape[:2] or min(x.shape[2:]) < 1:
-            raise ValueError(
-                f"{name} must be [B, T, heads, features] and share batch and tokens with q {list(q.shape)}, "
-                f"got {list(x.shape)}"
-            )
-    if features[0].shape[3] != features[1].shape[3]:
-        raise ValueError(
-            f"phi_q and phi_k must share their last dim, got {list(features[0].shape)} and {list(features[1].shape)}"
-        )
-
-
-def _check_factor(factor: Tensor | None, heads: int, q: Tensor) -> None:
-    check_tensors(("window_factor",), window_factor=factor)
-    if factor is None:
-        return
-    check_beside("window_factor", factor, q)
-    if list(factor.shape) != [heads]:
-        raise ValueError(f"window_factor must be [H] = [{heads}], got {list(factor.shape)}")
-    if may_look_at(factor):
-        check_values(factor > 0, lambda: f"window_factor must be positive, got a minimum of {factor.min().item()}")
-
-
-def _check_state(
-    tokens: tuple[Tensor, Tensor, Tensor],
-    features: tuple[Tensor, Tensor],
-    window: int,
-    state: Any,
-    final: bool,
-    apart: bool,
-) -> None:
-    """apart: the sequence has documents, or other ranks hold a part of it."""
-    if apart and (state is not None or final):
-        raise ValueError("hybrid_attention keeps a state of one text on one device: not with cu_seqlens or over ranks")
-    if state is None:
-        return
-    if not isinstance(state, HybridState):
-        raise ValueError(f"initial_state must be a HybridState, got {told(state)}")
-    _, k, v = tokens
-    for name, x, like in (("k", state.k, k), ("v", state.v, v), ("phi_k", state.phi_k, features[1])):
-        if list(x.shape) != [like.shape[0], window, *like.shape[2:]] or x.device != like.device:
-            raise ValueError(
-                f"initial_state.{name} must be {[like.shape[0], window, *like.shape[2:]]} on {like.device}, "
-                f"got {list(x.shape)} on {x.device}"
-            )
-    if list(state.shown.shape) != [k.shape[0], window]:
-        raise ValueError(f"initial_state.shown must be {[k.shape[0], window]}, got {list(state.shown.shape)}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.functional import hybrid_attention, linear_attention, softmax_attention
-from lasp.functional.hybrid import HybridState
+from lasp.functional.hybrid_arguments import HybridState
 from lasp.kernels.arguments import check_integer
 from lasp.kernels.precision import compute_dtype
 from lasp.layers.features import Hedgehog

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lasp
-from lasp.functional.hybrid import HybridState
+from lasp.functional.hybrid_arguments import HybridState
 from lasp.kernels import reference
 from lasp.kernels.softmax import window as kernel
 from lasp.parallel.cut import even_lengths
