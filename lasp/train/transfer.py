@@ -22,6 +22,10 @@ from lasp.train.optimizer import learning_rate
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 
+FAST = {"window_logit": 10.0}
+"""How many times the learning rate of feature maps, whose entries move by tenths, parameters have that move by units:
+at one rate the window would count a tenth of what it should long after the maps have learned."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -69,12 +73,12 @@ def transfer(
         parameter.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    adam = torch.optim.AdamW(trained.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=0.0)
+    adam = torch.optim.AdamW(_groups(trained), lr=optimizer.lr, betas=optimizer.betas, weight_decay=0.0)
     done, config, source = _load(state, trained, adam), run.config, run.open_source(ranks)
     model.eval()
     while done < config.steps:
         for group in adam.param_groups:
-            group["lr"] = learning_rate(done, config.steps, optimizer)
+            group["lr"] = group["times"] * learning_rate(done, config.steps, optimizer)
         loss = _step(model, ranks, source.read(done))
         sync_gradients(model, ranks.sequence)
         adam.step()
@@ -88,6 +92,14 @@ def transfer(
         if stopped and done < config.steps:
             return False
     return True
+
+
+def _groups(trained: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Parameters by how many times the learning rate they have."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(FAST.get(name.rpartition(".")[2], 1.0), []).append(parameter)
+    return [{"params": own, "times": times} for times, own in sorted(groups.items())]
 
 
 def _step(model: Any, ranks: Ranks, batches: list[Any]) -> Tensor:
