@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +21,7 @@ import torch
 from lasp.launch.bench import scan_rank
 from lasp.launch.bench.layers import OPERATIONS, SEEN
 from lasp.launch.bench.options import at_least, network_rate
+from lasp.launch.bench.ranks import Start, run
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
 from lasp.launch.network import Network, bits_per_second, network
@@ -141,11 +139,7 @@ def _run(told: dict[str, Any], rate: str | None) -> dict[str, Any]:
     emulated = nullcontext() if rate is None else network(told["ranks"], bits_per_second(rate))
     with tempfile.TemporaryDirectory() as folder, emulated as wired:
         shared = json.dumps(told | {"store": f"file://{folder}/store"})
-        ranks = [_start(shared, rank, wired) for rank in range(told["ranks"])]
-        outputs = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"the ranks ended with {[rank.returncode for rank in ranks]}")
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+        found = run(scan_rank.__file__, [_start(shared, rank, wired) for rank in range(told["ranks"])])
     layers = [_slowest(rows) for rows in zip(*(rank["layers"] for rank in found), strict=True)]
     return {"network": "loopback" if rate is None else rate.removeprefix("rate="), **found[0], "layers": layers}
 
@@ -155,9 +149,8 @@ def _slowest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return rows[0] | {name: max(row[name] for row in rows) for name in (*SEEN, "received")}
 
 
-def _start(shared: str, rank: int, wired: Network | None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", scan_rank.__file__, str(rank), shared]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if wired is not None:
-        command, environment = [*wired.command(rank), *command], environment | wired.environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+def _start(shared: str, rank: int, wired: Network | None) -> Start:
+    start = Start([str(rank), shared], {"OMP_NUM_THREADS": "1"})
+    if wired is None:
+        return start
+    return start._replace(environment={**start.environment, **wired.environment}, within=wired.command(rank))

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import torch
 
 from lasp.launch.bench import step_rank
+from lasp.launch.bench.ranks import Start, run
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
 
@@ -72,18 +70,5 @@ def _run(tree: Path, told: dict[str, Any]) -> dict[str, Any]:
     threads = max(1, torch.get_num_threads() // told["ranks"])
     with tempfile.TemporaryDirectory() as folder:
         shared = told | {"store": f"file://{folder}/store", "threads": threads}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-P", step_rank.__file__, json.dumps(shared | {"rank": rank})],
-                env=os.environ | {"PYTHONPATH": str(tree)},
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(told["ranks"])
-        ]
-        outputs = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"ranks of {tree} ended with {[rank.returncode for rank in ranks]}")
-    found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
-    return found
+        arguments = ([json.dumps(shared | {"rank": rank})] for rank in range(told["ranks"]))
+        return run(step_rank.__file__, [Start(own, {"PYTHONPATH": str(tree)}) for own in arguments])[0]
