@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.precision import compute_dtype, exact
 
 Step = Callable[[Tensor], Tensor]

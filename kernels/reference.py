@@ -136,6 +136,41 @@ def dplr_delta_rule(
     return torch.stack(outputs, 1) if outputs else v[:, :0], torch.cat(finals)
 
 
+def routed_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    *,
+    memories: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` in each of M memories, over the tokens that are sent to it (MoM, arXiv:2502.13685).
+
+    k [B, T, M, H, K], v [B, T, M, H, V], beta, log_decay [B, T, M, H]; memories [B, T, n]; initial_state
+    [B or N, M·H, K, V]. Returns what each token reads of its memories [B, T, n, Hq, V] and the final states.
+    """
+    count, heads = k.shape[2:4]
+    output, finals = v.new_zeros(*memories.shape, q.shape[2], v.shape[4]), []
+    one = [(0, start, stop) for start, stop in pairwise(cu_seqlens or ())]
+    for n, (row, start, stop) in enumerate(one or [(row, 0, q.shape[1]) for row in range(q.shape[0])]):
+        states = []
+        for memory in range(count):
+            at, choice = (memories[row, start:stop] == memory).nonzero(as_tuple=True)
+            at = at + start
+            own = [x[row : row + 1, at, memory] for x in (k, v, beta, log_decay)]
+            of = slice(memory * heads, (memory + 1) * heads)
+            before = None if initial_state is None else initial_state[n : n + 1, of]
+            read, after = delta_rule(q[row : row + 1, at], *own, scale=scale, initial_state=before)
+            output = output.index_put((torch.full_like(at, row), at, choice), read[0])
+            states.append(after)
+        finals.append(torch.cat(states, 1))
+    return output, torch.cat(finals)
+
+
 def selective_scan(
     u: Tensor,
     step: Tensor,
@@ -187,6 +222,37 @@ def diagonal_state_space(
             outputs.append(2 * (weights * state).sum(-1).real)
         finals.append(state)
     return torch.stack(outputs, 1) if outputs else u[:, :0], torch.cat(finals)
+
+
+def slstm(
+    gates: Tensor,
+    recurrent: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`c_t = f c_{t-1} + i z`, `n_t = f n_{t-1} + i`, `h_t = o c_t / n_t` (xLSTM, arXiv:2405.04517, eq. 8 to 18).
+
+    gates [B, T, 4, H, D], of z, i, f and o; recurrent [4, H, D, D]; initial_state [B or N, H, D, 4]: h, c·exp(-m),
+    n·exp(-m) and m, which has no gradient. Returns the output [B, T, H, D] and the final states.
+    """
+    outputs, finals = [], []
+    for document, (start, stop) in enumerate(pairwise([0, gates.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        state = gates.new_zeros(gates.shape[0], *gates.shape[3:], 4)
+        if initial_state is not None:
+            state = initial_state if cu_seqlens is None else initial_state[document : document + 1]
+        h, c, n, m = state.unbind(-1)
+        m = m.detach()
+        c, n = c * m.exp(), n * m.exp()
+        m = m.masked_fill(n == 0, -torch.inf)
+        for t in range(start, stop):
+            z, i, f, o = (gates[:, t] + torch.einsum("bhd,ghde->bghe", h, recurrent)).unbind(1)
+            c, n = f.sigmoid() * c + i.exp() * z.tanh(), f.sigmoid() * n + i.exp()
+            m = torch.maximum(f.sigmoid().log() + m, i).detach()
+            h = o.sigmoid() * c / n
+            outputs.append(h)
+        finals.append(torch.stack([h, c * (-m).exp(), n * (-m).exp(), m], -1) if stop > start else state)
+    return torch.stack(outputs, 1) if outputs else gates[:, :0, 0], torch.cat(finals)
 
 
 def softmax_attention(
@@ -327,6 +393,31 @@ def logcumsumexp(
             outputs.append(before if exclusive else z)
         finals.append(z)
     return torch.stack(outputs, 1) if outputs else x[:, :0], torch.cat(finals)
+
+
+def running_maximum(
+    x: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`m_t = max(m_{t-1} + log_decay_t, x_t)` behind m_0 = initial_state [B or N, H]; x, log_decay [B, T, H].
+
+    Returns m_{t-1} and m_t [B, T, H], and the last m of each document [B or N, H]; -inf is the maximum of nothing.
+    """
+    before, after, finals = [], [], []
+    for n, (start, stop) in enumerate(pairwise([0, x.shape[1]] if cu_seqlens is None else cu_seqlens)):
+        m = x.new_full((x.shape[0], x.shape[2]), -torch.inf)
+        if initial_state is not None:
+            m = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+        for t in range(start, stop):
+            before.append(m)
+            m = torch.maximum(m + log_decay[:, t], x[:, t])
+            after.append(m)
+        finals.append(m)
+    last = torch.cat(finals)
+    return (torch.stack(before, 1), torch.stack(after, 1), last) if after else (x[:, :0], x[:, :0], last)
 
 
 def expand_decay(log_decay: Tensor | None, like: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn

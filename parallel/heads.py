@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lasp.kernels.once import once_differentiable
 from lasp.parallel import collectives
 from lasp.parallel.call import Turn
 from lasp.parallel.cut import Cut

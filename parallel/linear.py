@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.chain import Chain
 from lasp.kernels.inputs import Inputs
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.precision import exact
 from lasp.kernels.recurrence import Recurrence
 from lasp.kernels.segment import Segment

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.logcumsumexp import LogSum, ratio, running, suffix_sums
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.segment import Segment
 from lasp.parallel.call import Turn
 from lasp.parallel.exchange import enter_ends, enter_runs, exchange_of, given_back

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.precision import exact
 from lasp.kernels.recomputed import Recomputed, RecomputedChain
 from lasp.parallel import collectives

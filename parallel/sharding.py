@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.arguments import check_integer, check_tensors, told
 from lasp.kernels.documents import document_bounds
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.values import may_look_at
 from lasp.parallel import collectives
 from lasp.parallel.batch import CUT, complete, fingerprint, id_range, read_agreement, token_dim

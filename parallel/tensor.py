@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from lasp.kernels.once import once_differentiable
 from lasp.parallel import collectives
 
 

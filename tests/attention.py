@@ -61,8 +61,8 @@ def solve_attention(problem: AttentionProblem, attention: Callable[..., Tensor] 
 
 def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest error of any result relative to its largest entry, or to 0.1; NaN is one of infinite size."""
+    exact = {name: found[name].to(torch.promote_types(value.dtype, torch.float64)) for name, value in expected.items()}
     errors = [
-        ((found[name].double() - value).abs().max() / value.abs().max().clamp(min=0.1)).item()
-        for name, value in expected.items()
+        ((exact[n] - value).abs().max() / value.abs().max().clamp(min=0.1)).item() for n, value in expected.items()
     ]
     return max(float("inf") if error != error else error for error in errors)

@@ -16,18 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lasp
-from lasp.functional.delta import delta_product
-from lasp.functional.logcumsumexp import logcumsumexp
+from lasp import functional
 from lasp.kernels import reference
 
 B, T, H, K, V, N = 2, 24, 2, 8, 6, 3  # N: steps to a token, width of a convolution
-HIDDEN = {torch.float32: float("nan"), torch.int64: -7, torch.bool: True}  # what no operation may read
+HIDDEN = {torch.int64: -7, torch.bool: True}  # what no operation may read
 
 # Layouts ------------------------------------------------------------------------------------------------------------
 
 
+def is_continuous(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
 def _filled(shape: Sequence[int], like: Tensor) -> Tensor:
-    value = float("nan") if like.is_floating_point() else HIDDEN[like.dtype]
+    value = float("nan") if is_continuous(like) else HIDDEN[like.dtype]
     return torch.full(tuple(shape), value, dtype=like.dtype)
 
 
@@ -66,11 +69,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Operations ---------------------------------------------------------------------------------------------------------
 
-_FULL = ("log_decay", "beta", "initial_state", "sinks", "window_factor")  # fp32 beside half precision
+# fp32 beside half precision
+_FULL = ("log_decay", "beta", "initial_state", "sinks", "window_factor", "rates", "step", "recurrent")
 _RANGES: dict[str, Callable[[Tensor], Tensor]] = {  # of uniform values in [0, 1)
     "k": lambda x: (2 * x - 1) * x.shape[-1] ** -0.5,  # never longer than 1, in whatever layout
     "log_decay": lambda x: -x,
     "beta": lambda x: 2 * x,
+    "erase": lambda x: x * x.shape[-1] ** -0.5,
+    "read": lambda x: (2 * x - 1) * x.shape[-1] ** -0.5,
+    "step": lambda x: 2 * x,
+    "rates": lambda x: -2 * x,
+    "memories": lambda x: x.argsort(-1)[..., :1],
     "phi_q": lambda x: x,
     "phi_k": lambda x: x,
     "window_factor": lambda x: x + 0.1,
@@ -83,20 +92,24 @@ _RANGES: dict[str, Callable[[Tensor], Tensor]] = {  # of uniform values in [0, 1
 class Operation:
     """run(group=..., **inputs) and specification(**inputs) return an output, or several.
 
-    shapes: of the inputs, over the whole sequence; whole: those that are not cut over ranks. outputs: of each whether
-    it is "cut", "whole" (the same on every rank) or a "loss" (likewise, with the gradient of the rank's own tokens).
+    shapes: of the inputs, over the whole sequence; whole: those that are not cut over ranks; complex: those that are.
+    outputs: of each whether it is "cut", "whole" (the same on every rank) or a "loss" (likewise, with the gradient of
+    the rank's own tokens).
     """
 
     run: Callable[..., Any]
     specification: Callable[..., Any]
     shapes: dict[str, tuple[int, ...]]
     whole: tuple[str, ...] = ()
+    complex: tuple[str, ...] = ()
+    differentiable: bool = True
     outputs: tuple[str, ...] = ("cut",)
 
 
 _TOKENS = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V)}
 _STEPS = {"q": (B, T, H, K), "k": (B, T, N, H, K), "v": (B, T, N, H, V), "beta": (B, T, N, H)}
 _STATE = {"initial_state": (B, H, K, V)}
+_OF_MEMORIES = {"k": (B, T, N, H, K), "v": (B, T, N, H, V), "beta": (B, T, N, H), "log_decay": (B, T, N, H)}
 _RECURRENCE: dict[str, Any] = {"whole": ("initial_state",), "outputs": ("cut", "whole")}
 
 
@@ -140,10 +153,53 @@ OPERATIONS: dict[str, Operation] = {
         **_RECURRENCE,
     ),
     "delta_product": Operation(
-        partial(delta_product, output_final_state=True, chunk_size=8),
+        partial(functional.delta_product, output_final_state=True, chunk_size=8),
         _steps_by_hand,
         _STEPS | {"log_decay": (B, T, H)} | _STATE,
         **_RECURRENCE,
+    ),
+    "dplr_delta_rule": Operation(
+        partial(functional.dplr_delta_rule, output_final_state=True, chunk_size=8),
+        reference.dplr_delta_rule,
+        _TOKENS | dict.fromkeys(("read", "erase", "log_decay"), (B, T, H, K)) | _STATE,
+        **_RECURRENCE,
+    ),
+    "routed_delta_rule": Operation(
+        partial(functional.routed_delta_rule, output_final_state=True, chunk_size=8),
+        reference.routed_delta_rule,
+        {"q": (B, T, H, K), **_OF_MEMORIES, "memories": (B, T, N), "initial_state": (B, N * H, K, V)},
+        **_RECURRENCE,
+    ),
+    "selective_scan": Operation(
+        partial(functional.selective_scan, output_final_state=True, chunk_size=8),
+        reference.selective_scan,
+        {"u": (B, T, K), "step": (B, T, K), "key": (B, T, N), "query": (B, T, N)}
+        | {"rates": (K, N), "initial_state": (B, K, N)},
+        whole=("rates", "initial_state"),
+        outputs=("cut", "whole"),
+    ),
+    "diagonal_state_space": Operation(
+        partial(functional.diagonal_state_space, output_final_state=True, chunk_size=8),
+        reference.diagonal_state_space,
+        {"u": (B, T, K), "rates": (K, N), "weights": (K, N), "initial_state": (B, K, N)},
+        whole=("rates", "weights", "initial_state"),
+        complex=("rates", "weights", "initial_state"),
+        outputs=("cut", "whole"),
+    ),
+    "slstm": Operation(
+        partial(functional.slstm, output_final_state=True, chunk_size=8),
+        reference.slstm,
+        {"gates": (B, T, 4, H, V), "recurrent": (4, H, V, V), "initial_state": (B, H, V, 4)},
+        whole=("recurrent", "initial_state"),
+        outputs=("cut", "whole"),
+    ),
+    "running_maximum": Operation(
+        partial(functional.running_maximum, output_final_state=True),
+        reference.running_maximum,
+        {"x": (B, T, H), "log_decay": (B, T, H), "initial_state": (B, H)},
+        whole=("initial_state",),
+        differentiable=False,
+        outputs=("cut", "cut", "whole"),
     ),
     "softmax_attention": Operation(lasp.softmax_attention, reference.softmax_attention, _TOKENS | {"v": (B, T, H, K)}),
     "softmax_attention masked": Operation(
@@ -171,7 +227,7 @@ OPERATIONS: dict[str, Operation] = {
         outputs=("cut", "whole"),
     ),
     "logcumsumexp": Operation(
-        partial(logcumsumexp, output_final_state=True),
+        partial(functional.logcumsumexp, output_final_state=True),
         reference.logcumsumexp,
         {"x": (B, T, H, K), "initial_state": (B, H, K)},
         whole=("initial_state",),
@@ -219,9 +275,12 @@ class Case:
         rng = torch.Generator().manual_seed(0)
         found = {}
         for name, shape in self.table.shapes.items():
-            values = _RANGES.get(name, lambda x: 4 * x - 2)(torch.rand(shape, generator=rng, dtype=torch.float64))
-            if values.is_floating_point():
-                full = torch.float64 if self.dtype == torch.float64 else torch.float32
+            uniform = torch.rand(shape, generator=rng, dtype=torch.float64)
+            values = _RANGES.get(name, lambda x: 4 * x - 2)(uniform)
+            full = torch.float64 if self.dtype == torch.float64 else torch.float32
+            if name in self.table.complex:
+                values = torch.complex(-uniform, 9 * uniform.square()).to(full.to_complex())
+            elif values.is_floating_point():
                 values = values.to(full if name in _FULL else self.dtype)
             found[name] = self._part(values, name not in self.table.whole, rank)
         return found
@@ -244,7 +303,7 @@ class Case:
         if rank is not None:
             return parts[rank]
         whole = torch.cat(parts, 1) if cut else parts[0].contiguous()
-        return whole.double() if whole.is_floating_point() else whole
+        return whole.to(torch.promote_types(whole.dtype, torch.float64)) if is_continuous(whole) else whole
 
     def solve(self, run: Callable[..., Any] | None = None, rank: int = 0, group: Any = None) -> dict[str, Tensor]:
         """One rank's outputs and gradients of the operation, or of `run` in its place."""
@@ -259,10 +318,10 @@ class Case:
 
     def _solve(self, run: Callable[..., Any], rank: int | None) -> dict[str, Tensor]:
         inputs = {name: x.detach() for name, x in self.inputs(rank).items()}
-        floats = {name: x.requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+        floats = {n: x.requires_grad_() for n, x in inputs.items() if is_continuous(x) and self.table.differentiable}
         outputs = run(**inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = torch.autograd.grad(outputs, list(floats.values()), self.gradients(outputs, rank))
+        grads = floats and torch.autograd.grad(outputs, list(floats.values()), self.gradients(outputs, rank))
         found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
         return found | {f"d{name}": grad for name, grad in zip(floats, grads, strict=True)}
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from lasp.kernels.chunks import ceil_div
+from lasp.kernels.once import once_differentiable
 from lasp.kernels.precision import compute_dtype, exact
 
 CHUNK = (16, 128)  # the least and the most queries of a chunk; between these as many as the window has tokens

@@ -175,6 +175,9 @@ def delta_product(
 
 def _as_steps(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> tuple[int, Inputs]:
     """The number of steps to a token, and the arguments of a delta rule over rows of which each token has so many."""
+    check_tensors(("log_decay",), q=q, k=k, v=v, beta=beta, log_decay=log_decay)
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, T, H, K], got {list(q.shape)}")
     if not (k.dim() == v.dim() == 5 and beta.dim() == 4 and k.shape[2] == v.shape[2] == beta.shape[2] >= 1):
         shapes = f"k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
         raise ValueError(f"k, v and beta must be [B, T, n, H, ...] with the same n >= 1, got {shapes}")

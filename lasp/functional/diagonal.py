@@ -90,6 +90,8 @@ def _check(
         raise ValueError(
             f"u must be floating, rates and weights complex, got {u.dtype}, {rates.dtype}, {weights.dtype}"
         )
+    if any(x is not None and x.device != u.device for x in (rates, weights, state)):
+        raise ValueError(f"rates, weights and initial_state must be on the device of u, {u.device}")
     rows = u.shape[0] if bounds is None else len(bounds) - 1
     if state is not None and (state.shape != (rows, *rates.shape) or not state.is_complex()):
         told = f"{state.dtype} {list(state.shape)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp.functional.checks import check_beside, check_documents, check_tokens, is_packed, ranks_of
 from lasp.functional.heads import by_heads, run_by_heads
 from lasp.functional.recurrence import by_document, check_options, check_recurrence, plan_call, whole_results
-from lasp.kernels.arguments import check_flags
+from lasp.kernels.arguments import check_flags, check_tensors
 from lasp.kernels.dplr import CHUNK_SIZE, Corrected, DiagonalPlusRankOne
 from lasp.kernels.precision import compute_dtype
 from lasp.parallel.call import Arguments, begin_call
@@ -86,5 +86,6 @@ def _check_keys(inputs: Corrected, state: Tensor | None) -> None:
         raise ValueError(
             f"k and v must have as many heads, a number that divides q's, got {k.shape[2]}, {v.shape[2]}, {q.shape[2]}"
         )
+    check_tensors(("initial_state",), initial_state=state)
     if state is not None and state.dim() == 4 and (state.shape[1] < 1 or k.shape[2] % state.shape[1]):
         raise ValueError(f"initial_state must have heads that divide k's {k.shape[2]}, got {list(state.shape)}")

@@ -46,6 +46,8 @@ def running_maximum(
             raise ValueError(
                 f"x and log_decay must be floating [B, T, H], got {list(x.shape)}, {list(log_decay.shape)}"
             )
+        if initial_state is not None:
+            check_beside("initial_state", initial_state, x, "x")
         bounds = check_documents(x, cu_seqlens, cut)
         rows = [x.shape[0] if bounds is None else len(bounds) - 1, x.shape[2]]
         if initial_state is not None and list(initial_state.shape) != rows:

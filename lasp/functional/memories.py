@@ -132,7 +132,8 @@ def _everywhere(
 def _check_shapes(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memories: Tensor, state: Tensor | None
 ) -> None:
-    check_tensors(q=q, k=k, v=v, beta=beta, log_decay=log_decay, memories=memories)
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "memories": memories}
+    check_tensors(("initial_state",), **tensors, initial_state=state)
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
     shapes += f", log_decay {list(log_decay.shape)}, memories {list(memories.shape)}"
     if (
@@ -144,6 +145,9 @@ def _check_shapes(
         raise ValueError(f"k, v, beta and log_decay must be [B, T, M, H, ...] beside q [B, T, Hq, K], got {shapes}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[4] or q.shape[2] % k.shape[3]:
         raise ValueError(f"q must share batch, tokens and K with k, and k's H divide its heads, got {shapes}")
+    if len({x.device for x in tensors.values()}) > 1 or not q.dtype == k.dtype == v.dtype:
+        told = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"q, k, v must share a dtype, and all a device, got {told}")
     if memories.dim() != 3 or memories.shape[:2] != q.shape[:2] or memories.dtype != torch.int64:
         raise ValueError(f"memories must be int64 [B, T, n], got {memories.dtype} and {shapes}")
     if state is not None and state.dim() > 1 and state.shape[1] != k.shape[2] * k.shape[3]:

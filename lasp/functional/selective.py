@@ -77,7 +77,7 @@ def _check(
     inputs: Selected, state: Tensor | None, bounds: tuple[int, ...] | None, said: dict[str, Any], ranks: int
 ) -> Arguments:
     u, step, key, query, rates = inputs
-    check_tensors(**inputs._asdict())
+    check_tensors(("initial_state",), **inputs._asdict(), initial_state=state)
     shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs._asdict().items())
     if u.dim() != 3 or rates.dim() != 2 or step.shape != u.shape or key.shape != query.shape:
         raise ValueError(f"u and step must be [B, T, I], key and query [B, T, N], rates [I, N], got {shapes}")
@@ -87,6 +87,8 @@ def _check(
         raise ValueError(f"u must be floating, got {u.dtype}")
     for name, x in inputs._asdict().items():
         check_beside(name, x, u, "u")
+    if state is not None:
+        check_beside("initial_state", state, u, "u")
     rows = u.shape[0] if bounds is None else len(bounds) - 1
     if state is not None and state.shape != (rows, *rates.shape):
         raise ValueError(f"initial_state must be {[rows, *rates.shape]}, got {list(state.shape)}")

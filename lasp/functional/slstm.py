@@ -59,15 +59,18 @@ def slstm(
             raise ValueError(f"recurrent must be {[4, heads, dim, dim]}, got {list(recurrent.shape)}")
         bounds = check_documents(gates, cu_seqlens, cut)
         rows = [gates.shape[0] if bounds is None else len(bounds) - 1, heads, dim, 4]
+        if initial_state is not None:
+            check_beside("initial_state", initial_state, gates, "gates")
         if initial_state is not None and list(initial_state.shape) != rows:
             raise ValueError(f"initial_state must be {rows}, got {list(initial_state.shape)}")
+        tensors = (gates, recurrent, initial_state)
         fields = {
             "final_state": output_final_state,
             "device": gates.device.type,
             "shape": [gates.shape[0], *gates.shape[2:]],
             "dtype": str(gates.dtype),
             "initial_state": initial_state is not None,
-            "backward": torch.is_grad_enabled() and (gates.requires_grad or recurrent.requires_grad),
+            "backward": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         }
         return Arguments(fields, gates.shape[1], bounds)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from lasp import functional
 from tests.attention import largest_error
-from tests.operations import LAYOUTS, LIMITS, OPERATIONS, Case
+from tests.operations import LAYOUTS, LIMITS, OPERATIONS, Case, is_continuous
 
 AS_THE_HEAD = {"linear_cross_entropy", "token_log_probs"}  # what autocast makes of a linear layer, it makes of them
+
+DIFFERENTIABLE = [name for name, table in OPERATIONS.items() if table.differentiable]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -17,6 +24,27 @@ def test_layouts(operation: str, layout: str) -> None:
     """Inputs and incoming gradients that are permuted, expanded, sliced or in the middle of a larger tensor."""
     case = Case(operation, layout)
     assert largest_error(case.solve(), case.specify()) < LIMITS[torch.float64]
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+def test_second_derivatives_are_right_or_refused(operation: str) -> None:
+    """Also behind a gradient that is a constant, as that of `.sum()`."""
+    case = Case(operation, "contiguous")
+
+    def second(run: Callable[..., Any], rank: int | None) -> dict[str, Tensor]:
+        inputs = {name: x.requires_grad_() if is_continuous(x) else x for name, x in case.inputs(rank).items()}
+        outputs = run(**inputs)
+        total = sum(x.real.sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        trained = [x for x in inputs.values() if x.requires_grad]
+        grads = torch.autograd.grad(total, trained, create_graph=True)
+        penalty = total + sum(x.abs().square().sum() for x in grads)
+        return {str(i): x for i, x in enumerate(torch.autograd.grad(penalty, trained))}
+
+    if operation in ("cross_entropy", "shard", "unshard"):
+        assert largest_error(second(case.table.run, 0), second(case.table.specification, None)) < LIMITS[torch.float64]
+        return
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        second(case.table.run, 0)
 
 
 @pytest.mark.parametrize("operation", sorted(AS_THE_HEAD))
@@ -30,15 +58,19 @@ def test_autocast_multiplies_as_in_the_head_that_it_stands_for(operation: str) -
     assert found["output 0"].dtype == torch.float32, "but sums are in fp32"
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+def test_they_are_all_here() -> None:
+    assert {*functional.__all__} <= {name.split()[0] for name in OPERATIONS}
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
 def test_a_gradient_of_one_number(operation: str) -> None:
     """What `.sum()` gives: a gradient of stride 0 in every dim."""
     case = Case(operation, "contiguous")
     found = []
     for run, rank in ((case.table.run, 0), (case.table.specification, None)):
-        inputs = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in case.inputs(rank).items()}
+        inputs = {name: x.requires_grad_() if is_continuous(x) else x for name, x in case.inputs(rank).items()}
         outputs = run(**inputs) if rank is None else run(**inputs, group=None)
-        sum(x.sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        sum(x.real.sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
         found.append({name: x.grad for name, x in inputs.items() if x.grad is not None})
     assert largest_error(*found) < LIMITS[torch.float64]
 
