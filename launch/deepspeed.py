@@ -3,8 +3,12 @@
 import argparse
 import re
 import sys
+from pathlib import Path
 
 from lasp.launch.job import Job, Plan
+
+_PLAIN = re.compile(r"[\w./:=,@+-]+", re.ASCII)
+"""What neither a shell nor pdsh makes anything of."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +25,12 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
         raise ValueError(f"--hosts: {wrong[0]!r} is no host")
     if not 0 < options.port < 1 << 16:
         raise ValueError(f"--port {options.port} is no port")
+    words = [str(Path.cwd()), sys.executable, *job.arguments] if job.nodes > 1 else []
+    if wrong := [word for word in words if not _PLAIN.fullmatch(word)]:
+        raise ValueError(
+            f"DeepSpeed's launcher hands words to the shells of other hosts as they are: {wrong[0]!r} would be another "
+            "one there; such a value may stand in the configuration file"
+        )
     path = job.folder / "hostfile"
     first = "127.0.0.1" if job.nodes == 1 else hosts[0]
     where = ["--hostfile", str(path), "--master_addr", first, "--master_port", str(options.port)]

@@ -159,7 +159,9 @@ def amiss(node: dict[str, Any], first: dict[str, Any], ranks: int) -> list[str]:
         found.append(f"{ranks} ranks, but {len(node['devices'])} GPUs")
     if abs(node["clock"] - first["clock"]) > _CLOCK:
         found.append(f"its clock is {node['clock'] - first['clock']:+.1f} s off that of {first['host']}")
-    if node["disk"] < _DISK:
+    if node["unwritable"]:
+        found.append(f"cannot write to {node['folder']}: {node['unwritable']}")
+    elif node["disk"] < _DISK:
         found.append(f"{node['disk'] / 1e6:.0f} MB/s to {node['folder']}: checkpoints will take long")
     if node["free"] < _FREE:
         found.append(f"{node['free'] / 2**30:.1f} GiB left in {node['folder']}")

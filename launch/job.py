@@ -65,7 +65,7 @@ class Job:
     @property
     def name(self) -> str:
         """The output folder's, as far as schedulers take it."""
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.config.output).name) or "lasp"
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.config.output).name).lstrip("-") or "lasp"
 
     @property
     def folder(self) -> Path:

@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 def holder(folder: Path) -> str | None:
     """Which process holds a folder, on which host; None where no run does."""
     try:
-        file = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW)
+        file = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:

@@ -24,6 +24,10 @@ PORT = 29500
 
 def describe(folder: Path) -> dict[str, Any]:
     """This machine, as seen from this process. folder: where checkpoints would go. OSError where that is no folder."""
+    try:
+        speed, unwritable = write_speed(folder), ""
+    except OSError as error:
+        speed, unwritable = 0.0, str(error.strerror)
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -35,7 +39,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "cores": cores(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "folder": str(folder.resolve()),
-        "disk": write_speed(folder),
+        "disk": speed,
+        "unwritable": unwritable,
         "free": shutil.disk_usage(folder).free,
         "port": can_listen(PORT),
         "range": port_range(),

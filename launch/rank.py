@@ -30,7 +30,10 @@ def main(parent: str, folder: str, rank: str, size: str, module: str, *arguments
         outcome = Outcome.of(lambda: _work(Path(folder), int(rank), int(size), module, list(arguments)))
     except SystemExit as error:
         outcome = Outcome(1, f"left with exit code {error.code} while others were at work")
-    write_outcome(outcome_file(Path(folder), int(rank)), asdict(outcome))
+    try:
+        write_outcome(outcome_file(Path(folder), int(rank)), asdict(outcome))
+    except OSError:  # the disk of temporary files is full, maybe that which ended this rank
+        outcome.tell(f"rank {rank}: ")
     sys.stdout.flush()
     # After an error the others may be anywhere, and an orderly exit would wait for them, or gloo would abort it.
     os._exit(outcome.code)

@@ -115,8 +115,16 @@ class _Rank:
         if code == STUCK:
             return Outcome(STUCK)
         if code < 0:
-            return Outcome(1, f"killed by {signal.Signals(-code).name}")
+            return Outcome(1, f"killed by {_called(-code)}")
         return Outcome(1, f"left with exit code {code} while others were at work, without a word")
+
+
+def _called(number: int) -> str:
+    """A signal's name; those of real time have only numbers."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 @contextmanager

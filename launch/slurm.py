@@ -8,7 +8,7 @@ import sys
 from lasp.launch.cli import SAVED, USER_ERROR
 from lasp.launch.job import Job, Plan
 
-_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 _WORD = re.compile(r"[\w./@:+=,-]+", re.ASCII)
 
 
@@ -43,7 +43,7 @@ def _file(job: Job, options: argparse.Namespace) -> str:
         "partition": options.partition,
         "account": options.account,
         "qos": options.qos,
-        "time": _time(options.time),
+        "time": _time(options.time, options.notice),
         "signal": f"USR1@{_at_least_1('--notice', options.notice)}",
     }
     lines = [f"#SBATCH --{name}={_word(name, value)}" for name, value in directives.items() if value is not None]
@@ -89,9 +89,20 @@ def _word(name: str, value: object) -> str:
     return str(value)
 
 
-def _time(text: str) -> str:
-    if not _TIME.fullmatch(text):
+def _time(text: str, notice: int) -> str:
+    found = _TIME.fullmatch(text)
+    if found is None:
         raise ValueError(f"--time must be minutes, hours:minutes:seconds or days-hours:..., got {text!r}")
+    days, *numbers = (int(number or 0) for number in found.groups())
+    # One number is minutes, two are minutes and seconds; behind days, hours come first.
+    if found[1] is None and found[4] is None:
+        numbers = [0, *numbers[:2]]
+    hours, minutes, seconds = numbers
+    limit = ((24 * days + hours) * 60 + minutes) * 60 + seconds
+    if 0 < limit <= notice:  # 0 is no limit
+        raise ValueError(
+            f"--time {text} is over {limit} s after its begin, and ranks are told {notice} s (--notice) ahead"
+        )
     return text
 
 

@@ -1,12 +1,14 @@
 """Being told to stop: by a signal, or because a limit of time is over."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What tells a training to save and leave: Ctrl-C, most schedulers, and Slurm's `--signal=USR1@300`."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""What tells a training to save and leave: Ctrl-C, most schedulers, Slurm's `--signal=USR1@300`, and a terminal that is
+closed."""
 
 
 class Stop:
@@ -23,12 +25,15 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take each of `SIGNALS` as a word, once: a second SIGINT or SIGTERM does what it did before."""
+        """Take each of `SIGNALS` as a word, once: a second one but SIGUSR1 does what it did before."""
         before = {number: signal.getsignal(number) for number in SIGNALS}
         heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+        terminals = [number for number in (1, 2) if os.isatty(number)]
 
         def hear(number: int, _: object) -> None:
             self.reason = self.reason or signal.Signals(number).name
+            if number == signal.SIGHUP:
+                _fall_silent(terminals)
             for other in heard:
                 if other != signal.SIGUSR1:
                     signal.signal(other, before[other])
@@ -40,3 +45,11 @@ class Stop:
         finally:
             for number in heard:
                 signal.signal(number, before[number])
+
+
+def _fall_silent(terminals: list[int]) -> None:
+    """Write nowhere in the place of a terminal that is gone: what is said to it would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in terminals:
+        os.dup2(nowhere, number)
+    os.close(nowhere)

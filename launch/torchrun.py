@@ -36,6 +36,11 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
         environment |= found
     if options.restarts:
         job = job.repeatable()
+        if job.config.time_limit is not None:
+            raise ValueError(
+                f"time_limit = {job.config.time_limit:g}: torchrun takes ranks that have saved and left for failed "
+                "ones, and would start them again; add --restarts 0"
+            )
     counts = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus), "--max-restarts", str(options.restarts)]
     return Plan([sys.executable, "-m", "torch.distributed.run", *counts, *where, "-m", *job.module], environment)
 

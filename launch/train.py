@@ -174,11 +174,11 @@ def _train(config: TrainConfig, tell: Tell | None = None) -> int:
     run = Run.prepare_together(config, ranks.everyone, tell)
     stop = Stop(config.time_limit)
     try:
-        with stop.listening():
+        with stop.listening():  # also while ranks part: others may have been told first, and this one not yet
             summary = train(run, ranks, stop, _end)
+            ranks.leave()
     except StepError as error:
         raise Failure(str(error)) from error
-    ranks.leave()
     if summary.stopped:
         if ranks.is_main:
             told = (

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -172,12 +173,13 @@ class Pending(Generic[T]):
     result: T
     finish: Callable[[T], T] | None = None
     sent: Sequence[Any] = ()  # kept until they have left
+    limit: timedelta | None = None  # of a wait, where it is not the works' own
 
     def wait(self) -> T:
         if self.works:
             with waiting():
                 for work in self.works:
-                    work.wait()
+                    work.wait() if self.limit is None else work.wait(self.limit)
         self.works, self.sent = [], ()
         if self.finish is not None:
             self.result, self.finish = self.finish(self.result), None
@@ -230,7 +232,7 @@ def swap_headers(header: Tensor, ranks: Sequence[int], group: dist.ProcessGroup)
     others = [(rank, row) for rank, row in zip(ranks, rows, strict=True) if rank != own]
     sends = [dist.isend(header, group=group, group_dst=rank, tag=_HEADER_TAG) for rank, _ in others]
     receives = [dist.irecv(row, group=group, group_src=rank, tag=_HEADER_TAG) for rank, row in others]
-    return Pending([*receives, *sends], rows, sent=[header])
+    return Pending([*receives, *sends], rows, sent=[header], limit=_patience(header, group))
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup, phase: str) -> Pending[Tensor]:
@@ -281,13 +283,13 @@ def send(tensor: Tensor, to: int, group: dist.ProcessGroup, tag: int) -> Pending
     """Start sending to a rank of the group. The caller counts: a scan is one exchange of many messages."""
     tensor = tensor.contiguous().resolve_conj()
     works = [dist.isend(_numbers(tensor), group=group, group_dst=to, tag=tag)] if tensor.numel() else []
-    return Pending(works, tensor)
+    return Pending(works, tensor, limit=_patience(tensor, group))
 
 
 def receive(buffer: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> Pending[Tensor]:
     """Start receiving into a contiguous buffer from a rank of the group."""
     works = [dist.irecv(_numbers(buffer), group=group, group_src=source, tag=tag)] if buffer.numel() else []
-    return Pending(works, buffer)
+    return Pending(works, buffer, limit=_patience(buffer, group))
 
 
 class Message(NamedTuple):
@@ -305,7 +307,19 @@ def rotate(outgoing: list[Message], incoming: list[Message], group: dist.Process
     operations = [dist.P2POp(dist.isend, m.tensor, group=group, group_peer=m.peer, tag=m.tag) for m in outgoing]
     operations += [dist.P2POp(dist.irecv, m.tensor, group=group, group_peer=m.peer, tag=m.tag) for m in incoming]
     works = dist.batch_isend_irecv(operations) if operations else []
-    return Pending(works, result, sent=outgoing)
+    limit = _patience(operations[0].tensor, group) if operations else None
+    return Pending(works, result, sent=outgoing, limit=limit)
+
+
+def _patience(message: Tensor, group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long a message between two ranks is waited for. None on a GPU, where waiting holds up the stream.
+
+    gloo's own limit of these is what their group was made with, whatever the group's timeout has become since.
+    """
+    if message.is_cuda:
+        return None
+    backend = (group or dist.group.WORLD)._get_backend(message.device)  # type: ignore[union-attr]
+    return backend.options._timeout if isinstance(backend, dist.ProcessGroupGloo) else None
 
 
 def all_to_all(

@@ -344,8 +344,7 @@ def common_store(name: str) -> dist.Store:
 
 
 def limit_waits(timeout: timedelta) -> None:
-    """Let collectives of all process groups that there are fail after some time, but for messages between two ranks of
-    gloo: these keep the limit that their group was made with."""
+    """Let exchanges of all process groups that there are fail after some time."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -13,6 +13,9 @@ Dtype = Literal["float32", "float64", "bfloat16"]
 EngineName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
+_WEEK = 7 * 24 * 3600
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -356,7 +359,7 @@ class TrainConfig:
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        _require(0 < self.timeout < math.inf, f"timeout must be positive, got {self.timeout}")
+        _require(0 < self.timeout <= _WEEK, f"timeout must be positive and at most {_WEEK}, got {self.timeout}")
         _require(self.skips >= 0, f"skips must not be negative, got {self.skips}")
         _require(self.drift_every >= 0, f"drift_every must not be negative, got {self.drift_every}")
         _require(self.restarts >= 0, f"restarts must not be negative, got {self.restarts}")

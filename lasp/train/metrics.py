@@ -104,7 +104,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     A last line that was cut short is left out; so is one that is no step, with a warning: it is a record, and no run
     depends on it.
     """
-    if not path.exists():
+    if path.is_fifo() or not path.exists():
         return []
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):

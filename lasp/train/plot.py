@@ -19,19 +19,23 @@ def draw(runs: Mapping[str, Sequence[StepMetrics]], picture: Path, smooth: int |
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, named = figure.add_subplot(), {}
     for name, metrics in runs.items():
         steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
         window = max(1, len(losses) // 50) if smooth is None else smooth
-        (line,) = axes.plot(steps, smoothed(losses, window), linewidth=1.2, label=name)
+        (line,) = axes.plot(steps, smoothed(losses, window), linewidth=1.2)
+        named[name] = line
         if window > 1:
             axes.plot(steps, losses, linewidth=0.6, alpha=0.25, color=line.get_color())
         for source, held in _held_out(metrics).items():
-            label = f"{name}, held out of {source}"
-            axes.plot(*zip(*held, strict=True), marker="o", linestyle="--", color=line.get_color(), label=label)
+            (dots,) = axes.plot(*zip(*held, strict=True), marker="o", linestyle="--", color=line.get_color())
+            named[f"{name}, held out of {source}"] = dots
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Put in afterwards: a name of a folder is no formula ("$"), and one that begins with "_" is told as well.
+    legend = axes.legend(named.values(), ["run"] * len(named))
+    for text, name in zip(legend.get_texts(), named, strict=True):
+        text.set(text=name, parse_math=False)
     picture.parent.mkdir(parents=True, exist_ok=True)
     partial = picture.with_name(f".{picture.name}")  # who looks meanwhile sees the last one
     figure.savefig(partial, dpi=120)

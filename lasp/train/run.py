@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from lasp.models.tensor_parallel import check_heads, share_heads
 from lasp.parallel.group import SequenceGroup
 from lasp.train.checkpoints.comparison import check_checkpoint
-from lasp.train.checkpoints.folders import checkpoint_step
+from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_step
 from lasp.train.checkpoints.manifest import Manifest
 from lasp.train.checkpoints.search import find_checkpoint
 from lasp.train.config import TrainConfig
@@ -195,12 +196,16 @@ def _laid(corpus: Corpus, chosen: np.ndarray, config: TrainConfig, held: bool = 
 
 
 def _check_output(folder: Path) -> None:
-    """ValueError when nothing can be written into a folder, which is made when it does not exist."""
+    """ValueError when nothing can be written into a folder, which is made when it does not exist, or into that of its
+    checkpoints: the first of them may be hours away."""
+    place = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
+        for place in (folder, checkpoint_folder(folder)):
+            if os.path.lexists(place):
+                with TemporaryFile(dir=place):
+                    pass
     except FileExistsError as error:
         raise ValueError(f"output {str(folder)!r} is a file, not a folder") from error
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
+        raise ValueError(f"cannot write to the output folder {str(place)!r}: {error.strerror}") from error

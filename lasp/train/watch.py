@@ -1,6 +1,7 @@
 """Watch: all that people look at of a run. Its main rank shows and writes it; the others only log their warnings."""
 
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +29,8 @@ class Watch:
         with ExitStack() as stack:
             self._log = stack.enter_context(logged(self.folder / "log.txt", self._ranks.everyone.rank))
             if main:
+                self._place = os.open(self.folder, os.O_RDONLY)
+                stack.callback(os.close, self._place)
                 self._file = stack.enter_context(MetricsFile(self.metrics, self._done))
                 self._track = stack.enter_context(tracking(config, self._ranks.device.type == "cpu"))
                 self._shown = stack.enter_context(TrainingProgress(config.steps, self._done, enabled=True))
@@ -43,9 +46,10 @@ class Watch:
             told = "" if error is None else f"{type(error).__name__}: {error}"
             if told:
                 self._log(f"ended by {told}")
-            if self._ranks.is_main:
+            if self._ranks.is_main and not self._is_replaced():
                 word = "done" if self._done >= self._config.steps else "stopped"
-                self._end("failed" if told else word, told)
+                with suppress(*([OSError] if told else [])):  # a disk that is full is told by the error itself
+                    self._end("failed" if told else word, told)
 
     def say(self, lines: list[str]) -> None:
         """Show and log some lines, on the main rank."""
@@ -54,10 +58,15 @@ class Watch:
             self._log(text)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Take note of a step that is done."""
+        """Take note of a step that is done. ValueError where the output folder is not the one of the run's begin."""
         self._done = metrics.step
         if not self._ranks.is_main:
             return
+        if self._is_replaced():
+            raise ValueError(
+                f"the output folder {str(self.folder)!r} was removed while the run was at work: what it kept is lost, "
+                "and the folder may be another run's by now"
+            )
         self._file.write(metrics)
         self._steps.append(metrics)
         self._shown.update(metrics)
@@ -70,6 +79,12 @@ class Watch:
         if self._ranks.is_main:
             self._log(f"checkpoint of step {self._done}")
             draw({self.folder.name: self._steps}, self.plot)
+
+    def _is_replaced(self) -> bool:
+        try:
+            return not os.path.samestat(os.fstat(self._place), os.stat(self.folder))
+        except OSError:
+            return True
 
     def _end(self, word: str, told: str = "") -> None:
         Status(word, self._config.steps, told).write(self.folder)

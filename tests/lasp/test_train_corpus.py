@@ -4,6 +4,9 @@ import gzip
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.documents import find_parts
 from lasp.train.data.shards import Document, Shard, write_shard
 from lasp.train.data.tokenizer import ByteTokenizer, FileTokenizer, ModelTokenizer, load_tokenizer
+from tests.launch.forked import alive
 
 END = 256
 
@@ -324,3 +328,28 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path, folder, name):
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved(text)["input_ids"] == tokenizer.encode(text.encode()).tolist()
     assert saved.eos_token_id == tokenizer.end
+
+
+WITHOUT_END = """
+import os, sys, time
+from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor
+from lasp.train.data.corpus import _end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_processes_that_tokenize_end_with_the_one_that_is_killed(tmp_path):
+    (tmp_path / "run.py").write_text(WITHOUT_END)
+    with subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.PIPE, text=True) as run:
+        child = int(run.stdout.readline())
+        run.terminate()
+    began = time.monotonic()
+    while alive(child):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)

@@ -229,6 +229,47 @@ def test_what_a_killed_save_left_is_removed(config, name, overwrite):
     assert sorted(os.listdir(folder)) == [".mine", "step-000002", "step-000004"]
 
 
+def test_links_and_files_where_checkpoints_are_looked_for_end_no_run(config, tmp_path):
+    """Somebody moved a checkpoint to another disk, which may not be there; a copy went wrong."""
+    folder = checkpoint_folder(config.output)
+    trained(replace(config, steps=2, save_every=1))
+    (folder / "step-000002").rename(tmp_path / "moved")
+    (folder / "step-000002").symlink_to(tmp_path / "moved")
+    (folder / "step-000001").rename(folder / ".step-000001.deleted")
+    (folder / ".step-000001.partial").symlink_to(tmp_path / "moved")
+    (folder / ".step-000003.partial").touch()
+    (folder / "step-000008").touch()
+    (folder / "step-000009").symlink_to("/nowhere/at/all")
+    trained(replace(config, steps=4, save_every=1, keep_last=1, resume="latest"))
+    assert sorted(os.listdir(folder)) == ["step-000004", "step-000008.damaged", "step-000009.damaged"]
+    assert (tmp_path / "moved" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/nowhere/at/all")], ids=["file", "link"])
+def test_checkpoints_that_could_not_be_written_are_missed_before_the_first_step(config, make):
+    Path(config.output).mkdir()
+    make(checkpoint_folder(config.output))
+    with pytest.raises(ValueError, match=r"cannot write to the output folder '.*checkpoints': N"):
+        Run.prepare(config)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_one_made_anew_is_left_alone(config, monkeypatch, anew):
+    step = Trainer.step
+
+    def removing(self: Trainer):
+        if self.steps_done == 1:
+            shutil.rmtree(config.output)
+            if anew:
+                Path(config.output).mkdir()
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", removing)
+    with pytest.raises(ValueError, match="was removed while the run was at work"):
+        trained(replace(config, save_every=2))
+    assert not anew or os.listdir(config.output) == []
+
+
 def test_going_back_is_refused_with_advice_that_can_be_followed(config):
     summary = trained(replace(config, save_every=3))
     back = replace(config, resume=str(summary.checkpoint.with_name("step-000003")))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import faulthandler
 import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lasp.parallel import collectives
+from lasp.parallel.collectives import Message
+from lasp.parallel.group import join_world, limit_waits, shutdown
 from lasp.train import watchdog
 from lasp.train.watchdog import Watchdog, Where, verdict
 
@@ -126,3 +130,26 @@ def test_a_store_that_does_not_answer_is_said(armed, monkeypatch):
         "or its launcher"
     ]
     asked.set()
+
+
+def test_messages_between_two_ranks_wait_as_long_as_their_group_is_told_to(monkeypatch):
+    """Of itself gloo waits for them as long as the group was made to."""
+    waited = []
+    works = [SimpleNamespace(wait=lambda *limits: waited.append(limits))]
+    monkeypatch.setattr(dist, "irecv", lambda *args, **kwargs: works[0])
+    monkeypatch.setattr(dist, "isend", lambda *args, **kwargs: works[0])
+    monkeypatch.setattr(dist, "P2POp", lambda *args, **kwargs: SimpleNamespace(tensor=args[1]))
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: works)
+    join_world()
+    group, one = dist.group.WORLD, torch.ones(1)
+    try:
+        limit_waits(timedelta(hours=3))
+        collectives.send(one, 1, group, 0).wait()
+        collectives.receive(one, 1, group, 0).wait()
+        collectives.rotate([Message(one, 1, 0)], [], None, one).wait()
+        monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+        collectives.swap_headers(one, [0, 1], group).wait()
+    finally:
+        monkeypatch.undo()
+        shutdown()
+    assert waited == [(timedelta(hours=3),)] * 5

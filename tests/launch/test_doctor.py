@@ -26,6 +26,7 @@ WELL = {
     "memory": 1 << 36,
     "folder": "/runs",
     "disk": 2e9,
+    "unwritable": "",
     "free": 1 << 40,
     "port": True,
     "range": [32768, 60999],
@@ -44,6 +45,10 @@ WELL = {
         ({"clock": 97.5}, ["its clock is -2.5 s off that of a"]),
         ({"disk": 4e6}, ["4 MB/s to /runs"]),
         ({"free": 1 << 30}, ["1.0 GiB left in /runs"]),
+        (
+            {"disk": 0.0, "unwritable": "No space left on device", "free": 0},
+            ["cannot write to /runs: No space left on device", "0.0 GiB left in /runs"],
+        ),
     ],
 )
 def test_a_verdict_names_what_is_amiss(changed, said):

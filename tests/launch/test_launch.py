@@ -126,9 +126,14 @@ def test_the_batch_file_of_the_documentation_is_a_real_one():
         (["torchrun", "long.toml", "--nodes", "2", "--endpoint", "no-such-host.invalid:29500"], "has no address here"),
         (["torchrun", "long.toml", "--overwrite", "true"], "add --overwrite false"),
         (["torchrun", "long.toml", "--resume", "runs/step-000001"], 'resume = "latest" takes the newest'),
+        (["torchrun", "long.toml", "--time_limit", "60"], "and would start them again; add --restarts 0"),
         (["slurm", "long.toml", "--overwrite=true"], "add --overwrite false"),
         (["slurm", "long.toml", "--time", "soon"], "--time must be"),
         (["slurm", "long.toml", "--notice", "0"], "--notice must be at least 1"),
+        (["slurm", "long.toml", "--time", "5"], "--time 5 is over 300 s after its begin, and ranks are told 300 s"),
+        (["slurm", "long.toml", "--time", "4:59"], "--time 4:59 is over 299 s after its begin"),
+        (["slurm", "long.toml", "--time", "1-1:1:1", "--notice", "90061"], "--time 1-1:1:1 is over 90061 s"),
+        (["slurm", "long.toml", "--time", "0-1", "--notice", "3600"], "--time 0-1 is over 3600 s"),
         (["slurm", "long.toml", "--attempts", "0"], "--attempts must be at least 1"),
         (["slurm", "long.toml", "--account", "a b"], "cannot hold --account='a b'"),
         (["slurm", "long.toml", "--partition", "a\n#SBATCH --uid=0"], "cannot hold --partition"),
@@ -138,6 +143,10 @@ def test_the_batch_file_of_the_documentation_is_a_real_one():
         (["deepspeed", "long.toml", "--nodes", "2", "--hosts", "a,a"], "--hosts must name 2 different hosts"),
         (["deepspeed", "long.toml", "--hosts=-oProxyCommand=x"], "is no host"),
         (["deepspeed", "long.toml", "--port", "0"], "--port 0 is no port"),
+        *(
+            (["deepspeed", "long.toml", "--nodes", "2", "--hosts", "a,b", "--data.source", word], repr(word))
+            for word in ("my text.txt", "a;b", "$(touch x)", "%h", "")
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, monkeypatch, arguments, said):

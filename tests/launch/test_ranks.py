@@ -85,6 +85,7 @@ def send(folder: Path, *numbers: int) -> None:
         (["report('Connection closed', lost_peer=True)", "sleep(300)"], 1, "rank 0: Connection closed"),
         (["sleep(300)", "os.kill(os.getpid(), 9)"], 1, "rank 1: killed by SIGKILL"),
         (["os.kill(os.getpid(), signal.SIGSEGV)", "sleep(300)"], 1, "rank 0: killed by SIGSEGV"),
+        (["sleep(300)", "os.kill(os.getpid(), 40)"], 1, "rank 1: killed by signal 40"),
         (["sleep(300)", "os._exit(70)"], 70, ""),  # its watchdog has said why
         (["os._exit(1)", "sleep(0.1); os._exit(70)"], 70, ""),
         (["sleep(300)", "os._exit(3)"], 1, "rank 1: left with exit code 3 while others were"),

@@ -1,8 +1,10 @@
 """`lasp runs` and `lasp plot`, on folders as runs leave them."""
 
 import json
+import os
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 
 from lasp.launch import plot, runs
@@ -104,3 +106,22 @@ def test_held_out_losses_are_drawn_too(tmp_path):
     step = StepMetrics(1, 2.0, 1e-3, 1.0, 9.0, validation={"books": 3.0})
     draw({"a": [step]}, tmp_path / "a.svg")
     assert "held out of books" in (tmp_path / "a.svg").read_text()
+
+
+def test_names_of_folders_are_drawn_as_they_are(tmp_path):
+    steps = [StepMetrics(n, 2.0, 1e-3, 1.0, 9.0) for n in (1, 2)]
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        draw({"_hidden": steps, "lr$\\no$": steps}, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "_hidden" in drawn
+    assert "lr$\\no$" in drawn
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(tmp_path):
+    run = leave(tmp_path / "a", 2, 2)
+    for name in ("metrics.jsonl", ".lock"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    [state] = runs.find_runs(tmp_path)
+    assert (state.word, state.step) == ("stopped", 2)

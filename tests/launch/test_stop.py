@@ -1,6 +1,7 @@
 """A training that is told to stop: it saves at the next step's end, leaves with code 75, and goes on when resumed."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ from lasp.launch.cli import SAVED
 from lasp.launch.stop import Stop
 from lasp.launch.train import main
 from lasp.train.metrics import read_metrics
+from lasp.train.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal():
-    """What a shell starts behind `&` ignores SIGINT, and what it starts in turn as well."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """What a shell starts behind `&` ignores SIGINT, what nohup starts SIGHUP, and what these start in turn as well."""
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def wait_for_steps(folder: Path, done: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_at_the_end_of_a_step_and_the_run_goes_on_later(recipe, tmp_path, capsys, number):
     before = signal.getsignal(number)
 
@@ -66,7 +70,9 @@ def test_a_signal_saves_at_the_end_of_a_step_and_the_run_goes_on_later(recipe, t
     assert [step.step for step in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, steps + 3))
 
 
-def test_a_limit_of_time_saves_and_ends_the_run(recipe, tmp_path, capsys):
+def test_a_limit_of_time_saves_and_ends_the_run(recipe, tmp_path, capsys, monkeypatch):
+    leave = Ranks.leave  # a signal that comes late, where others were told first, ends nobody
+    monkeypatch.setattr(Ranks, "leave", lambda self: os.kill(os.getpid(), signal.SIGTERM) or leave(self))
     assert main([recipe, "--time_limit=1e-3"]) == SAVED
     assert "told to stop by the time limit, saved" in capsys.readouterr().err
     assert checkpoints(tmp_path) == ["step-000001"]
@@ -114,3 +120,16 @@ def test_two_ranks_stop_together_whoever_is_told(recipe, tmp_path, one_rank):
     assert len(checkpoints(tmp_path)) == 1
     reason = "another rank" if one_rank else "SIGTERM"
     assert said.splitlines()[-1].startswith(f"lasp: told to stop by {reason}, saved ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_terminal_that_is_closed_stops_the_run_which_saves(recipe, tmp_path):
+    """What the run says from then on, to nobody, is no error."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, "-m", "lasp.launch.cli", "train", recipe, "--sp", "2"])
+    wait_for_steps(tmp_path, 2)
+    os.close(terminal)  # the system sends SIGHUP
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == SAVED
+    assert len(checkpoints(tmp_path)) == 1

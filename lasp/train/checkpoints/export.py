@@ -61,7 +61,7 @@ def _plan(checkpoint: Path) -> ModelPlan:
     run = read_json(checkpoint, RUN)
     try:
         lora, name = LoraConfig(**run["lora"]), run["model"].get("name")
-        config: Any = AutoConfig.from_pretrained(checkpoint)
+        config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # what was written may be anything
         told = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{str(checkpoint)!r} does not say what model it is of: {told}") from error

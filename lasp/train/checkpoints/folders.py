@@ -59,7 +59,7 @@ def delete_checkpoint(path: Path) -> None:
     """Remove a checkpoint, which from the first moment is none any more."""
     gone = path.with_name(f".{path.name}.deleted")
     path.rename(gone)
-    shutil.rmtree(gone)
+    _remove(gone)
 
 
 def delete_checkpoints(output: str | Path) -> None:
@@ -73,4 +73,12 @@ def delete_partial(folder: Path) -> None:
     """Remove what a process that was killed while saving or deleting has left."""
     for path in folder.glob(".step-*"):
         if _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder and what is in it; of a link the link alone: somebody has moved a checkpoint to another disk."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

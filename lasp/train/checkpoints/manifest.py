@@ -51,7 +51,8 @@ class Manifest:
         """That of the checkpoint in this folder, with every file there in its size. Damaged where one is not, or the
         manifest is of another step; ValueError for a checkpoint of another version of this package."""
         if not path.is_dir():
-            raise ValueError(f"{str(path)!r} is not a checkpoint: there is no such folder")
+            kind = Damaged if os.path.lexists(path) else ValueError  # a file, or a link that leads nowhere
+            raise kind(f"{str(path)!r} is not a checkpoint: there is no such folder")
         if (path / "training.pt").exists() and not (path / FILE).exists():
             raise ValueError(f"checkpoint {str(path)!r} was written by an earlier version of lasp, which can read it")
         content, sha256 = _parse(path, FILE)

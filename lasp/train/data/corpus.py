@@ -2,12 +2,13 @@
 
 import hashlib
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +105,22 @@ def _build(missing: Sequence[tuple[Path, list[Part]]], field: str, tokenizer: To
             write_shard(path, _tokenized(parts, field, tokenizer), tokenizer.vocab_size, {"tokenizer": tokenizer.key})
             yield
         return
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=_end_with_parent) as pool:
         for job in as_completed([pool.submit(_build_one, path, parts, field, name) for path, parts in missing]):
             job.result()
             yield
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends, however that ends: it would wait for work for ever."""
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None, "a pool has started this process"
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _build_one(path: Path, parts: list[Part], field: str, name: str) -> None:
