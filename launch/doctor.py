@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lasp.launch.cli import Parser
+from lasp.launch.files import check_outputs
 from lasp.launch.links import Pair, by_level, measure, pairs, reach, write_links
 from lasp.launch.node import PORT, describe
 from lasp.launch.place import run_command
@@ -59,8 +60,7 @@ def _options(arguments: list[str]) -> Namespace:
         raise ValueError(f"--ranks must be at least 1, got {options.ranks}")
     if not Path(options.folder).is_dir():
         raise ValueError(f"--folder {options.folder!r} is no folder")
-    if options.probe and not Path(options.probe).absolute().parent.is_dir():
-        raise ValueError(f"--probe {options.probe!r} is in no folder that exists")
+    check_outputs({"--probe": options.probe or None})
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch finds no GPU here")
     return options

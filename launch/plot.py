@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 
 from lasp.launch.cli import Parser
+from lasp.launch.files import PICTURES, check_outputs
 from lasp.launch.outcome import Outcome
 from lasp.train.metrics import StepMetrics, read_metrics
 from lasp.train.plot import draw
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,14 +18,17 @@ def main(argv: list[str] | None = None) -> int:
 def _plot(arguments: list[str]) -> int:
     parser = Parser(prog="lasp plot", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
-    parser.add_argument("--output", default="loss.png", help=f"the picture ({', '.join(FORMATS)}), by default loss.png")
+    parser.add_argument(
+        "--output", default="loss.png", help=f"the picture ({', '.join(PICTURES)}), by default loss.png"
+    )
     parser.add_argument(
         "--smooth", type=int, metavar="STEPS", help="draw means over so many steps, by default a fiftieth of them"
     )
     options = parser.parse_args(arguments)
     picture = Path(options.output)
-    if picture.suffix not in FORMATS:
-        raise ValueError(f"--output must end in {', '.join(FORMATS)}, got {options.output!r}")
+    if picture.suffix not in PICTURES:
+        raise ValueError(f"--output must end in {', '.join(PICTURES)}, got {options.output!r}")
+    check_outputs({"--output": picture})
     if options.smooth is not None and options.smooth < 1:
         raise ValueError(f"--smooth must be at least 1, got {options.smooth}")
     runs = {run: _metrics(Path(run)) for run in options.runs}

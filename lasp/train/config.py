@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 EngineName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+OptimizerName = Literal["adamw", "muon", "lion", "adafactor"]
 
 
 _WEEK = 7 * 24 * 3600
@@ -104,7 +105,7 @@ class ValidationConfig:
 class OptimizerConfig:
     """The optimizer, its schedule, and clipping of the global gradient norm."""
 
-    name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
+    name: OptimizerName = "adamw"
     """"adamw"; "muon" for the matrices between embedding and head with AdamW for the rest; "lion", whose rate is a
     third to a tenth of AdamW's and its decay as many times larger; "adafactor"."""
 

@@ -12,6 +12,7 @@ import torch
 
 from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, memory, plan, scan, step, wrapped
 from lasp.launch.bench.options import at_least
+from lasp.launch.files import check_outputs
 
 BENCHMARKS = {
     "kernels": kernels,
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.what == "kernels" and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none here")
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no such folder")
+    try:
+        check_outputs({"--json": options.json, "--plot": getattr(options, "plot", None)})
+    except ValueError as error:
+        parser.error(str(error))
     benchmark = _choose(options)
     figures = benchmark.measure(options)
     benchmark.show(figures)

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from lasp.launch.bench.options import at_least
 from lasp.launch.cli import Parser
+from lasp.launch.files import check_outputs
 from lasp.launch.outcome import Outcome
 from lasp.launch.plan import report
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
@@ -27,11 +28,13 @@ from lasp.launch.simulate import published
 from lasp.launch.simulate.machine import MACHINES, Machine
 from lasp.parallel.layout import LAYOUTS
 from lasp.parallel.scan import SCANS
-from lasp.train.config import Dtype, LoraConfig, MemoryConfig
+from lasp.train.config import Dtype, LoraConfig, MemoryConfig, OptimizerName, TrainConfig
 from lasp.train.model import ModelPlan
 
 ENGINES = ("ddp", "fsdp2")
 METHODS = ("ring", "gather", "ulysses")
+WHOLE = ("muon", "adafactor")
+"""Optimizers whose memory depends on matrices being whole."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,16 +49,22 @@ def _plan(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.price is not None and not 0 <= options.price < float("inf"):
         raise ValueError(f"--price must not be negative, got {options.price}")
+    check_outputs({f"--{name}": getattr(options, name) for name in ("json", "plot", "trace", "write")})
     job = Job(options.seq, options.tokens_per_step, options.nodes, options.gpus)
     machine = Machine.named(options.gpu)
-    model, fields, files = read_model(options.model)
+    model, fields, files, optimizer = read_model(options.model)
+    optimizer = options.optimizer or optimizer
     footprints = Footprints(
-        Setting(model, MemoryConfig(), options.layout, "gather", "ring", options.dtype, machine.wires)
+        Setting(model, MemoryConfig(), options.layout, "gather", "ring", options.dtype, machine.wires, optimizer)
     )
     scans, methods, engines, levers = (
         _chosen(getattr(options, name), known)
         for name, known in (("scan", (*SCANS,)), ("method", METHODS), ("engine", ENGINES), ("levers", (*LEVERS,)))
     )
+    if optimizer in WHOLE and job.ranks > 1:
+        if options.engine != "choose" and "fsdp2" in engines:
+            raise ValueError(f"{optimizer} over the shares of fsdp2 is not planned: take --engine ddp")
+        engines = ["ddp"]
     found: list[Estimate] = []
     for candidate in candidates(job, options.layout, scans, methods, engines, levers):  # type: ignore[arg-type]
         try:
@@ -105,9 +114,19 @@ def _chosen(given: str, known: tuple[str, ...]) -> list[str]:
     return names
 
 
-def read_model(name: str) -> tuple[ModelPlan, dict[str, Any], list[str]]:
+def check_planned(config: TrainConfig) -> None:
+    """ValueError for what a configuration sets that no plan knows and `--write` does not override."""
+    own, shards = config.memory, config.fsdp2
+    asked = {"tp": config.tp > 1, "memory.offload": own.offload, "fsdp2.offload": shards.offload,
+             "fsdp2.reshard": not shards.reshard, "compile": config.compile,
+             "reduce_dtype": config.reduce_dtype is not None}  # fmt: skip
+    if named := [name for name, is_set in asked.items() if is_set]:
+        raise ValueError(f"not planned: {', '.join(named)} of the configuration; leave out what is not to be planned")
+
+
+def read_model(name: str) -> tuple[ModelPlan, dict[str, Any], list[str], OptimizerName]:
     """A preset, a configuration of `lasp train`, or what `lasp verify` takes; the fields that a configuration names it
-    by, and the file that has them already. ValueError where there is none, or it is refused."""
+    by, the file that has them already, and the optimizer. ValueError where there is none, or it is refused."""
     from lasp.launch.train import read_config
     from lasp.launch.verify import configuration
     from lasp.models import LinearLlamaConfig
@@ -117,13 +136,17 @@ def read_model(name: str) -> tuple[ModelPlan, dict[str, Any], list[str]]:
 
     if name.endswith(".toml"):
         config = read_config([name])
+        check_planned(config)
+        if (packing := config.data.packing) != "none":
+            print(f"planned as one document per sequence, where data.packing = {packing!r} lays many", file=sys.stderr)
         model = ModelPlan.make(config.model, config.lora, load_tokenizer(config.tokenizer))
-        return model, {key: config.model[key] for key in ("name",) if key in config.model}, [name]
+        fields = {key: config.model[key] for key in ("name",) if key in config.model}
+        return model, fields, [name], config.optimizer.name
     if name in PRESETS:
-        return ModelPlan(LinearLlamaConfig.preset(name), None, LoraConfig()), {"preset": name}, []
+        return ModelPlan(LinearLlamaConfig.preset(name), None, LoraConfig()), {"preset": name}, [], "adamw"
     model = ModelPlan(configuration(name), None, LoraConfig())
     check_model(model.skeleton())
-    return model, {"name": name}, []
+    return model, {"name": name}, [], "adamw"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default, known in (("scan", "choose", SCANS), ("method", "ring", METHODS), ("engine", "choose", ENGINES),
                                  ("levers", "none", LEVERS)):  # fmt: skip
         parser.add_argument(f"--{name}", default=default, help=f"some of {', '.join(known)}, or choose")
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), help="by default the file's, or adamw")
     parser.add_argument("--price", type=float, help="of a chip and an hour")
     parser.add_argument("--top", type=at_least(1), default=10, help="lines of the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all candidates there")

@@ -85,15 +85,14 @@ def estimate(candidate: Candidate, job: Job, machine: Machine, footprints: Footp
 def memory_of(run: Run, candidate: Candidate, ranks: int, chip: Chip) -> dict[str, float]:
     """Bytes by item, of the moment at which most is held."""
     shares = 1 if candidate.engine == "ddp" else ranks
-    own, optimizer = run.parameters, 2 * run.parameters.trained / shares
-    always = {"parameters": own.all / shares + own.buffers, "optimizer": optimizer}
+    own = run.parameters
+    always = {"parameters": own.all / shares + own.buffers, "optimizer": own.optimizer / shares}
     if candidate.engine == "ddp":
         always["gradient buckets"] = own.trained
     else:
         always["gathered parameters"] = 2 * own.unit
-    peak = run.peak(lambda item: 1 / shares if item == "gradients" else 1.0)
-    after = {"gradients": own.trained / shares}
-    worst = max(_told(peak), after, key=lambda items: sum(items.values()))
+    peak = run.peak(lambda item: 1 / shares if item in ("gradients", "optimizer") else 1.0)
+    worst = _told(peak)
     found = always | worst
     if chip.reserve:
         found["allowance"] = chip.reserve + 0.05 * sum(worst.values())
@@ -106,6 +105,8 @@ def _told(peak: dict[str, float]) -> dict[str, float]:
     for item, size in peak.items():
         if item == "gradients":
             found[item] += size
+        elif item == "optimizer":
+            found["optimizer's scratch"] += size
         elif item == "exchange":
             found["states and keys exchanged"] += size
         elif item == _LOGITS:
@@ -176,8 +177,10 @@ def _ways(candidate: Candidate, job: Job, machine: Machine, run: Run, kind: str,
         return Ways(None, None)
     node = job.node_size if candidate.sp > job.gpus else None
     if kind not in run.softmax:
-        links = links_of(candidate.sp, candidate.layout, node)
-        return scan_ways(SCANS[candidate.scan](), sizes, links, machine.wires, machine.chip.relay)
+        scan, neighbours = SCANS[candidate.scan](), min(candidate.sp, job.gpus)
+        scan.check(candidate.sp, neighbours)
+        links = links_of(candidate.sp, candidate.layout, neighbours)
+        return scan_ways(scan, sizes, links, machine.wires, machine.chip.relay)
     wire = machine.wires.network if node is not None else machine.wires.node
     count, found = sum(kind in run.softmax for kind in run.kinds), []
     for phase in ("forward", "backward"):

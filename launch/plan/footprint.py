@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lasp
 from lasp.kernels import head
@@ -26,8 +27,9 @@ from lasp.parallel.layout import Layout
 from lasp.parallel.methods import Method
 from lasp.parallel.scan import ScanName
 from lasp.parallel.wires import Wires
-from lasp.train.config import MemoryConfig
+from lasp.train.config import MemoryConfig, OptimizerConfig, OptimizerName
 from lasp.train.model import ModelPlan, pull
+from lasp.train.optimizer import build_optimizers
 
 SHORT = 128
 """Tokens of a rank in the shortest run: some chunks of a recurrence."""
@@ -43,15 +45,18 @@ class Setting(NamedTuple):
     method: Method
     dtype: str  # of the computation, as of `lasp train`
     wires: Wires
+    optimizer: OptimizerName = "adamw"
 
 
 class Parameters(NamedTuple):
-    """Bytes of a model's parameters: all, those that are trained, and those of its largest unit of FSDP2."""
+    """Bytes of a model's parameters: all, those that are trained, and those of its largest unit of FSDP2; of its
+    buffers, and of what the optimizer keeps between steps."""
 
     all: int
     trained: int
     unit: int
     buffers: int
+    optimizer: int
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
                 loss = model(**batch, num_items_in_batch=tokens * ranks).loss
             loss.backward()
             del loss
-        parameters = _parameters(model)
+        parameters = _parameters(model, _optimized(model, setting.optimizer, tally))
     peaks = {key: {item: float(size) for item, size in items.items()} for key, items in tally.peaks.items()}
     return Run(
         peaks,
@@ -210,9 +215,32 @@ def _kind(mixer: nn.Module) -> str:
     return type(mixer).__name__
 
 
-def _parameters(model: Any) -> Parameters:
+def _optimized(model: Any, name: OptimizerName, tally: Tally) -> int:
+    """Make a step, and return the bytes that an optimizer keeps between steps."""
+    optimizers = build_optimizers(model, OptimizerConfig(name=name))
+    with _Ones():
+        for optimizer in optimizers:
+            optimizer.step()  # makes what it keeps, which has an item of its own
+    states = [own for optimizer in optimizers for state in optimizer.state.values() for own in state.values()]
+    kept = [tensor for tensor in states if isinstance(tensor, torch.Tensor)]
+    tally.leave_out(kept)
+    with tally.within("optimizer"), _Ones():
+        for optimizer in optimizers:
+            optimizer.step()
+    return sum(tensor.nbytes for tensor in kept)
+
+
+class _Ones(TorchDispatchMode):
+    """Numbers that an optimizer reads of its tensors are 1: none decides a shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1.0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+def _parameters(model: Any, optimizer: int) -> Parameters:
     every = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.nbytes for p in every if p.requires_grad)
     units = [sum(p.nbytes for p in layer.parameters()) for layer in layers_of(model)]
     whole = sum(p.nbytes for p in every)
-    return Parameters(whole, trained, max([*units, whole - sum(units)]), sum(b.nbytes for b in model.buffers()))
+    buffers = sum(b.nbytes for b in model.buffers())
+    return Parameters(whole, trained, max([*units, whole - sum(units)]), buffers, optimizer)

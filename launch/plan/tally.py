@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,11 +76,23 @@ class Tally(TorchDispatchMode):
 
     def know(self, model: nn.Module) -> None:
         """Count what a model holds as nobody's: it is not the tally's."""
-        for tensor in (*model.parameters(), *model.buffers()):
-            self._items[id(tensor.untyped_storage())] = ("", 0)
+        self.leave_out((*model.parameters(), *model.buffers()))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._name_gradient)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Count these as nobody's."""
+        for tensor in tensors:
+            self._items[id(tensor.untyped_storage())] = ("", 0)
+
+    @contextmanager
+    def within(self, place: str) -> Iterator[None]:
+        """Call what is done here by this name."""
+        self._places.append(place)
+        with self:
+            yield
+        self._places.pop()
 
     def _name_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -129,7 +141,7 @@ class Tally(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor, place: str) -> None:
         storage = tensor.untyped_storage()
-        if id(storage) in self._items:
+        if id(storage) in self._items or tensor.device.type == "meta":  # which is a shape, and has no memory
             return
         item, size = _asked_by() or place, storage.nbytes()
         self._items[id(storage)] = item, size

@@ -113,7 +113,10 @@ def test_one_machine_alone(capsys, small, tmp_path):
         (["--ranks", "two"], "argument --ranks"),
         (["--rank", "2"], "--rank"),
         (["--folder", "/nowhere/at/all"], "--folder '/nowhere/at/all' is no folder"),
-        (["--probe", "/nowhere/at/all.json"], "is in no folder that exists"),
+        (
+            ["--probe", "/nowhere/at/all.json"],
+            "--probe '/nowhere/at/all.json' cannot be written: No such file or directory",
+        ),
         (["--probe", "links.json"], "--ranks 2"),
     ],
 )
