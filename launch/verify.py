@@ -1,4 +1,7 @@
-"""`lasp verify`: a tiny model of the same kind as a given one, on the ranks of this machine and on one."""
+"""`lasp verify`: a tiny model of the same kind as a given one, on the ranks of this machine and on one.
+
+With --simulate N the ranks are threads of one process; without a model, operations and mixers are compared.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,13 @@ from typing import Any
 
 import torch
 
+from lasp.launch.cases import cases
+from lasp.launch.cases import compare as compare_case
 from lasp.launch.cli import USER_ERROR, print_error
+from lasp.launch.outcome import Outcome
 from lasp.launch.place import run_command
 from lasp.launch.ranks import run_ranks
+from lasp.launch.threads import run
 from lasp.parallel.group import SequenceGroup, init_mesh, shutdown
 from lasp.verify import Report, compare
 from lasp.wrap.parallelize import parallelize
@@ -24,32 +31,75 @@ from lasp.wrap.shrink import shrink
 
 # More would mean that `shrink` does not know how this kind names its sizes.
 MOST_PARAMETERS = 20_000_000
+MOST_SIMULATED = 64
 
 
 def main(argv: list[str]) -> int:
     """Exit code 0 where the model is parallel and exact, 1 where it is not, 2 where it is refused or unknown."""
-    options = _parser().parse_args(argv)
-    if options.sp < 1 or options.seq_len < options.sp:
-        print_error(f"--sp must be at least 1 and --seq-len at least --sp, got {options.sp} and {options.seq_len}")
+    options = _options(argv)
+    if reason := _wrong(options):
+        print_error(reason)
         return USER_ERROR
+    if options.simulate is not None:
+        _quiet()
+        return Outcome.of(lambda: _simulate(options)).tell()
 
     def alone() -> int:
         _quiet()
-        return _refused(options.model) or run_ranks("lasp.launch.verify", argv, options.sp)
+        return _refused(options.model) or run_ranks("lasp.launch.verify", argv, options.ranks)
 
     return run_command(alone, lambda: as_rank(argv))
 
 
 def as_rank(argv: list[str]) -> int:
     """Probe a model as one of several ranks; the first one prints the report."""
-    options = _parser().parse_args(argv)
+    options = _options(argv)
     _quiet()
-    group = SequenceGroup.from_mesh(init_mesh(sp=options.sp, dp=1, device="cpu"), layout=options.layout)
+    group = SequenceGroup.from_mesh(init_mesh(sp=options.ranks, dp=1, device="cpu"), layout=options.layout)
     report = probe(options.model, group, options.seq_len)
     shutdown()
     if group.rank == 0:
         print(report)
     return 0 if report.exact else 1
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    """With the ranks and tokens that follow from the others."""
+    options = _parser().parse_args(argv)
+    ranks = options.sp if options.simulate is None else options.simulate
+    if options.seq_len is None:
+        options.seq_len = max(64, 2 * (ranks or 2))
+    options.ranks = 2 if ranks is None else ranks
+    return options
+
+
+def _wrong(options: argparse.Namespace) -> str | None:
+    """What cannot be, in a line."""
+    if options.simulate is not None and options.sp is not None:
+        return f"--simulate {options.simulate} plays its ranks in one process, and --sp {options.sp} starts processes"
+    if options.simulate is not None and not 2 <= options.simulate <= MOST_SIMULATED:
+        return f"--simulate must be from 2 to {MOST_SIMULATED}, got {options.simulate}"
+    if options.simulate is None and options.model is None:
+        return "verify needs a model, or --simulate N for operations and mixers"
+    if options.ranks < 1 or options.seq_len < options.ranks:
+        name = "--sp" if options.simulate is None else "--simulate"
+        return f"{name} must be at least 1 and --seq-len at least {name}, got {options.ranks} and {options.seq_len}"
+    return None
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    """Ranks in one process: a line per case, or the report of a model."""
+    exact = True
+    if options.model is not None:
+        plain = tiny_model(configuration(options.model))
+        found = run(options.ranks, partial(_probe, plain, options.seq_len), options.layout, checks=True)
+        print(found[0])
+        return 0 if found[0].exact else 1
+    for case in cases(options.ranks, options.seq_len):
+        verdict = compare_case(case, options.ranks, options.seq_len, options.layout)
+        print(verdict, flush=True)
+        exact = exact and verdict.exact
+    return 0 if exact else 1
 
 
 def _quiet() -> None:
@@ -72,9 +122,12 @@ def _refused(name: str) -> int:
 
 def probe(name: str, group: SequenceGroup, seq_len: int) -> Report:
     """The report on a tiny model of a kind. Raises ValueError where it is unknown, cannot be made, or is refused."""
-    plain = tiny_model(configuration(name))
-    own = parallelize(copy.deepcopy(plain), group)
-    return compare(plain, own, group, seq_len)
+    return _probe(tiny_model(configuration(name)), seq_len, group)
+
+
+def _probe(model: Any, seq_len: int, group: SequenceGroup) -> Report:
+    own = parallelize(copy.deepcopy(model), group)
+    return compare(copy.deepcopy(model), own, group, seq_len)
 
 
 def configuration(name: str) -> Any:
@@ -122,10 +175,15 @@ def tiny_model(config: Any) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lasp verify", description=__doc__)
     parser.add_argument(
-        "model", help="a folder, an id (owner/name) of the Hugging Face hub, or a model type; weights are not read"
+        "model",
+        nargs="?",
+        help="a folder, an id (owner/name) of the Hugging Face hub, or a model type; weights are not read",
     )
-    parser.add_argument("--sp", type=int, default=2, help="ranks that share the sequence")
-    parser.add_argument("--seq-len", type=int, default=64, help="tokens over all ranks")
+    parser.add_argument("--sp", type=int, help="ranks that share the sequence, 2 by default")
+    parser.add_argument(
+        "--simulate", type=int, metavar="N", help="so many ranks in one process; without a model all operations"
+    )
+    parser.add_argument("--seq-len", type=int, help="tokens over all ranks, by default 64, or two of each rank")
     parser.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag")
     return parser
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import lasp
+from lasp.launch.threads import run
 from lasp.parallel.cut import even_lengths
 from lasp.parallel.layout import pieces_of
-from tests.simulated import run
 
 Operation = Callable[..., tuple[Tensor, Any]]
 # Ranks with the tokens of each, of 37: alone, unevenly and with none, and two pieces each.

@@ -13,11 +13,11 @@ import lasp
 from lasp.functional.hybrid_arguments import HybridState
 from lasp.kernels import reference
 from lasp.kernels.softmax import window as kernel
+from lasp.launch.threads import run
 from lasp.parallel.cut import even_lengths
 from lasp.parallel.layout import pieces_of
 from tests.attention import largest_error
 from tests.hybrid import LENGTH, VARIANTS, make, solve
-from tests.simulated import run
 
 PLACES = {"contiguous": (1, 20, 0, 16), "zigzag": even_lengths(LENGTH, 4, "zigzag")}
 

@@ -15,11 +15,11 @@ from torch.nn.functional import normalize, one_hot
 import lasp
 from lasp.functional import routed_delta_rule
 from lasp.kernels import reference
+from lasp.launch.threads import run
 from lasp.layers import MixtureOfMemories
 from lasp.parallel.balance import router_balance
 from lasp.parallel.call import ALONE
 from tests.ranks import CUTS, DOCUMENTS, assert_same, cut_results, results
-from tests.simulated import run
 
 MEMORIES, HEADS, KEYS, VALUES = 4, 2, 6, 5
 

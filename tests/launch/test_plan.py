@@ -9,23 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-import lasp
 from lasp.kernels import head
 from lasp.launch.cli import main
 from lasp.launch.plan import report
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
-from lasp.launch.plan.estimate import memory_of, sizes_of
+from lasp.launch.plan.estimate import memory_of
 from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
 from lasp.launch.plan.report import longest
-from lasp.launch.simulate.exchanges import links_of
 from lasp.launch.simulate.machine import MACHINES
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
-from lasp.parallel.layout import Layout
-from lasp.parallel.scan import SCANS, ScanName
+from lasp.parallel.scan import ScanName
 from lasp.train.config import LoraConfig, OptimizerConfig, OptimizerName
 from lasp.train.model import ModelPlan
 from lasp.train.optimizer import build_optimizers
-from tests.simulated import run
 
 TINY: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
                         "vocab_size": 64}  # fmt: skip
@@ -52,45 +48,6 @@ def test_short_runs_tell_of_long_ones(levers: str) -> None:
     assert {key: size for key, (size, _) in told.sent.items() if key[0] != "all_reduce"} == {
         key: size for key, (size, _) in real.sent.items() if key[0] != "all_reduce"
     }
-
-
-def planned(mixer: str, scan: str, ranks: int, layout: Layout) -> int:
-    """Bytes that all ranks receive for the scans of one layer, both ways, by schedules alone."""
-    sizes = sizes_of(Footprints(setting(mixer, "L")))
-    there, back = links_of(ranks, layout, ranks // 2)
-    kind = SCANS[scan]().fitted(there, sizes, MACHINES["cpu"].wires)
-    ways = kind.schedule(there), kind.schedule_back(back, there)
-    return sum(way.received(rank, sizes) for way in ways for rank in range(ranks))
-
-
-def counted(mixer: str, scan: str, ranks: int, layout: Layout) -> int:
-    """Those that the ledger of all ranks has, of a step of a model with one layer."""
-    config = LinearLlamaConfig(**{**TINY, "num_hidden_layers": 1}, mixer=mixer, scan=scan)
-    op = {"gather": "all_gather"}.get(scan, scan)
-
-    def step(group: lasp.SequenceGroup) -> None:
-        torch.manual_seed(0)
-        model = LinearLlamaForCausalLM(config).train()
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        model.model(input_ids=ids, cut=group.cut(2 * ranks)).last_hidden_state.sum().backward()
-
-    with lasp.traffic() as ledger:
-        run(ranks, step, layout, node_size=ranks // 2)
-    return sum(record.bytes for record in ledger.records if record.op == op)
-
-
-@pytest.mark.parametrize("scan", SCANS)
-def test_planned_bytes_are_the_ledger_s(scan: str) -> None:
-    assert planned("gla", scan, 4, "zigzag") == counted("gla", scan, 4, "zigzag") > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("mixer", ["lightning", "gated_deltanet"])
-def test_planned_bytes_of_other_mixers_are_the_ledger_s(mixer: str, layout: Layout) -> None:
-    """Without transfers that must be sent, and with dense ones."""
-    found = {scan: (planned(mixer, scan, 4, layout), counted(mixer, scan, 4, layout)) for scan in SCANS}
-    assert {scan: both for scan, both in found.items() if both[0] != both[1]} == {}
 
 
 def candidate(**fields: Any) -> Candidate:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lasp.launch import verify
+from lasp.launch.cases import cases
 
 pytest.importorskip("transformers")
 
@@ -36,6 +37,11 @@ def folder(tmp_path: Path) -> str:
         (["xlm"], ["cannot make a tiny xlm", "lasp.verify"]),
         (["llama", "--sp", "0"], ["--sp", "got 0"]),
         (["llama", "--sp", "8", "--seq-len", "7"], ["--seq-len", "8 and 7"]),
+        (["llama", "--sp", "2", "--simulate", "4"], ["--simulate 4 plays its ranks in one process", "--sp 2"]),
+        (["--simulate", "65"], ["--simulate must be from 2 to 64, got 65"]),
+        (["--simulate", "8", "--seq-len", "7"], ["--seq-len at least --simulate, got 8 and 7"]),
+        (["no such model", "--simulate", "4"], ["no such model", "no model type"]),
+        ([], ["verify needs a model, or --simulate N"]),
     ],
 )
 def test_what_is_refused_starts_no_ranks(folder, capsys, monkeypatch, arguments, said):
@@ -82,6 +88,39 @@ def test_what_is_exact_has_exit_code_0_and_is_told_once(folder, capfd):
     assert told.out.startswith("parallel and exact: ")
     assert told.out.count("\n") == 1
     assert not told.err
+
+
+def test_simulated_ranks_of_a_model(folder, capsys):
+    assert verify.main([folder, "--simulate", "4", "--seq-len", "16"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("parallel and exact: ")
+    assert told.count("\n") == 1
+
+
+def few(names: tuple[str, ...]):
+    return lambda *given: [case for case in cases(*given) if case.name in names]
+
+
+def test_simulated_ranks_of_operations_and_mixers(capsys, monkeypatch):
+    """A line for each, and exit code 1 where one is off: here a layer that does not know of its ranks."""
+    names = ("delta_rule, decay per token, scan two_level", "softmax_attention, method ulysses", "mixer mamba2")
+    monkeypatch.setattr(verify, "cases", few(names))
+    assert verify.main(["--simulate", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": parallel and exact: relative differences of output ")[0] for line in lines] == [*names]
+    monkeypatch.setattr(verify, "cases", few(("mixer mamba2",)))
+    monkeypatch.setattr("lasp.launch.cases._Layer.forward", lambda layer, cut, x: layer.mixer(x)[0])
+    assert verify.main(["--simulate", "2"]) == 1
+    assert capsys.readouterr().out.startswith("mixer mamba2: not parallel: relative differences of output ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_64_simulated_ranks(capsys):
+    assert verify.main(["--simulate", "64"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) > 40
+    assert all(": parallel and exact: " in line for line in told)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torch import Tensor
 import lasp
 from lasp.kernels.logcumsumexp import LogSum
 from lasp.kernels.segment import Segment
+from lasp.launch.threads import run
 from lasp.parallel import exchange as exchange_module
 from lasp.parallel.exchange import Exchange, Flight
 from lasp.parallel.group import node_size
@@ -26,7 +27,6 @@ from lasp.parallel.monoid import Affine, LogSums
 from lasp.parallel.scan import SCANS, Auto, Doubling, Gather, Pipeline, Ring, Scan, ScanName, TwoLevel, check_scan
 from lasp.parallel.schedule import EVERYONE, Links, Message, Schedule, Sizes
 from lasp.parallel.wires import PROCESSES
-from tests.simulated import run
 
 CONTIGUOUS, ZIGZAG, EIGHT = (0, 1, 2, 3), (0, 1, 2, 2, 1, 0), tuple(range(8))
 SHAPES = {"per head": (2, 1, 1), "per channel": (2, 4, 1), "dense": (2, 4, 4)}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import lasp
+from lasp.launch.threads import run
 from lasp.parallel.cut import even_lengths
 from lasp.parallel.layout import pieces_of
 from lasp.parallel.scan import SCANS, Gather, Scan, TwoLevel
 from tests.distributed.cutting import cut_problem
 from tests.oracle import DECAYS, Problem, assert_close, errors, make_problem, solve
 from tests.parallel.test_scan import ALL
-from tests.simulated import run
 
 LENGTHS = (1, 20, 0, 16, 3, 0, 11, 9)
 # Documents of one token, none, that begin with a rank's tokens, and that cross several ranks.
