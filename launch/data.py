@@ -2,8 +2,8 @@
 
 import sys
 
+from lasp.launch.configuration import read_config
 from lasp.launch.outcome import Outcome
-from lasp.launch.train import read_config
 from lasp.train.config import TrainConfig
 from lasp.train.data.tokenizer import load_tokenizer
 from lasp.train.run import prepare_data

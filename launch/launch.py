@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from lasp.launch import deepspeed, slurm, torchrun
 from lasp.launch.cli import Parser
+from lasp.launch.configuration import read_config
 from lasp.launch.job import Job, Plan
 from lasp.launch.outcome import Outcome
-from lasp.launch.train import read_config
 
 
 class Launcher(NamedTuple):

@@ -12,30 +12,25 @@ for them. Started as one of several ranks, it trains. The output folder is locke
 import math
 import os
 import sys
-import tomllib
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
-
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING, NoReturn
 
 from lasp.launch.cli import SAVED, STUCK, USER_ERROR, print_error
+from lasp.launch.configuration import read_config
 from lasp.launch.lock import locked
 from lasp.launch.outcome import Failure
 from lasp.launch.place import run_command
 from lasp.launch.ranks import loopback, run_ranks
 from lasp.launch.stop import Stop
 from lasp.parallel.group import join_world
-from lasp.train.config import SECTIONS, TrainConfig
-from lasp.train.loop import StepError, Summary, train
+from lasp.train.config import TrainConfig
 from lasp.train.ranks import Ranks, agree_on_config, check_device, replicas
-from lasp.train.run import Run, Tell
-from lasp.train.sample import sample
 
-RECIPES = Path(__file__).with_name("configs")
-"""The configurations that ship with the package; a recipe's name is its file's."""
+# Models take seconds to import: a mistake in a configuration is told before that.
+if TYPE_CHECKING:
+    from lasp.train.loop import Summary
+    from lasp.train.run import Run, Tell
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,50 +59,6 @@ def _as_rank_of_others(arguments: list[str]) -> int:
         return _train(config, print)
 
 
-def read_config(arguments: list[str]) -> TrainConfig:
-    """The configuration that `CONFIG [--key value ...]` describes; ValueError for an unknown key or a bad value."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = [f"--config={_find_file(arguments[0])}", *arguments[1:]]
-    arguments = ["--allow_change=true" if word == "--allow-change" else word for word in arguments]
-    parser = _parser()
-    if not {"-h", "--help"} & set(arguments):
-        _check_files(arguments)
-    try:
-        values = parser.parse_args(arguments).as_dict()
-    except ArgumentError as error:
-        raise ValueError(str(error)) from error
-    del values["config"]
-    for section, kind in SECTIONS.items():
-        values[section] = kind(**values[section])
-    return TrainConfig(**values)
-
-
-def _parser() -> ArgumentParser:
-    """Of the command line. What its help says about a field is the text under it in `lasp.train.config`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="lasp train CONFIG", parser_mode="toml", exit_on_error=False, print_config=None)
-    parser.add_argument("--config", action="config", help="a further TOML file, which overrides CONFIG")
-    parser.add_class_arguments(TrainConfig)
-    return parser
-
-
-def _check_files(arguments: list[str]) -> None:
-    """ValueError unless there is a configuration, and every file of one can be read and sets something."""
-    names = [value for name, value in pairwise(arguments) if name == "--config"]
-    names += [name.removeprefix("--config=") for name in arguments if name.startswith("--config=")]
-    if not names:
-        raise ValueError(f"CONFIG is missing, a TOML file or the name of a recipe; recipes: {_recipes()}")
-    for name in names:
-        if not Path(name).is_file():
-            raise ValueError(f"no configuration file {name!r}")
-        try:
-            values = tomllib.loads(Path(name).read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise ValueError(f"cannot read the configuration file {name!r}: {error}") from error
-        if not values:
-            raise ValueError(f"the configuration file {name!r} sets nothing: a run has a model and data at least")
-
-
 def _agree_on_config(arguments: list[str]) -> TrainConfig:
     """`read_config` on every rank: the same ValueError on all when one of them cannot, or when they differ."""
     config, error = None, None
@@ -121,25 +72,13 @@ def _agree_on_config(arguments: list[str]) -> TrainConfig:
     return config
 
 
-def _find_file(name: str) -> Path:
-    """The file of a configuration that is given by its path or, without a folder and suffix, by a recipe's name."""
-    path, recipe = Path(name), RECIPES / f"{name}.toml"
-    if not path.is_file() and path.name == name and recipe.is_file():
-        return recipe
-    if not path.is_file():
-        raise ValueError(f"no configuration file {name!r}, and no recipe of that name; recipes: {_recipes()}")
-    return path
-
-
-def _recipes() -> str:
-    return ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-
-
 def _start(arguments: list[str]) -> int:
     """Train in this process, or in as many new ones as the configuration asks for."""
     config = read_config(arguments)
     ranks = config.sp * config.tp * (config.dp or replicas(config.device, config.sp * config.tp))
     check_device(config.device, ranks)
+    from lasp.train.run import Run
+
     with locked(Path(config.output)):
         Run.prepare(config, print)
         if ranks > 1 or config.restarts:
@@ -166,9 +105,14 @@ def _end(told: str) -> NoReturn:
     os._exit(STUCK)
 
 
-def _train(config: TrainConfig, tell: Tell | None = None) -> int:
+def _train(config: TrainConfig, tell: "Tell | None" = None) -> int:
     """Train as one of the ranks that a launcher, or `_start`, brought up, or as the only one. tell: as `Run.prepare`
     takes it, where nobody has called that before."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from lasp.train.loop import StepError, train
+    from lasp.train.run import Run
+
     disable_progress_bar()  # transformers shows one for every file it reads or writes
     ranks = Ranks.join(config)
     run = Run.prepare_together(config, ranks.everyone, tell)
@@ -191,7 +135,7 @@ def _train(config: TrainConfig, tell: Tell | None = None) -> int:
     return 0
 
 
-def _report(run: Run, summary: Summary) -> None:
+def _report(run: "Run", summary: "Summary") -> None:
     """Say how training went, where its results lie, and what the model writes."""
     recent = summary.losses[-20:]
     print(f"first loss  {summary.losses[0]:.3f}")
@@ -203,6 +147,8 @@ def _report(run: Run, summary: Summary) -> None:
     print(f"loss plot   {summary.plot}")
     print(f"checkpoint  {summary.checkpoint}")
     if run.config.sample.prompt is not None:
+        from lasp.train.sample import sample
+
         print(f"\nThe model continues {run.config.sample.prompt!r}:\n")
         print(sample(summary.checkpoint, run.tokenizer, run.config.sample, run.config.seed))
 

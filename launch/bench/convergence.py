@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lasp.launch.bench.timing import machine
-from lasp.launch.train import read_config
+from lasp.launch.configuration import read_config
 from lasp.train.metrics import read_metrics
 
 # The six modules of LASP-2's table 2, and two of the delta family.

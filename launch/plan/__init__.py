@@ -127,7 +127,7 @@ def check_planned(config: TrainConfig) -> None:
 def read_model(name: str) -> tuple[ModelPlan, dict[str, Any], list[str], OptimizerName]:
     """A preset, a configuration of `lasp train`, or what `lasp verify` takes; the fields that a configuration names it
     by, the file that has them already, and the optimizer. ValueError where there is none, or it is refused."""
-    from lasp.launch.train import read_config
+    from lasp.launch.configuration import read_config
     from lasp.launch.verify import configuration
     from lasp.models import LinearLlamaConfig
     from lasp.models.config import PRESETS

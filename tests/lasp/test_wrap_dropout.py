@@ -81,6 +81,7 @@ def test_restored_and_copied() -> None:
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, nn.Dropout))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_drops_the_same() -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)

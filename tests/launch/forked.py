@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.launch.forked", "lasp.launch.train", "lasp.train.engines.ddp"])
+_SERVER.set_forkserver_preload(
+    ["tests.launch.forked", "lasp.launch.train", "lasp.train.loop", "lasp.train.sample", "lasp.train.engines.ddp"]
+)
 
 
 class Training:

@@ -170,6 +170,7 @@ def plain() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(not Path(sys.executable).with_name("mpirun").exists(), reason="Open MPI is not here")
 def test_two_ranks_of_mpirun_are_one_run(recipe, tmp_path):

@@ -90,7 +90,7 @@ def test_candidates_have_numbers_that_divide() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A table, JSON that says why others lose, a trace, and a configuration that `lasp train` reads."""
-    from lasp.launch.train import read_config
+    from lasp.launch.configuration import read_config
 
     files = {
         name: tmp_path / f"{name}.{kind}" for name, kind in (("json", "json"), ("trace", "json"), ("write", "toml"))

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from lasp.launch import cli
+from lasp.launch.configuration import RECIPES, read_config
 from lasp.launch.data import main as main_data
-from lasp.launch.train import RECIPES, main, read_config
+from lasp.launch.train import main
 from lasp.train.metrics import read_metrics
 
 TINY = """
