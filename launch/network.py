@@ -6,6 +6,7 @@ Every rank gets a namespace with one interface, all of them on one bridge; what 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET of linux/sched.h
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _QUEUE = 0.02
 """Seconds of sending that wait at an interface before TCP is told to slow down."""
@@ -30,6 +32,12 @@ class Network:
     def command(self, rank: int) -> list[str]:
         """What goes ahead of the command of a rank."""
         return ["ip", "netns", "exec", self._space(rank)]
+
+    def enter(self, rank: int) -> None:
+        """Move this thread into the namespace of a rank, and with it those that it starts from now on."""
+        with open(f"/run/netns/{self._space(rank)}") as space:
+            if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), _NEW_NETWORK):
+                raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {self._space(rank)}")
 
     @property
     def environment(self) -> dict[str, str]:

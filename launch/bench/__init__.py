@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from lasp.launch.bench import attention, compilation, convergence, cuda, kernels, memory, plan, scan, step, wrapped
+from lasp.launch.bench import (
+    attention,
+    compilation,
+    convergence,
+    cuda,
+    kernels,
+    memory,
+    model,
+    plan,
+    report,
+    scaling,
+    scan,
+    step,
+    wrapped,
+)
 from lasp.launch.bench.options import at_least
 from lasp.launch.files import check_outputs
 
@@ -21,6 +37,8 @@ BENCHMARKS = {
     "scan": scan,
     "memory": memory,
     "plan": plan,
+    "model": model,
+    "scaling": scaling,
     "wrapped": wrapped,
     "convergence": convergence,
 }
@@ -39,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         benchmark.add_options(command)
         for option, triton in TRITON.items() if name == "kernels" else ():
             triton.add_options(command.add_argument_group(f"with {option}"))
+    written = commands.add_parser("report", help=(report.__doc__ or "").splitlines()[0])
+    written.add_argument("--document", type=Path, default=Path("docs/benchmarks.md"))
     options = parser.parse_args(argv)
+    if options.what == "report":
+        return _report(parser, options.document)
     if options.what == "kernels" and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none here")
     try:
@@ -50,7 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = benchmark.measure(options)
     benchmark.show(figures)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        line = shlex.join(["lasp", "bench", *(sys.argv[2:] if argv is None else argv)])
+        told = {"benchmark": options.what, "command": line, **figures}
+        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _report(parser: argparse.ArgumentParser, document: Path) -> int:
+    """Write a document's sections anew."""
+    if not document.is_file():
+        parser.error(f"--document {document}: there is no such file")
+    try:
+        files = report.report(document, BENCHMARKS)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{document}: {len(files)} sections, of {', '.join(map(str, files)) or 'no figures'}")
     return 0
 
 
