@@ -144,24 +144,26 @@ def routed_delta_rule(
     log_decay: Tensor,
     *,
     memories: Tensor,
+    num_memories: int,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule` in each of M memories, over the tokens that are sent to it (MoM, arXiv:2502.13685).
 
-    k [B, T, M, H, K], v [B, T, M, H, V], beta, log_decay [B, T, M, H]; memories [B, T, n]; initial_state
-    [B or N, M·H, K, V]. Returns what each token reads of its memories [B, T, n, Hq, V] and the final states.
+    memories [B, T, n], below M = num_memories; k [B, T, n, H, K], v [B, T, n, H, V], beta, log_decay [B, T, n, H]:
+    of a token in each of these; initial_state [B or N, M·H, K, V]. Returns what each token reads of its memories
+    [B, T, n, Hq, V] and the final states.
     """
-    count, heads = k.shape[2:4]
+    heads = k.shape[3]
     output, finals = v.new_zeros(*memories.shape, q.shape[2], v.shape[4]), []
     one = [(0, start, stop) for start, stop in pairwise(cu_seqlens or ())]
     for n, (row, start, stop) in enumerate(one or [(row, 0, q.shape[1]) for row in range(q.shape[0])]):
         states = []
-        for memory in range(count):
+        for memory in range(num_memories):
             at, choice = (memories[row, start:stop] == memory).nonzero(as_tuple=True)
             at = at + start
-            own = [x[row : row + 1, at, memory] for x in (k, v, beta, log_decay)]
+            own = [x[row, at, choice].unsqueeze(0) for x in (k, v, beta, log_decay)]
             of = slice(memory * heads, (memory + 1) * heads)
             before = None if initial_state is None else initial_state[n : n + 1, of]
             read, after = delta_rule(q[row : row + 1, at], *own, scale=scale, initial_state=before)

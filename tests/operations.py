@@ -19,7 +19,7 @@ import lasp
 from lasp import functional
 from lasp.kernels import reference
 
-B, T, H, K, V, N = 2, 24, 2, 8, 6, 3  # N: steps to a token, width of a convolution
+B, T, H, K, V, N = 2, 24, 2, 8, 6, 3  # N: steps to a token, width of a convolution, memories
 HIDDEN = {torch.int64: -7, torch.bool: True}  # what no operation may read
 
 # Layouts ------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Operation:
 _TOKENS = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V)}
 _STEPS = {"q": (B, T, H, K), "k": (B, T, N, H, K), "v": (B, T, N, H, V), "beta": (B, T, N, H)}
 _STATE = {"initial_state": (B, H, K, V)}
-_OF_MEMORIES = {"k": (B, T, N, H, K), "v": (B, T, N, H, V), "beta": (B, T, N, H), "log_decay": (B, T, N, H)}
+_OF_MEMORIES = {"k": (B, T, 1, H, K), "v": (B, T, 1, H, V), "beta": (B, T, 1, H), "log_decay": (B, T, 1, H)}
 _RECURRENCE: dict[str, Any] = {"whole": ("initial_state",), "outputs": ("cut", "whole")}
 
 
@@ -165,8 +165,8 @@ OPERATIONS: dict[str, Operation] = {
         **_RECURRENCE,
     ),
     "routed_delta_rule": Operation(
-        partial(functional.routed_delta_rule, output_final_state=True, chunk_size=8),
-        reference.routed_delta_rule,
+        partial(functional.routed_delta_rule, num_memories=N, output_final_state=True, chunk_size=8),
+        partial(reference.routed_delta_rule, num_memories=N),
         {"q": (B, T, H, K), **_OF_MEMORIES, "memories": (B, T, N), "initial_state": (B, N * H, K, V)},
         **_RECURRENCE,
     ),

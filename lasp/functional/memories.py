@@ -1,4 +1,5 @@
-"""The delta rule with several memories, of which each token is sent to some (MoM, arXiv:2502.13685)."""
+"""The delta rule with several memories, of which each token is sent to some (MoM, arXiv:2502.13685); and what a token
+is in each of these: projections of its own, and a short convolution."""
 
 from __future__ import annotations
 
@@ -7,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from lasp.functional.checks import check_documents, is_packed, ranks_of
 from lasp.functional.delta import delta_rule
 from lasp.functional.recurrence import by_document, check_options, check_recurrence, plan_call, whole_results
-from lasp.kernels.arguments import check_flags, check_tensors
+from lasp.kernels.arguments import check_flags, check_integer, check_tensors
 from lasp.kernels.backend import Backend, implementation
 from lasp.kernels.chunks import CHUNK_SIZE
 from lasp.kernels.gathered import Gathered, Rows
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.precision import compute_dtype
+from lasp.kernels.sent import Sent, SentConvolution
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel.call import Arguments, begin_call, together
 from lasp.parallel.cut import Cut
@@ -35,6 +38,7 @@ def routed_delta_rule(
     log_decay: Tensor,
     *,
     memories: Tensor,
+    num_memories: int,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -47,12 +51,12 @@ def routed_delta_rule(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`delta_rule` in each of M memories, over the tokens that are sent to it; to a memory, others are not there.
 
-    q [B, T, Hq, K]; k [B, T, M, H, K], v [B, T, M, H, V], beta, log_decay [B, T, M, H] of every memory; memories
-    [B, T, n]: the n different memories that each token is sent to, integers below M. The rows of each memory are
-    gathered and stand one behind the other in one call, at the arithmetic of n memories in the place of M. Over a group
-    the states of all memories cross in one exchange, whatever each rank sends to them. A token is read back to Python
-    for how many rows each memory has: an accelerator is waited for. scan="heads" takes all memories for all tokens, and
-    so do fewer tokens than memories on one device, and tensors without values.
+    q [B, T, Hq, K]; memories [B, T, n]: the n different memories that each token is sent to, integers below M, which is
+    num_memories; k [B, T, n, H, K], v [B, T, n, H, V], beta, log_decay [B, T, n, H]: of the token in each of these. The
+    rows of each memory are gathered and stand one behind the other in one call, at the arithmetic of n memories in the
+    place of M. Over a group the states of all memories cross in one exchange, whatever each rank sends to them. Python
+    is told how many rows each memory has: an accelerator is waited for. scan="heads" takes all memories for all tokens,
+    and so do fewer tokens than memories on one device, and tensors without values.
 
     Returns what each token reads in each of its memories, [B, T, n, Hq, V], and where asked the final states
     [B or documents, M·H, K, V], as initial_state. All other arguments and what is refused are as in `delta_rule`.
@@ -67,31 +71,29 @@ def routed_delta_rule(
         "backend": backend,
         "chunk_size": chunk_size,
     }
-    together(group, "routed_delta_rule", lambda: _check_shapes(q, k, v, beta, log_decay, memories, initial_state))
-    valueless = memories.untyped_storage().device.type == "meta"  # fake tensors too
-    few = ranks_of(group, cut) == 1 and q.shape[1] < k.shape[2]  # in generation
-    if valueless or few or scan == Heads.name or isinstance(scan, Heads):
-        return _everywhere(Inputs(q, k, v, log_decay, beta), memories, output_final_state, options)
-    batch, tokens, count, heads = k.shape[:4]
+    inputs = Inputs(q, k, v, log_decay, beta)
+    together(group, "routed_delta_rule", lambda: _check_shapes(inputs, memories, num_memories, initial_state))
+    few = ranks_of(group, cut) == 1 and q.shape[1] < num_memories  # in generation
+    if is_valueless(memories) or few or scan == Heads.name or isinstance(scan, Heads):
+        return _everywhere(inputs, memories, num_memories, output_final_state, options)
+    batch, tokens, choices, heads = k.shape[:4]
 
     def check() -> Arguments:
         check_flags(output_final_state=output_final_state)
         implementation(backend, q, chunk_size, erases=True)
         said = check_options(scale, scan, chunk_size, cut.group if cut else group)
-        said |= {"final_state": output_final_state, "memories": [count, memories.shape[2]]}
+        said |= {"final_state": output_final_state, "memories": [num_memories, memories.shape[2]]}
         bounds = check_documents(q, cu_seqlens, cut)
-        flat = (q[:, :, :1].expand(-1, -1, count * heads, -1), k.flatten(2, 3), v.flatten(2, 3))
+        flat = (q[:, :, :1].expand(-1, -1, choices * heads, -1), k.flatten(2, 3), v.flatten(2, 3))
         gates = log_decay.flatten(2), beta.flatten(2)
-        return check_recurrence(flat, *gates, initial_state, bounds, said, ranks_of(group, cut))
+        state = None if initial_state is None else initial_state[:, : choices * heads]
+        return check_recurrence(flat, *gates, state, bounds, said, ranks_of(group, cut))
 
     turn, packed = begin_call(group, "routed_delta_rule", check, cut), is_packed(cu_seqlens, cut)
     plan, runs = plan_call(turn, tokens, packed)
-    rows = Rows.of(memories, count, runs)
-    token = rows.source // memories.shape[2]
-    of_memory = token * count + memories.flatten()[rows.source]
-    inputs = Inputs(
-        _taken(q.flatten(0, 1), token), *(_taken(x.flatten(0, 2), of_memory) for x in (k, v, log_decay, beta))
-    )
+    rows = Rows.of(memories, num_memories, runs)
+    of_rows = (_taken(x.flatten(0, 2), rows.source) for x in (k, v, log_decay, beta))
+    gathered = Inputs(_taken(q.flatten(0, 1), rows.source // choices), *of_rows)
     inner = implementation(backend, q, chunk_size, erases=True)(
         rows.runs,
         heads,
@@ -100,11 +102,86 @@ def routed_delta_rule(
         chunk_size=chunk_size or CHUNK_SIZE,
     )
     call = Call(Gathered.around(inner, batch, len(runs)), plan, turn, check_scan(scan), output_final_state)
-    state = by_document(initial_state, count * heads, packed, compute_dtype(q))
-    output, final = causal_recurrence(call, state, inputs)
+    state = by_document(initial_state, num_memories * heads, packed, compute_dtype(q))
+    output, final = causal_recurrence(call, state, gathered)
     return whole_results(
         _taken(output[0], rows.place.flatten()).view(*memories.shape, *output.shape[2:]), final, packed
     )
+
+
+@outside
+def routed_linear(x: Tensor, weight: Tensor, memories: Tensor) -> Tensor:
+    """`weight_m·x` in the memories that each token is sent to, at the arithmetic of those alone. x [B, T, I], weight
+    [M, O, I], memories [B, T, n]; returns [B, T, n, O]. Nothing crosses ranks; an accelerator is waited for."""
+    order = memories.flatten().argsort(stable=True)
+    counts = torch.bincount(memories.flatten(), minlength=len(weight)).tolist()
+    rows = x.flatten(0, 1).index_select(0, order // memories.shape[2]).split(counts)
+    found = torch.cat([linear(own, of_memory) for own, of_memory in zip(rows, weight, strict=True)])
+    return found.index_select(0, order.argsort()).view(*memories.shape, -1)
+
+
+@outside
+def routed_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    memories: Tensor,
+    mask: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    group: SequenceGroup | None = None,
+    cut: Cut | None = None,
+    scan: ScanName | Scan = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`causal_conv1d` in each of M memories, over the tokens that are sent to it, one after another.
+
+    x [B, T, n, C] of each token in its memories; weight [M, C, W], of at least two taps; memories [B, T, n], as in
+    `routed_delta_rule`; mask [B, T] bool: False tokens are not there. initial_state: the last W - 1 tokens of each
+    memory, oldest first, [B or documents, M, W - 1, C]; 0 if None. Over a group these cross in one exchange.
+
+    Returns the output [B, T, n, C], 0 where a token is not there, and where asked the final states.
+    """
+    count, (batch, tokens, choices, channels) = len(weight), x.shape
+
+    def check() -> Arguments:
+        check_tensors(("mask", "initial_state"), x=x, weight=weight, mask=mask, initial_state=initial_state)
+        check_flags(output_final_state=output_final_state)
+        bounds = check_documents(x, cu_seqlens, cut)
+        rows = batch if bounds is None else len(bounds) - 1
+        wanted = [rows, count, weight.shape[2] - 1, channels]
+        if initial_state is not None and list(initial_state.shape) != wanted:
+            raise ValueError(f"initial_state must be {wanted}, got {list(initial_state.shape)}")
+        fields = check_options(None, scan, None, cut.group if cut else group) | {
+            "device": x.device.type,
+            "shape": [batch, choices, *weight.shape],
+            "dtype": str(x.dtype),
+            "final_state": output_final_state,
+            "backward": torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+        }
+        return Arguments(fields, tokens, bounds)
+
+    turn, packed = begin_call(group, "routed_conv1d", check, cut), is_packed(cu_seqlens, cut)
+    plan, runs = plan_call(turn, tokens, packed)
+    if is_valueless(memories):
+        final = x.new_zeros(len(turn().bounds or (0, 0)) - 1 if packed else batch, count, weight.shape[2] - 1, channels)
+        return (x * weight.sum(), final) if output_final_state else x * weight.sum()
+    if mask is not None:  # what is not there goes to a memory of its own, which makes nothing of it
+        memories = memories.masked_fill(~mask.unsqueeze(-1), count)
+        weight = pad(weight, (0, 0, 0, 0, 0, 1))
+        initial_state = None if initial_state is None else pad(initial_state, (0, 0, 0, 0, 0, 1))
+    rows = Rows.of(memories, len(weight), runs)
+    convolution = SentConvolution(rows.runs, len(weight), 1.0, causal=True, chunk_size=tokens, batch=batch)
+    call = Call(convolution, plan, turn, check_scan(scan), output_final_state)
+    state = by_document(initial_state, len(weight), packed, compute_dtype(x))
+    output, ends = causal_recurrence(call, state, Sent(_taken(x.flatten(0, 2), rows.source), weight))
+    ends = None if ends is None else ends[:, :, :count]
+    return whole_results(_taken(output[0], rows.place.flatten()).view_as(x), ends, packed)
+
+
+def is_valueless(memories: Tensor) -> bool:
+    """Whether nobody can tell where tokens are sent: on meta, and of fake tensors."""
+    return memories.untyped_storage().device.type == "meta"
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
@@ -113,15 +190,13 @@ def _taken(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _everywhere(
-    inputs: Inputs, memories: Tensor, output_final_state: bool, options: dict[str, Any]
+    inputs: Inputs, memories: Tensor, count: int, output_final_state: bool, options: dict[str, Any]
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same with all memories as heads, in which a token erases, writes and decays nothing where it is not sent."""
-    q, k, v, log_decay, beta = inputs
-    count = k.shape[2]
-    sent = torch.zeros(*k.shape[:3], 1, dtype=torch.bool, device=k.device).scatter(2, memories.unsqueeze(-1), True)
-    gates = [torch.where(sent, x, 0).flatten(2) for x in (beta, log_decay) if x is not None]
+    q, *sent = inputs
+    k, v, log_decay, beta = (_spread(x, memories, count).flatten(2, 3) for x in sent if x is not None)
     result = delta_rule(
-        q.repeat(1, 1, count, 1), k.flatten(2, 3), v.flatten(2, 3), *gates,
+        q.repeat(1, 1, count, 1), k, v, beta, log_decay,
         output_final_state=output_final_state, **options,
     )  # fmt: skip
     output, final = result if isinstance(result, tuple) else (result, None)
@@ -129,32 +204,40 @@ def _everywhere(
     return output if final is None else (output, final)
 
 
-def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memories: Tensor, state: Tensor | None
-) -> None:
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "memories": memories}
-    check_tensors(("initial_state",), **tensors, initial_state=state)
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, beta {list(beta.shape)}"
-    shapes += f", log_decay {list(log_decay.shape)}, memories {list(memories.shape)}"
+def _spread(x: Tensor, memories: Tensor, count: int) -> Tensor:
+    """[B, T, n, ...] as [B, T, memories, ...], 0 where a token is not sent."""
+    index = memories.view(*memories.shape, *(1,) * (x.dim() - 3)).expand_as(x)
+    return x.new_zeros(*x.shape[:2], count, *x.shape[3:]).scatter(2, index, x)
+
+
+def _check_shapes(inputs: Inputs, memories: Tensor, count: int, state: Tensor | None) -> None:
+    q, k, v, log_decay, beta = inputs
+    given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "memories": memories}
+    tensors = {name: x for name, x in given.items() if x is not None}
+    check_tensors(("initial_state",), **given, initial_state=state)
+    assert beta is not None, "checked"
+    assert log_decay is not None, "checked"
+    check_integer("num_memories", count, 1)
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
     if (
         q.dim() != 4
         or k.dim() != 5
         or v.dim() != 5
         or {k.shape[:4], v.shape[:4], beta.shape, log_decay.shape} != {k.shape[:4]}
     ):
-        raise ValueError(f"k, v, beta and log_decay must be [B, T, M, H, ...] beside q [B, T, Hq, K], got {shapes}")
+        raise ValueError(f"k, v, beta and log_decay must be [B, T, n, H, ...] beside q [B, T, Hq, K], got {shapes}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[4] or q.shape[2] % k.shape[3]:
         raise ValueError(f"q must share batch, tokens and K with k, and k's H divide its heads, got {shapes}")
     if len({x.device for x in tensors.values()}) > 1 or not q.dtype == k.dtype == v.dtype:
         told = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in tensors.items())
         raise ValueError(f"q, k, v must share a dtype, and all a device, got {told}")
-    if memories.dim() != 3 or memories.shape[:2] != q.shape[:2] or memories.dtype != torch.int64:
+    if memories.shape != k.shape[:3] or memories.dtype != torch.int64:
         raise ValueError(f"memories must be int64 [B, T, n], got {memories.dtype} and {shapes}")
-    if state is not None and state.dim() > 1 and state.shape[1] != k.shape[2] * k.shape[3]:
+    if state is not None and (state.dim() != 4 or state.shape[1] != count * k.shape[3]):
         raise ValueError(
-            f"initial_state must have a state for each of {k.shape[2]} x {k.shape[3]} heads, got {list(state.shape)}"
+            f"initial_state must have a state for each of {count} x {k.shape[3]} heads, got {list(state.shape)}"
         )
     if may_look_at(memories):
         ordered = memories.sort(-1).values
-        apart = (ordered[..., 1:] > ordered[..., :-1]).all() & ((memories >= 0) & (memories < k.shape[2])).all()
-        check_values(apart, lambda: f"each token must be sent to different memories below {k.shape[2]}")
+        apart = (ordered[..., 1:] > ordered[..., :-1]).all() & ((memories >= 0) & (memories < count)).all()
+        check_values(apart, lambda: f"each token must be sent to different memories below {count}")

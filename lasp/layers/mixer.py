@@ -103,6 +103,18 @@ class Mixer(nn.Module):
         """Of x, all that the short convolution sees."""
         return self.q_proj, self.k_proj, self.v_proj
 
+    def project(self, x: Tensor, context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
+        """The projections of x after the short convolution, where there is one, its tail, and the context of what
+        follows."""
+        projected = [projection(x) for projection in self.projections]
+        if self.short_conv is None:
+            return projected, None, context
+        before = self.convolved(context)
+        # All channels at once: one exchange of halos.
+        x, tail = self.short_conv(torch.cat(projected, -1), context)
+        parts = list(x.split([part.shape[-1] for part in projected], -1))
+        return parts, tail, replace(context, state=None if before is None else before.memory)
+
     def split(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections [B, T, width] as heads."""
         q, k, v = projected
@@ -158,10 +170,7 @@ class Mixer(nn.Module):
         if cut is not None:
             check_cut(cut, x.shape[1], type(self).__name__)
         context = Context(attention_mask, state, output_final_state, sequence, lower_bound)
-        projected = [projection(x) for projection in self.projections]
-        tail = None
-        if self.short_conv is not None:
-            projected, tail, context = self._convolve(projected, context)
+        projected, tail, context = self.project(x, context)
         q, k, v = self.features(*self.split(*projected))
         if self.rotary is not None:
             q, k = self.rotary(q, k, self._first_positions(x, context) if position_ids is None else position_ids)
@@ -176,16 +185,12 @@ class Mixer(nn.Module):
             return None
         return ShortConv(sum(p.out_features for p in self.projections), self.conv_size)
 
-    def _convolve(self, projected: list[Tensor], context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
-        """The projections after the short convolution, its tail, and the context of what follows it."""
-        assert self.short_conv is not None, "only mixers with a short convolution come here"
+    def convolved(self, context: Context) -> ConvolvedMemory | None:
+        """The state of a mixer with a short convolution. Raises ValueError for that of another."""
         state = context.state
         if state is not None and not isinstance(state, ConvolvedMemory):
             raise ValueError(f"{type(self).__name__} continues from a ConvolvedMemory, got {type(state).__name__}")
-        # All channels at once: one exchange of halos.
-        x, tail = self.short_conv(torch.cat(projected, -1), replace(context, state=state))
-        parts = list(x.split([part.shape[-1] for part in projected], -1))
-        return parts, tail, replace(context, state=None if state is None else state.memory)
+        return state
 
     def _output(self, x: Tensor, o: Tensor) -> Tensor:
         if self.norm is not None:

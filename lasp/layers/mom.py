@@ -1,5 +1,6 @@
 """MoM, a mixture of memories."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.functional import routed_delta_rule
+from lasp.functional.memories import is_valueless, routed_conv1d, routed_linear
 from lasp.layers.context import Context
 from lasp.layers.deltanet import unit_length
 from lasp.layers.gated_deltanet import GatedDeltaNet
@@ -20,7 +22,8 @@ class MixtureOfMemories(GatedDeltaNet):
     A memory that a token is not sent to stays exactly as it is. Each memory has its own keys, values, β and decays; the
     queries are common. The memories' outputs are summed by the router's weights, renormalised over the chosen ones; the
     shared memory counts with weight 1 (MoM, arXiv 2502.13685). The tokens of each memory are gathered and run together
-    in one call with one exchange, on any layout. The short convolution sees the text as it is, before the router.
+    in one call with one exchange, on any layout. So are those that a memory's short convolution sees: keys and values
+    are projected and convolved where they are sent alone. That of the queries sees the text as it is.
 
     Args:
         num_memories: how many, beside the shared one.
@@ -50,8 +53,33 @@ class MixtureOfMemories(GatedDeltaNet):
         self.A_log = nn.Parameter(torch.linspace(1, 16, states).log())
         self.router = nn.Linear(hidden, num_memories, bias=False)
 
+    def project(self, x: Tensor, context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
+        conv, memories, before = self.short_conv, self.route(x)[0], self.convolved(context)
+        assert conv is not None, "of every DeltaNet"
+        q = self.q_proj(x)
+        queries = q.shape[-1]  # of this rank's heads
+        q, tail = conv(q, context, slice(queries))
+        scan = "auto" if str(self.scan) == "heads" else self.scan  # a convolution has no heads to share
+        found = routed_conv1d(
+            self._sent(x, memories),
+            self._by_memory(conv.weight[queries:]),
+            memories=memories,
+            mask=context.attention_mask,
+            initial_state=None if before is None else self._by_memory(before.tail[:, queries:], 1).mT.to(x.dtype),
+            output_final_state=context.output_final_state,
+            scan=scan,
+            **context.sequence,
+        )
+        found, last = found if isinstance(found, tuple) else (found, None)
+        if tail is not None and last is not None:
+            parts = last.to(tail.dtype).mT.chunk(2, 2)
+            tail = torch.cat([tail, *(part.flatten(1, 2) for part in parts)], 1)
+        k, v = F.silu(found).chunk(2, -1)
+        return [q, k.flatten(2), v.flatten(2)], tail, replace(context, state=None if before is None else before.memory)
+
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return unit_length(q), self._memories(unit_length(k)), self._memories(v)
+        k, v = (y.unflatten(2, (self.top_k + 1, -1)) for y in (k, v))
+        return unit_length(q), unit_length(k), v
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which memories each token is sent to and with which weights, [B, T, top_k + 1], the shared one last; and all
@@ -63,8 +91,10 @@ class MixtureOfMemories(GatedDeltaNet):
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         memories, weights, scores = self.route(x)
-        beta, log_decay = self._memories(self.beta(x)), self._memories(self.log_decay(x))
-        o, state = self.recur(q, k, v, log_decay, context, routed_delta_rule, beta=beta, memories=memories)
+        gates = (y.unflatten(2, (self.num_memories + 1, -1)) for y in (self.beta(x), self.log_decay(x)))
+        beta, log_decay = (y.take_along_dim(memories.unsqueeze(-1), 2) for y in gates)
+        chosen = {"beta": beta, "memories": memories, "num_memories": self.num_memories + 1}
+        o, state = self.recur(q, k, v, log_decay, context, routed_delta_rule, **chosen)
         o = torch.einsum("btnhv,btn->bthv", o, weights.to(o.dtype))
         if self.balance and torch.is_grad_enabled():
             turn = context.turn("router_balance", x)
@@ -72,6 +102,16 @@ class MixtureOfMemories(GatedDeltaNet):
             o = beside(o, self.balance * loss)
         return o, state
 
-    def _memories(self, x: Tensor) -> Tensor:
-        """[B, T, memories·H, ...] as [B, T, memories, H, ...], the shared one the last."""
-        return x.unflatten(2, (self.num_memories + 1, -1))
+    def _sent(self, x: Tensor, memories: Tensor) -> Tensor:
+        """Keys and values [B, T, top_k + 1, channels] of each token in the memories that it is sent to."""
+        projections = self.k_proj, self.v_proj
+        plain = all(type(p) is nn.Linear and not p._forward_hooks for p in projections)
+        if plain and not is_valueless(memories) and x.shape[1] > self.num_memories:
+            weight = torch.cat([p.weight.unflatten(0, (self.num_memories + 1, -1)) for p in projections], 1)
+            return routed_linear(x, weight, memories)
+        every = torch.cat([p(x).unflatten(2, (self.num_memories + 1, -1)) for p in projections], 3)
+        return every.take_along_dim(memories.unsqueeze(-1), 2)
+
+    def _by_memory(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Channels along `dim`, those of all keys and then those of all values, as [memories, keys and values]."""
+        return torch.cat([y.unflatten(dim, (self.num_memories + 1, -1)) for y in x.chunk(2, dim)], dim + 1)

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize, one_hot
 
 import lasp
 from lasp.functional import routed_delta_rule
+from lasp.functional.memories import routed_conv1d
 from lasp.kernels import reference
 from lasp.launch.threads import run
 from lasp.layers import MixtureOfMemories
@@ -37,9 +38,9 @@ def literal(
             sent = memories[row, start:stop] == memory
             at = start + sent.any(-1).nonzero().flatten()
             before = initial_state[document : document + 1, memory * HEADS : (memory + 1) * HEADS]
-            own = {name: x[row : row + 1, at, memory] for name, x in tokens.items()}
-            read, after = reference.delta_rule(q[row : row + 1, at], **own, initial_state=before)
             choice = sent[sent.any(-1)].int().argmax(-1)
+            own = {name: x[row, at, choice].unsqueeze(0) for name, x in tokens.items()}
+            read, after = reference.delta_rule(q[row : row + 1, at], **own, initial_state=before)
             output = output.index_put((torch.full_like(at, row), at, choice), read[0])
             states[document].append(after)
     return output, torch.cat([torch.cat(own, 1) for own in states])
@@ -54,13 +55,13 @@ def case(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, di
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
-    of_all = batch, 37, MEMORIES, HEADS
+    of_both = batch, 37, 2, HEADS
     tokens = {
         "q": normal(batch, 37, 2 * HEADS, KEYS),
-        "k": normalize(normal(*of_all, KEYS), dim=-1),
-        "v": normal(*of_all, VALUES),
-        "beta": 2 * normal(*of_all).sigmoid(),
-        "log_decay": -normal(*of_all).abs(),
+        "k": normalize(normal(*of_both, KEYS), dim=-1),
+        "v": normal(*of_both, VALUES),
+        "beta": 2 * normal(*of_both).sigmoid(),
+        "log_decay": -normal(*of_both).abs(),
         "memories": normal(batch, 37, 3).argsort(-1)[..., :2],
     }
     fixed = {"initial_state": normal(documents, MEMORIES * HEADS, KEYS, VALUES)}
@@ -69,7 +70,7 @@ def case(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, di
 
 
 def routed(**given: Any) -> Any:
-    return routed_delta_rule(**given, output_final_state=True, chunk_size=4)
+    return routed_delta_rule(**given, num_memories=MEMORIES, output_final_state=True, chunk_size=4)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -90,10 +91,10 @@ def test_all_memories_as_heads_are_the_same() -> None:
     ("wrong", "words"),
     [
         ({"memories": torch.zeros(2, 37, 2, dtype=torch.int64)}, "different memories below 4"),
-        ({"memories": torch.full((2, 37, 1), 4)}, "different memories below 4"),
+        ({"memories": torch.tensor([0, 4]).expand(2, 37, 2)}, "different memories below 4"),
         ({"memories": torch.zeros(2, 37, 1)}, "int64"),
         ({"initial_state": torch.zeros(2, 4, KEYS, VALUES)}, "4 x 2 heads"),
-        ({"k": torch.ones(2, 37, HEADS, KEYS)}, "M, H"),
+        ({"k": torch.ones(2, 37, HEADS, KEYS)}, "n, H"),
         ({"q": torch.ones(2, 37, 3, KEYS, dtype=torch.float64)}, "divide its heads"),
     ],
 )
@@ -101,6 +102,63 @@ def test_mistakes_are_value_errors(wrong: dict[str, Tensor], words: str) -> None
     tokens, fixed, *_ = case(False)
     with pytest.raises(ValueError, match=words):
         routed(**{**tokens, **fixed, **wrong})
+
+
+def convolution(
+    *, x: Tensor, weight: Tensor, memories: Tensor, initial_state: Tensor, bounds: tuple[int, ...] | None = None
+) -> Any:
+    """Tap by tap over the tokens of each memory."""
+    output, states = torch.zeros_like(x), []
+    spans = (
+        [(row, 0, x.shape[1]) for row in range(len(x))] if bounds is None else [(0, *span) for span in pairwise(bounds)]
+    )
+    for document, (row, start, stop) in enumerate(spans):
+        ends = []
+        for memory, taps in enumerate(weight):
+            at, choice = (memories[row, start:stop] == memory).nonzero().unbind(1)
+            seen = torch.cat([initial_state[document, memory], x[row, start + at, choice]])
+            for place, (token, chosen) in enumerate(zip(at, choice, strict=True)):
+                read = (seen[place : place + 3] * taps.T).sum(0)
+                output = output.index_put((torch.tensor(row), start + token, chosen), read)
+            ends.append(seen[len(seen) - 2 :])
+        states.append(torch.stack(ends))
+    return output, torch.stack(states)
+
+
+@cache
+def convolved(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    rng = torch.Generator().manual_seed(2)
+    (tokens, *_), batch = case(packed), 1 if packed else 2
+    documents = len(DOCUMENTS) - 1 if packed else 2
+    x = torch.randn(batch, 37, 2, 3, generator=rng, dtype=torch.float64)
+    fixed = {
+        "weight": torch.randn(MEMORIES, 3, 3, generator=rng, dtype=torch.float64),
+        "initial_state": torch.randn(documents, MEMORIES, 2, 3, generator=rng, dtype=torch.float64),
+    }
+    own = {"x": x, "memories": tokens["memories"]}
+    return own, fixed, x.cos(), results(convolution, own, fixed, x.cos(), bounds=DOCUMENTS if packed else None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_memory_convolves_its_own_tokens(cut: str, packed: bool) -> None:
+    tokens, fixed, grad, wanted = convolved(packed)
+
+    def found(**given: Any) -> Any:
+        return routed_conv1d(**given, output_final_state=True)
+
+    assert_same(cut_results(found, tokens, fixed, grad, CUTS[cut], DOCUMENTS if packed else None), wanted)
+
+
+def test_what_is_masked_no_memory_convolves() -> None:
+    tokens, fixed, *_ = convolved(False)
+    mask = torch.arange(37) % 3 > 0
+    shown = {name: x[:, mask] for name, x in tokens.items()}
+    wanted, last = routed_conv1d(**shown, **fixed, output_final_state=True)
+    found, after = routed_conv1d(**tokens, **fixed, mask=mask.expand(2, 37), output_final_state=True)
+    assert torch.equal(found[:, mask], wanted)
+    assert torch.equal(after, last)
+    assert not found[:, ~mask].any()
 
 
 def router_gradients(x: Tensor, balance: float, lengths: tuple[int, ...]) -> Tensor:

@@ -28,14 +28,18 @@ def project(layer: nn.Linear, x: Tensor, dim: int = DIM) -> Tensor:
 def convolved(mixer: Mixer, x: Tensor) -> list[Tensor]:
     """Projections after the short convolution, one tap at a time."""
     parts = [x @ p.weight.T for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-    channels, weight = torch.cat(parts, -1), mixer.short_conv.weight
+    out = taps(torch.cat(parts, -1), mixer.short_conv.weight)
+    return [F.silu(part).unflatten(-1, (-1, DIM)) for part in out.split([p.shape[-1] for p in parts], -1)]
+
+
+def taps(channels: Tensor, weight: Tensor) -> Tensor:
     out = torch.zeros_like(channels)
-    for t in range(x.shape[1]):
+    for t in range(channels.shape[1]):
         for tap in range(weight.shape[1]):
             source = t - (weight.shape[1] - 1 - tap)
             if source >= 0:
                 out[:, t] = out[:, t] + weight[:, tap] * channels[:, source]
-    return [F.silu(part).unflatten(-1, (-1, DIM)) for part in out.split([p.shape[-1] for p in parts], -1)]
+    return out
 
 
 def normed(mixer: Mixer, o: Tensor) -> Tensor:
@@ -229,8 +233,10 @@ def slstm(mixer: Mixer, x: Tensor) -> Tensor:
 
 def mom(mixer: Mixer, x: Tensor) -> Tensor:
     """Each memory by itself, over the tokens that are sent to it."""
-    q, k, v, beta = delta_inputs(mixer, x)
-    log_decay = mamba_gate(mixer, x, mixer.decay_proj)[1]
+    widths = [p.out_features for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    q_taps, *kv_taps = mixer.short_conv.weight.split(widths)
+    q = unit(F.silu(taps(x @ mixer.q_proj.weight.T, q_taps)).unflatten(-1, (-1, DIM)))
+    beta, log_decay = torch.sigmoid(x @ mixer.beta_proj.weight.T), mamba_gate(mixer, x, mixer.decay_proj)[1]
     scores = (x @ mixer.router.weight.T).softmax(-1)
     total = torch.zeros_like(q)
     for row in range(x.shape[0]):
@@ -243,8 +249,13 @@ def mom(mixer: Mixer, x: Tensor) -> Tensor:
             ]
             if not for_it:
                 continue
-            args = (y[row : row + 1, for_it] for y in (q, k[:, :, heads], v[:, :, heads], beta[..., heads]))
-            o, _ = reference.delta_rule(*args, log_decay[row : row + 1, for_it, heads])
+            rows, own = x[row : row + 1, for_it], slice(heads.start * DIM, heads.stop * DIM)
+            k, v = (
+                F.silu(taps(rows @ p.weight[own].T, weight[own])).unflatten(-1, (-1, DIM))
+                for p, weight in zip((mixer.k_proj, mixer.v_proj), kv_taps, strict=True)
+            )
+            gates = (y[row : row + 1, for_it, heads] for y in (beta, log_decay))
+            o, _ = reference.delta_rule(q[row : row + 1, for_it], unit(k), v, *gates)
             best = scores[row, for_it].topk(mixer.top_k).values.sum(-1)
             weight = torch.ones(len(for_it)) if memory == mixer.num_memories else scores[row, for_it, memory] / best
             total[row, for_it] = total[row, for_it] + weight[:, None, None] * o[0]
