@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.kernels.decays import finite
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.recomputed import Recomputed
 
@@ -65,12 +66,17 @@ class DiagonalStateSpace(Recomputed):
         return inputs.u.new_empty(*inputs.u.shape, 1)
 
 
+def _exponents(rates: Tensor) -> Tensor:
+    """In fp64, for phases of many turns; and finite, for 0 tokens of what forgets at once."""
+    return torch.complex(finite(rates.real.double()), rates.imag.double())
+
+
 def _powers(rates: Tensor, length: int) -> Tensor:
     """exp(rates·t) for t = 0 .. length."""
     steps = torch.arange(length + 1, device=rates.device).view(-1, 1, 1)
-    return (rates.to(torch.complex128) * steps).exp().to(rates.dtype)  # phases of many turns, which fp32 would round
+    return (_exponents(rates) * steps).exp().to(rates.dtype)
 
 
 def _decayed(rates: Tensor, length: int) -> Tensor:
     """exp(rates·length) as a transfer [1, I, N, 1]."""
-    return (rates.to(torch.complex128) * length).exp().to(rates.dtype).unsqueeze(-1).unsqueeze(0)
+    return (_exponents(rates) * length).exp().to(rates.dtype).unsqueeze(-1).unsqueeze(0)

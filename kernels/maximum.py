@@ -37,6 +37,15 @@ class Highest:
 
 
 def running(x: Tensor, decay: Tensor, entering: Tensor) -> Tensor:
-    """m_0 .. m_T [B, T + 1, H] of x and decays [B, T, H] behind m_0 = entering [B, H]."""
-    total = torch.nn.functional.pad(decay.cumsum(1), (0, 0, 1, 0))
-    return total + (torch.cat([entering.unsqueeze(1), x], 1) - total).cummax(1).values
+    """m_0 .. m_T [B, T + 1, H] of x and decays [B, T, H] behind m_0 = entering [B, H].
+
+    By doubling: a sum of decays that is taken off again leaves nothing of x behind a gate that is closed.
+    """
+    highest, decay = torch.cat([entering.unsqueeze(1), x], 1), torch.nn.functional.pad(decay, (0, 0, 1, 0))
+    reach = 1
+    while reach < highest.shape[1]:
+        later = torch.maximum(highest[:, reach:], highest[:, :-reach] + decay[:, reach:])
+        highest = torch.cat([highest[:, :reach], later], 1)
+        decay = torch.cat([decay[:, :reach], decay[:, reach:] + decay[:, :-reach]], 1)
+        reach *= 2
+    return highest

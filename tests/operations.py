@@ -79,6 +79,7 @@ _RANGES: dict[str, Callable[[Tensor], Tensor]] = {  # of uniform values in [0, 1
     "read": lambda x: (2 * x - 1) * x.shape[-1] ** -0.5,
     "step": lambda x: 2 * x,
     "rates": lambda x: -2 * x,
+    "recurrent": lambda x: x - 0.5,
     "memories": lambda x: x.argsort(-1)[..., :1],
     "phi_q": lambda x: x,
     "phi_k": lambda x: x,
@@ -269,6 +270,13 @@ class Case:
     @property
     def table(self) -> Operation:
         return OPERATIONS[self.operation]
+
+    def sum_up(self, found: dict[str, Tensor], add: Callable[[Tensor], Any]) -> None:
+        """Let `add` put the ranks' parts of the gradients of what is not cut together, in place."""
+        for name in self.table.whole if self.table.differentiable else ():
+            part = found[f"d{name}"]
+            found[f"d{name}"] = part.to(torch.promote_types(part.dtype, torch.float64), copy=True).contiguous()
+            add(found[f"d{name}"])
 
     def inputs(self, rank: int | None) -> dict[str, Tensor]:
         """Those of one rank, or (None) of the whole sequence, contiguous and in fp64."""

@@ -97,6 +97,7 @@ def _check(
     if may_look_at(step):
         check_values(step >= 0, lambda: f"step must be >= 0, got a minimum of {step.min().item()}")
         check_values(rates <= 0, lambda: f"rates must be <= 0, got a maximum of {rates.max().item()}")
+        check_values(step.isfinite().all() & rates.isfinite().all(), lambda: "step and rates must be finite, got inf")
     tensors = [*inputs] if state is None else [*inputs, state]
     fields = said | {
         "device": u.device.type,

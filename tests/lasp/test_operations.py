@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tests.operations import LAYOUTS, LIMITS, OPERATIONS, Case, is_continuous
 
 AS_THE_HEAD = {"linear_cross_entropy", "token_log_probs"}  # what autocast makes of a linear layer, it makes of them
 
+GATES = {"log_decay", "rates"}
+GATED = [name for name, table in OPERATIONS.items() if GATES & table.shapes.keys()]
 DIFFERENTIABLE = [name for name, table in OPERATIONS.items() if table.differentiable]
 
 
@@ -45,6 +48,28 @@ def test_second_derivatives_are_right_or_refused(operation: str) -> None:
         return
     with pytest.raises(RuntimeError, match="differentiable once"):
         second(case.table.run, 0)
+
+
+@dataclass(frozen=True)
+class Closed(Case):
+    """Gates of some tokens in a row, or of a state, that let nothing through."""
+
+    size: float = 0.0
+
+    def inputs(self, rank: int | None) -> dict[str, Tensor]:
+        found = super().inputs(rank)
+        for name in GATES & found.keys():
+            found[name][(0,) if name in self.table.whole else (slice(None), slice(5, 9))] = -self.size
+        return found
+
+
+@pytest.mark.parametrize("size", [1e5, 1e300, float("inf")])
+@pytest.mark.parametrize("operation", GATED)
+def test_what_is_forgotten_at_once(operation: str, size: float) -> None:
+    if (operation, size) == ("selective_scan", float("inf")):
+        return  # a rate of which a step of 0 makes nothing: refused
+    case = Closed(operation, "contiguous", size=size)
+    assert largest_error(case.solve(), case.specify()) < LIMITS[torch.float64]
 
 
 @pytest.mark.parametrize("operation", sorted(AS_THE_HEAD))

@@ -81,6 +81,8 @@ def test_memory_is_that_of_the_states_kept() -> None:
     [
         ({"step": -torch.ones(2, 37, CHANNELS, dtype=torch.float64)}, "step must be >= 0, got a minimum of -1"),
         ({"rates": torch.ones(CHANNELS, STATES, dtype=torch.float64)}, "rates must be <= 0, got a maximum of 1"),
+        ({"rates": torch.full((CHANNELS, STATES), -torch.inf)}, "step and rates must be finite"),
+        ({"step": torch.full((2, 37, CHANNELS), torch.inf)}, "step and rates must be finite"),
         ({"key": torch.ones(2, 37, 3, dtype=torch.float64)}, r"key \[2, 37, 3\]"),
         ({"initial_state": torch.zeros(1, CHANNELS, STATES)}, r"\[2, 6, 4\], got \[1, 6, 4\]"),
     ],
