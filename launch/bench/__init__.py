@@ -14,6 +14,7 @@ import torch
 
 from lasp.launch.bench import (
     attention,
+    chip,
     compilation,
     convergence,
     cuda,
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "plan": plan,
     "model": model,
     "scaling": scaling,
+    "chip": chip,
     "wrapped": wrapped,
     "convergence": convergence,
 }

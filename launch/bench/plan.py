@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -116,15 +117,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(1), "mb": options.mb, "cells": [], "longest": []}
     chosen = options.cases or range(len(CASES))
     for case in (CASES[number] for number in chosen if "cells" in options.part):
-        measured = _train(case, options.repeat)
-        found["cells"].append(asdict(case) | {"planned": _plan(case, on), "measured": measured})
+        planned, measured = _plan(case, on), _train(case, options.repeat)
+        found["cells"].append(asdict(case) | {"planned": planned, "measured": measured})
+        _tell(f"{case}: {planned['bytes'] / 1e6:.0f} MB planned, {measured['bytes'] / 1e6:.0f} measured")
     for case in (CASES[number] for number in chosen if "longest" in options.part and number in LIMITED):
         limited = replace(on, chip=replace(on.chip, memory=1e6 * options.mb))
         tokens = longest(_candidate(case), limited, _footprints(case, on)) // case.ranks
         tries = (tokens, ceil(1.1 * tokens))
         trained = [_trains(replace(case, tokens=number), 1e6 * options.mb) for number in tries]
         found["longest"].append(asdict(case) | {"tokens": tries, "trained": trained})
+        _tell(f"{case}: {tries} tokens train: {trained}")
     return found
+
+
+def _tell(line: str) -> None:
+    """What has been measured so far: all of it takes minutes."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -189,18 +197,18 @@ def _plan(case: Case, on: Machine) -> dict[str, Any]:
 
 def _train(case: Case, repeat: int) -> dict[str, float]:
     """Of the worst rank."""
-    own = _ranks(case, _measure, repeat)
+    own = in_ranks(case, _measure, repeat)
     return {key: max(found[key] for found in own) for key in ("bytes", "seconds")}
 
 
 def _trains(case: Case, limit: float) -> bool:
     """Whether every rank comes to the end of its steps with so many bytes beyond what its libraries hold."""
     with suppress(mp.ProcessExitedException, mp.ProcessRaisedException):
-        return len(_ranks(case, _attempt, limit)) == case.ranks
+        return len(in_ranks(case, _attempt, limit)) == case.ranks
     return False
 
 
-def _ranks(case: Case, work: Any, given: float) -> list[Any]:
+def in_ranks(case: Case, work: Any, given: float) -> list[Any]:
     """What `work` returns on each rank."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT):
         processes = multiprocessing.get_context("forkserver")
@@ -215,7 +223,7 @@ def _rank(rank: int, folder: str, case: Case, work: Any, given: float) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.ranks, timeout=timedelta(minutes=30)
     )
     group = lasp.SequenceGroup.from_group()
-    _Training(case, group).step(64)  # the libraries' own memory
+    Training(case, group).step(64)  # the libraries' own memory
     gc.collect()
     found = work(case, group, given)
     Path(folder, f"rank{rank}").write_text(json.dumps(found), encoding="ascii")
@@ -224,7 +232,7 @@ def _rank(rank: int, folder: str, case: Case, work: Any, given: float) -> None:
 
 def _measure(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, float]:
     before = status("RssAnon")
-    training = _Training(case, group)
+    training = Training(case, group)
     for _ in range(WARM):
         training.step(case.tokens)
     begin_peak()
@@ -236,11 +244,11 @@ def _attempt(case: Case, group: lasp.SequenceGroup, limit: float) -> int:
     """Steps under a limit on what the process may ask the system for."""
     most = status("VmData") + int(limit)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    training = _Training(case, group)
+    training = Training(case, group)
     return len([training.step(case.tokens) for _ in range(WARM + 1)])
 
 
-class _Training:
+class Training:
     """Steps of a model over a group."""
 
     def __init__(self, case: Case, group: lasp.SequenceGroup) -> None:

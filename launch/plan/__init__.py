@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,6 +53,8 @@ def _plan(argv: list[str]) -> int:
     check_outputs({f"--{name}": getattr(options, name) for name in ("json", "plot", "trace", "write")})
     job = Job(options.seq, options.tokens_per_step, options.nodes, options.gpus)
     machine = Machine.named(options.gpu)
+    if options.memory is not None:
+        machine = replace(machine, chip=replace(machine.chip, memory=_bytes(options.memory)))
     model, fields, files, optimizer = read_model(options.model)
     optimizer = options.optimizer or optimizer
     footprints = Footprints(
@@ -75,6 +78,9 @@ def _plan(argv: list[str]) -> int:
         raise ValueError(f"no dp x sp of {job.ranks} ranks divides {job.seq} tokens and {job.tokens} tokens per step")
     found.sort(key=lambda e: (e.seconds, e.bytes))
     print(report.table(found, options.price, options.top))
+    if found[0].fits:
+        best, memory = found[0].candidate, machine.chip.memory / report.GIB
+        print(f"\nlongest sequence of {best} in {memory:.3g} GiB: {report.longest(best, machine, footprints)} tokens")
     _write(options, found, job, fields, files)
     if options.plot:
         report.plot(found[0].candidate, levers, machine, footprints, options.plot)
@@ -103,6 +109,12 @@ def _with_exchange(fields: dict[str, Any], candidate: Candidate) -> dict[str, An
     """Of our own models the configuration says how states and keys are shared."""
     own = candidate.sp > 1 and "name" not in fields
     return fields | ({"scan": candidate.scan, "attention": candidate.method} if own else {})
+
+
+def _bytes(gib: float) -> float:
+    if not 0 < gib < float("inf"):
+        raise ValueError(f"--memory must be positive, got {gib}")
+    return gib * report.GIB
 
 
 def _chosen(given: str, known: tuple[str, ...]) -> list[str]:
@@ -157,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq", type=int, required=True, help="tokens of a whole sequence")
     parser.add_argument("--tokens-per-step", type=int, required=True, help="of all ranks")
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(MACHINES)}, or a JSON file (docs/planning.md)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a rank, by default the chip's")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--gpus", type=int, default=8, help="ranks of each")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the computation")

@@ -91,11 +91,10 @@ def memory_of(run: Run, candidate: Candidate, ranks: int, chip: Chip) -> dict[st
         always["gradient buckets"] = own.trained
     else:
         always["gathered parameters"] = 2 * own.unit
-    peak = run.peak(lambda item: 1 / shares if item in ("gradients", "optimizer") else 1.0)
+    peak = run.moments.most(lambda item: 1 / shares if item in ("gradients", "optimizer") else 1.0)
     worst = _told(peak)
     found = always | worst
-    if chip.reserve:
-        found["allowance"] = chip.reserve + 0.05 * sum(worst.values())
+    found["allowance"] = chip.reserve + chip.fragments * sum(worst.values())
     return found
 
 
@@ -154,7 +153,8 @@ def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Siz
     for kind in run.kinds:
         mixing = _mixing(run, kind, chip)
         ways = _ways(candidate, job, machine, run, kind, sizes)
-        times = (2.5 if kind in run.softmax else 2.0) + repeated
+        _, back_times = chip.mixers.get(kind, (0.0, 2.5 if kind in run.softmax else 2.0))
+        times = back_times + repeated
         forward = Pass(ahead / 2, (Stage(0.3 * mixing, ways.there, 0.4 * mixing),), 0.3 * mixing, ahead / 2)
         backward = Pass(
             back / 2, (Stage(0.3 * times * mixing, ways.back, 0.4 * times * mixing),), 0.3 * times * mixing, back / 2
@@ -167,7 +167,7 @@ def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Siz
 
 def _mixing(run: Run, kind: str, chip: Chip) -> float:
     """Seconds of one mixer of a kind, forward."""
-    share = chip.attention if kind in run.softmax else chip.mixing
+    share, _ = chip.mixers.get(kind, (chip.attention if kind in run.softmax else chip.mixing, 0.0))
     return run.mixing.get(kind, 0.0) / run.kinds.count(kind) / (share * chip.flops)
 
 

@@ -1,6 +1,6 @@
 """What a model holds, computes and sends on one rank: its own modules, run without values over a few tokens.
 
-Memory at each kind of moment, work and bytes are affine in a rank's tokens and, where maps are gathered, in the number
+Memory at each moment, work and bytes are affine in a rank's tokens and, where maps are gathered, in the number
 of ranks; attention's work is quadratic. So a few short runs tell of any length.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lasp
 from lasp.kernels import head
 from lasp.launch.plan.alone import alone
+from lasp.launch.plan.moments import Moments
 from lasp.launch.plan.tally import Effort, Tally
 from lasp.memory.parts import layers_of, mixers_of
 from lasp.parallel.collectives import Record
@@ -63,18 +63,13 @@ class Parameters(NamedTuple):
 class Run:
     """One run, or what follows of any other."""
 
-    peaks: dict[tuple[str, str], dict[str, float]]
+    moments: Moments
     effort: dict[tuple[str, str], Effort]
     mixing: dict[str, float]
     sent: dict[tuple[str, str], tuple[float, float]]  # bytes and steps, by operation and phase
     kinds: tuple[str, ...]  # of the mixers, layer by layer
     softmax: frozenset[str]  # those kinds that are softmax attention
     parameters: Parameters
-
-    def peak(self, resident: Callable[[str], float]) -> dict[str, float]:
-        """The items of the moment at which most is held; resident: the share of an item that stays on this rank."""
-        best = max(self.peaks.values(), key=lambda items: sum(size * resident(i) for i, size in items.items()))
-        return {item: size * resident(item) for item, size in best.items() if size}
 
 
 class Footprints:
@@ -99,9 +94,13 @@ class Footprints:
     def _by_ranks(self, setting: Setting, ranks: int, tokens: int, rank: int) -> Run:
         if ranks <= 4:
             return self._sample(setting, ranks, tokens, rank)
-        two, four = (self._sample(setting, number, tokens, rank) for number in (2, 4))
-        far = _extended(two, four, (ranks - 2) / 2, None)
-        return replace(far, effort=four.effort, mixing=_per_rank(four.mixing, two.mixing, ranks))
+        key = setting.levers, setting.method, setting.scan, ranks, tokens, "last" if rank else "first"
+        if key not in self._known:
+            two, four = (self._sample(setting, number, tokens, rank) for number in (2, 4))
+            far = _extended(two, four, (ranks - 2) / 2, None)
+            mixing = _per_rank(four.mixing, two.mixing, ranks)
+            self._known[key] = replace(far, effort=four.effort, mixing=mixing)
+        return self._known[key]
 
     def _sample(self, setting: Setting, ranks: int, tokens: int, rank: int) -> Run:
         key = setting.levers, setting.method, setting.scan, ranks, tokens, rank % ranks
@@ -122,10 +121,6 @@ def _extended(short: Run, long: Run, times: float, square: float | None) -> Run:
     def line(one: float, two: float) -> float:
         return max(one + (two - one) * times, 0.0)
 
-    peaks = {}
-    for key in short.peaks.keys() & long.peaks.keys():
-        one, two = short.peaks[key], long.peaks[key]
-        peaks[key] = {item: line(one.get(item, 0), two.get(item, 0)) for item in one.keys() | two.keys()}
     effort = {}
     for place in short.effort.keys() & long.effort.keys():
         a, b = short.effort[place], long.effort[place]
@@ -139,7 +134,7 @@ def _extended(short: Run, long: Run, times: float, square: float | None) -> Run:
         for kind, flops in short.mixing.items():
             curve = (long.mixing[kind] - 2 * flops) / 2
             mixing[kind] = (flops - curve) * square + curve * square**2
-    return replace(short, peaks=peaks, effort=effort, mixing=mixing, sent=sent)
+    return replace(short, moments=short.moments.beyond(long.moments, times), effort=effort, mixing=mixing, sent=sent)
 
 
 def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
@@ -164,9 +159,8 @@ def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
             loss.backward()
             del loss
         parameters = _parameters(model, _optimized(model, setting.optimizer, tally))
-    peaks = {key: {item: float(size) for item, size in items.items()} for key, items in tally.peaks.items()}
     return Run(
-        peaks,
+        Moments.of(tally.moments),
         dict(tally.effort),
         dict(tally.mixing),
         _sums(ledger.records),

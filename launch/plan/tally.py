@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lasp.launch.plan.moments import Items, Kind
 from lasp.parallel.work import Work, work
 
-Items = dict[str, int]  # bytes by what they are for
 _EXCHANGES = ("exchange.py", "keys.py", "heads.py", "halo.py", "collectives.py")
 _DEPTH = 12  # frames between an allocation and the file that asked for it
 _VIEWS = (
@@ -47,13 +47,9 @@ class Effort:
 
 @dataclass
 class Tally(TorchDispatchMode):
-    """peaks: the most that was held at each kind of moment (place, operation), by item. effort: by place and direction.
+    """moments: what was held after each operation, by item. effort: by place and direction."""
 
-    Moments of one kind are as many kinds of operations as a program has, whatever the length of the sequence: each is
-    affine in it, where the most of all of them is not.
-    """
-
-    peaks: dict[tuple[str, str], Items] = field(default_factory=dict)
+    moments: list[tuple[Kind, Items]] = field(default_factory=list)
     effort: dict[tuple[str, str], Effort] = field(default_factory=lambda: defaultdict(Effort))
     mixing: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # flops of mixers, forward, by kind
     softmax: set[str] = field(default_factory=set)  # the kinds that are softmax attention
@@ -153,9 +149,8 @@ class Tally(TorchDispatchMode):
         self._live[item] -= size
 
     def _look(self, place: str, operation: str) -> None:
-        before = self.peaks.get((place, operation))
-        if before is None or sum(before.values()) < sum(self._live.values()):
-            self.peaks[place, operation] = {item: size for item, size in self._live.items() if size and item}
+        held = {item: size for item, size in self._live.items() if size and item}
+        self.moments.append(((place, operation), held))
 
     def _work(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor], effort: Effort) -> None:
         count = flop_registry.get(func._overloadpacket)

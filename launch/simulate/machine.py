@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ class Chip:
     The shares of these that are reached are assumptions, unless a file says what was measured: matmul, of flops, by
     projections and MLPs; attention, of flops, by softmax attention; mixing, of flops, by a linear mixer; stream, of
     bandwidth, by what is bound to it: norms, optimizer, mixers. launch: seconds from one small kernel to the next.
-    reserve: bytes that the context and libraries take.
+    reserve: bytes that the context and libraries take; fragments: of what changes in a step, what its allocator loses;
+    both assumed too. mixers: of each kind that was measured, the share of flops in the place of mixing or attention,
+    and how many times as long it takes backward.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Chip:
     stream: float = 0.7
     launch: float = 5e-6
     reserve: float = 1.5e9
+    fragments: float = 0.05
+    mixers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def relay(self, size: float) -> float:
         """Seconds to apply a map to a state of so many bytes: a product and a sum, reading two and writing one."""
@@ -69,8 +74,13 @@ class Machine:
         if wrong := sorted(told.get("chip", {}).keys() - {f.name for f in fields(Chip)}):
             raise ValueError(f"unknown figures of a chip: {', '.join(wrong)}")
         chip = Chip(**{**asdict(base.chip), **told.get("chip", {})})
-        numbers = {key: value for key, value in asdict(chip).items() if key != "name"}
-        if wrong := [f"{k} = {v}" for k, v in numbers.items() if v < 0 or (v == 0 and k != "reserve")]:
+        mixers = {kind: (float(share), float(back)) for kind, (share, back) in chip.mixers.items()}
+        chip = replace(chip, mixers=mixers)
+        numbers = {key: value for key, value in asdict(chip).items() if key not in ("name", "mixers")}
+        numbers |= {f"mixers.{kind}.{n}": value for kind, both in chip.mixers.items() for n, value in enumerate(both)}
+        if wrong := [
+            f"{k} = {v}" for k, v in numbers.items() if v < 0 or (v == 0 and k not in ("reserve", "fragments"))
+        ]:
             raise ValueError(f"figures must be positive, got {', '.join(wrong)}")
         wires = {kind: Wire(**{**getattr(base.wires, kind)._asdict(), **told.get(kind, {})}) for kind in Wires._fields}
         return Machine(chip, Wires(**wires), int(told.get("gpus", base.gpus)), told.get("card", base.card))
@@ -85,5 +95,5 @@ MACHINES = {
     "h100": Machine(Chip("H100", 989e12, 3.35e12, 80e9), GPUS, card=400e9),
     "h200": Machine(Chip("H200", 989e12, 4.8e12, 141e9), GPUS, card=400e9),
     "b200": Machine(Chip("B200", 2250e12, 8e12, 180e9), _B200, card=400e9),
-    "cpu": Machine(Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 0.0), PROCESSES, gpus=2),
+    "cpu": Machine(Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 4e6, 0.01), PROCESSES, gpus=2),
 }

@@ -13,6 +13,7 @@ from lasp.launch.bench import convergence, main, memory, wrapped
 from lasp.launch.bench.kernels import RECURRENCES, Shape
 from lasp.launch.bench.timing import compared
 from lasp.launch.network import lacking
+from lasp.launch.simulate.machine import Machine
 
 SMALL = Shape(tokens=256, heads=2, dim=32)
 
@@ -187,3 +188,12 @@ def test_a_network_that_cannot_be_made_is_told(
     with pytest.raises(SystemExit, match="2"):
         main(["scan", "--emulate", "rate=1gbit"])
     assert "no network can be emulated here: network namespaces need root" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_chip_writes_what_a_plan_reads(tmp_path: Path) -> None:
+    file = tmp_path / "chip.json"
+    assert main(["chip", "--tokens", "64", "--repeat", "1", "--json", str(file)]) == 0
+    chip = Machine.named(str(file)).chip
+    assert {"Lightning", "GatedLinearAttention", "SoftmaxAttention"} <= {*chip.mixers}
+    assert all(share > 0 and back > 0 for share, back in chip.mixers.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lasp.kernels import head
 from lasp.launch.cli import main
 from lasp.launch.plan import report
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
-from lasp.launch.plan.estimate import memory_of
+from lasp.launch.plan.estimate import estimate, memory_of
 from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
 from lasp.launch.plan.report import longest
 from lasp.launch.simulate.machine import MACHINES
@@ -35,7 +37,7 @@ def setting(
 
 
 def held(found: Run) -> dict[str, float]:
-    return found.peak(lambda item: 1.0)
+    return found.moments.most(lambda item: 1.0)
 
 
 @pytest.mark.parametrize("levers", ["none", pytest.param("checkpoints", marks=pytest.mark.slow)])
@@ -100,6 +102,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*arguments, *(word for name, file in files.items() for word in (f"--{name}", str(file)))]) == 0
     table = capsys.readouterr().out
     assert "tokens/s" in table
+    assert re.search(r"longest sequence of dp 1 x sp 2, .* in 7.45 GiB: \d+ tokens", table)
     assert f"lasp train {files['write']}" in table
     told = json.loads(files["json"].read_text(encoding="utf-8"))
     assert [each["why_not"] is None for each in told] == [True] + [False] * (len(told) - 1)
@@ -114,6 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (["--scan", "best"], "unknown best; choose from"),
     (["--tokens-per-step", "100"], "must be a multiple of --seq"),
     (["--price", "-3"], "--price must not be negative, got -3.0"),
+    (["--memory", "0"], "--memory must be positive, got 0.0"),
     (["--top", "0"], "argument --top: must be a whole number of at least 1, got '0'"),
     (["--model", "nothing"], "'nothing': no model type of transformers, and no folder"),
 ])  # fmt: skip
@@ -181,3 +185,20 @@ def test_the_plot(tmp_path: Path) -> None:
     file, machine = tmp_path / "lengths.png", MACHINES["cpu"]
     report.plot(candidate(), ["none"], machine, Footprints(setting("lightning", "L")), file)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_mixers_take_their_own_time() -> None:
+    """As `lasp bench chip` writes it: the share of the chip's operations, and how many times as long backward takes."""
+    job, cpu, footprints = Job(64, 64, 1, 1), MACHINES["cpu"], Footprints(setting("lightning", "L"))
+    (kind,) = set(sample(footprints.setting, 1, 64).kinds)
+    own = replace(cpu, chip=replace(cpu.chip, mixers={kind: (0.6, 3.0)}))
+    before, after = (estimate(candidate(sp=1), job, on, footprints).items[kind] for on in (cpu, own))
+    assert after / before == pytest.approx(((1 + 3) / 0.6) / ((1 + 2) / cpu.chip.mixing))
+
+
+def test_what_is_most_in_a_long_run_may_not_be_in_short_ones() -> None:
+    """Four layers of softmax attention, of 16 times as many tokens as the shortest run has."""
+    deep = LinearLlamaConfig(**{**TINY, "num_hidden_layers": 4, "vocab_size": 512}, mixer="lightning", pattern="N")
+    told = setting()._replace(model=ModelPlan(deep, None, LoraConfig()))
+    real = sum(held(sample(told, 1, 2048)).values())
+    assert sum(held(Footprints(told).of(1, 2048, 0)).values()) == pytest.approx(real, rel=0.01)

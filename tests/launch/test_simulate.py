@@ -129,6 +129,8 @@ def test_machines(tmp_path: Path) -> None:
         "unknown figures of a chip: speed": {"chip": {"speed": 1}},
         "figures must be positive, got flops = 0": {"chip": {"flops": 0}},
         "describes no machine": [],
+        "not enough values": {"chip": {"mixers": {"GLA": [0.2]}}},
+        "got mixers.GLA.1 = 0": {"chip": {"mixers": {"GLA": [0.2, 0]}}},
     }
     for wrong, told in wrongs.items():
         file.write_text(json.dumps(told))
