@@ -67,7 +67,8 @@ def _measure(rank: int, folder: str, cell: dict[str, Any], wired: dict[str, Any]
         wires = Wires(wire, wire)
     narrow = {"hidden_size": 8 * cell["sizes"]["num_attention_heads"], "intermediate_size": 16}
     small = cell | {"sizes": cell["sizes"] | narrow, "tokens": 64 * size, "documents": None}
-    groups = {way: _group(cell, way, wires) for way in cell["ways"]}
+    made = {alone: _group(cell, alone, wires) for alone in sorted({way == DATA_PARALLEL for way in cell["ways"]})}
+    groups = {way: made[way == DATA_PARALLEL] for way in cell["ways"]}
     for way, group in groups.items():  # the libraries' own memory, and the stacks of their threads
         Training(small, way, group).step()
     if cell["memory"] is not None:
@@ -94,9 +95,9 @@ def _look(training: Training, before: int) -> dict[str, Any]:
     return {"peak_bytes": peak.bytes - before, "received": ledger.received, "waited": ledger.waited(), "seconds": 0.0}
 
 
-def _group(cell: dict[str, Any], way: str, wires: Wires | None) -> lasp.SequenceGroup:
+def _group(cell: dict[str, Any], alone: bool, wires: Wires | None) -> lasp.SequenceGroup:
     """The ranks that share a sequence: all, or each alone."""
-    size, alone = dist.get_world_size(), way == DATA_PARALLEL
+    size = dist.get_world_size()
     mesh = lasp.init_mesh(sp=1 if alone else size, dp=size if alone else 1, device="cpu")
     group = lasp.SequenceGroup.from_mesh(mesh, layout=cell["layout"], wires=wires)
     assert group.replicas.size == size, "made here, with its threads"

@@ -41,7 +41,7 @@ class Cell:
     """tokens: of a step, over all ranks. ways: those that take turns in this process group, of `ways.py`. sizes: of the
     model, beside its mixer and pattern. documents: bounds of packed ones, None for a single text. repeat: how many
     steps are timed; 0: none, but one is made. memory: GiB that a rank may hold beyond its libraries. rate: of an
-    emulated network. patience: seconds until it is given up."""
+    emulated network. patience: seconds of each way until it is given up."""
 
     tokens: int
     ranks: int
@@ -109,7 +109,7 @@ def _status(ranks: Any, folder: Path, cell: Cell) -> str:
     try:
         while not ranks.join(timeout=0.2):
             if starting and len(list(folder.glob("started*"))) == cell.ranks:
-                deadline, starting = time.monotonic() + cell.patience, False
+                deadline, starting = time.monotonic() + cell.patience * len(cell.ways), False
             if time.monotonic() > deadline:
                 return TOO_SLOW
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:

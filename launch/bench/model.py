@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from lasp.launch.bench.cells import NOT_BEGUN, OK, OUT_OF_MEMORY, TOO_SLOW, Cell, records_of, shown
-from lasp.launch.bench.options import at_least, network_rate
+from lasp.launch.bench.options import at_least, network_rate, positive
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
 from lasp.launch.bench.ways import DATA_PARALLEL, WAYS
@@ -36,8 +36,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=at_least(1), default=8)
     parser.add_argument("--vocabulary", type=at_least(2), default=256)
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="that a rank may hold beyond its libraries")
-    parser.add_argument("--patience", type=at_least(1), default=60, metavar="SECONDS", help="of a cell")
+    parser.add_argument("--memory", type=positive, metavar="GIB", help="that a rank may hold beyond its libraries")
+    parser.add_argument("--patience", type=at_least(1), default=60, metavar="SECONDS", help="of a cell and way")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -28,8 +28,8 @@ from lasp.launch.bench.ways import ACTIVATIONS, DATA_PARALLEL, SOFTMAX_RING, WAY
 from lasp.layers import MIXERS
 
 Records = list[dict[str, Any]]
-START = 512
-"""Tokens of a rank at which the search for the longest sequence begins."""
+START, MOST = 512, 7
+"""Of the search for the longest sequence: the tokens of a rank at which it begins, and how many cells it has."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -162,15 +162,20 @@ def _trains(sweep: Sweep, ranks: int, way: str, tokens: int) -> Records:
 
 
 def search(train: Callable[[int], Records]) -> Records:
-    """Cells of more and more tokens of a rank: two short ones tell how memory grows, two about the limit try it."""
+    """Cells of more and more tokens of a rank: two short ones tell how memory grows, the others try what that says, and
+    a tenth more or less until one trains and another does not."""
     tried = train(START) + train(2 * START)
     if any(record["status"] != OK for record in tried):
         return tried
     first, second = (record["peak_bytes"] for record in tried)
     limit = tried[0]["memory_limit"] * 2**30
-    guess = int(START + (limit - first) / max(second - first, 1) * START) // 64 * 64
-    tried += train(max(guess, START))
-    return tried + train(int(guess * (1.1 if tried[-1]["status"] == OK else 0.9)) // 64 * 64)
+    guess = max(START, int(START + (limit - first) / max(second - first, 1) * START) // 64 * 64)
+    tried += train(guess)
+    fits, step = tried[-1]["status"], 1.1 if tried[-1]["status"] == OK else 0.9
+    while tried[-1]["status"] == fits in (OK, OUT_OF_MEMORY) and len(tried) < MOST:
+        guess = int(guess * step) // 64 * 64
+        tried += train(guess)
+    return tried
 
 
 def _show_longest(records: Records) -> None:
@@ -226,10 +231,10 @@ class View:
 
 
 VIEWS = {
-    "grid": View(_grid, _show_grid),
     "share": View(_share, _show_share),
-    "longest": View(_longest, _show_longest),
     "documents": View(_documents, _show_documents),
+    "longest": View(_longest, _show_longest),
+    "grid": View(_grid, _show_grid),
 }
 UNDIVIDED = ("heads", ACTIVATIONS)
 """Ways that share out heads, which the ranks have to divide."""

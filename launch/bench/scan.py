@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     networks = [_run(told, rate) for rate in options.emulate or [None]]
     figures = {"machine": machine(torch.get_num_threads()), **told, "networks": networks}
     if options.plot:
-        _plot(figures, options.plot)
+        plot(figures, options.plot)
     return figures
 
 
@@ -110,7 +110,7 @@ def _show_layers(figures: dict[str, Any]) -> None:
         print(markdown(headings, rows))
 
 
-def _plot(figures: dict[str, Any], path: Path) -> None:
+def plot(figures: dict[str, Any], path: Path) -> None:
     """Exchanges alone: a point for each, by scan, beside the line on which predictions are right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -103,6 +103,9 @@ def test_the_views(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     # Of a KiB a token: what was tried about the limit, 2**20 tokens of each rank, and a tenth more.
     assert "| gather | 2097152 | 2306816 | 4194304 | 4613632 |" in told
     assert "8192 tokens on 4 ranks, as one text and as" in told
+    with pytest.raises(SystemExit, match="2"):
+        main(["scaling", "--memory", "0"])
+    assert "argument --memory: must be a number above 0, got '0'" in capsys.readouterr().err
     figures = json.loads(file.read_text())
     assert (figures["benchmark"], figures["command"].split()[:3]) == ("scaling", ["lasp", "bench", "scaling"])
 
@@ -153,6 +156,7 @@ def test_a_report_changes_its_sections_alone(tmp_path: Path, capsys: pytest.Capt
     assert "wrapped.json: there are no such figures" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_from_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "records_of", fake)
     file = tmp_path / "figures.json"
