@@ -1,5 +1,6 @@
 """The picture of losses: one run's own, or several in one."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,19 @@ def draw(runs: Mapping[str, Sequence[StepMetrics]], picture: Path, smooth: int |
 
     smooth: at each step the mean of so many losses, by default a fiftieth of them all; behind it, faint, the losses.
     """
+    # A figure is a circle of objects, megabytes of them, which grow old while it is drawn: of old ones Python looks for
+    # circles hardly ever, where there are many others. Nothing grows old meanwhile, and the young ones are looked at.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        _draw(runs, picture, smooth)
+    finally:
+        gc.collect(0)
+        if collecting:
+            gc.enable()
+
+
+def _draw(runs: Mapping[str, Sequence[StepMetrics]], picture: Path, smooth: int | None) -> None:
     # The object interface: pyplot would keep global state and ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -153,3 +153,24 @@ def test_messages_between_two_ranks_wait_as_long_as_their_group_is_told_to(monke
         monkeypatch.undo()
         shutdown()
     assert waited == [(timedelta(hours=3),)] * 5
+
+
+def exchange_late(rank: int, folder: str) -> None:
+    """Two messages, each a second after the limit that the group was made with."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    limit_waits(timedelta(seconds=60))
+    for number in range(2):
+        time.sleep(4 * rank)
+        arriving, outgoing = torch.zeros(1), [Message(torch.ones(1), 1 - rank, 0)]
+        if number:
+            collectives.rotate(outgoing, [Message(arriving, 1 - rank, 0)], None, arriving).wait()
+        else:
+            arriving = collectives.swap_headers(torch.ones(1), range(2), dist.group.WORLD).wait()[1 - rank]
+        assert arriving.item() == 1
+    shutdown()
+
+
+@pytest.mark.slow
+def test_two_ranks_wait_for_each_other_longer_than_their_group_was_made_to(tmp_path):
+    torch.multiprocessing.spawn(exchange_late, (str(tmp_path),), nprocs=2)

@@ -1,4 +1,4 @@
-"""What becomes of a training in which something fails: R1, R3 to R6, R9 and R22 of docs/reliability.md."""
+"""What becomes of a training in which something fails: R1, R3 to R6, R9, R12 and R22 of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,44 @@ def test_a_long_run_holds_memory_threads_and_descriptors(folder):
         assert last["threads"] == first["threads"]
         assert last["descriptors"] == first["descriptors"]
     say(f"R22: {looks}")
+
+
+@contextmanager
+def disk(folder: Path, size: int) -> Iterator[None]:
+    """A disk of its own for a folder, of so many bytes."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no disk can be made here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_what_is_there_stays(tmp_path):
+    """R12: a small one that is full, one that is made larger, one that is read-only."""
+    expected, folder = (prepared(tmp_path / name, 60) for name in ("undisturbed", "full"))
+    assert Training(expected, ["--sp", "2"]).end(120) == 0
+    used = sum(path.stat().st_blocks * 512 for path in expected.rglob("run/**/*"))
+    with disk(folder / "run", used // 2):
+        training = Training(folder, ["--sp", "2"])
+        assert training.end(60) == 1
+        [line] = re.findall("^lasp: error: .*$", training.stderr.read_text(), re.MULTILINE)
+        assert re.search(r"cannot save '.*/step-0000\d\d': .*No space left on device", line), line
+        kept = sorted(os.listdir(folder / "run" / "checkpoints"))
+        assert kept == [f"step-{step:06d}" for step in range(5, 5 * len(kept) + 1, 5)]
+        assert 1 <= len(kept) < 12
+        subprocess.run(["mount", "-o", f"remount,size={4 * used}", folder / "run"], check=True)
+        assert Training(folder, ["--sp", "2", "--resume", "latest"]).end(60) == 0
+        assert state(folder, 60) == state(expected, 60)
+        subprocess.run(["mount", "-o", "remount,ro", folder / "run"], check=True)
+        again = Training(folder, ["--sp", "2", "--resume", "latest", "--steps", "70"])
+        assert again.end(60) == 2
+        assert again.stderr.read_text().endswith("': Read-only file system\n")
+    say(f"R12: {line[13:]}")
 
 
 @pytest.mark.skipif(lacking() is not None, reason=str(lacking()))

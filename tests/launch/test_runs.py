@@ -1,11 +1,13 @@
 """`lasp runs` and `lasp plot`, on folders as runs leave them."""
 
+import gc
 import json
 import os
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 
 from lasp.launch import plot, runs
 from lasp.launch.lock import holder, locked
@@ -115,6 +117,13 @@ def test_names_of_folders_are_drawn_as_they_are(tmp_path):
     drawn = (tmp_path / "a.svg").read_text()
     assert "_hidden" in drawn
     assert "lr$\\no$" in drawn
+
+
+def test_nothing_of_a_picture_stays_in_memory(tmp_path):
+    """Each would be megabytes until Python looks through all that is old, which it hardly ever does."""
+    before = {id(one) for one in gc.get_objects() if isinstance(one, Figure)}
+    draw({"a": [StepMetrics(1, 2.0, 1e-3, 1.0, 9.0)]}, tmp_path / "a.png")
+    assert {id(one) for one in gc.get_objects() if isinstance(one, Figure)} <= before
 
 
 @pytest.mark.timeout(20)
