@@ -39,12 +39,24 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds: parameters and persistent buffers, tied ones under their first name; around a model
-    that stays as it is, the adapters alone."""
+    that stays as it is, what is trained and all adapters, frozen ones and those of another task too."""
     named: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if hasattr(model, "peft_config"):
-        named = {name: value for name, value in named.items() if value.requires_grad}
+        adapters = _adapters(model, named)
+        named = {name: value for name, value in named.items() if value.requires_grad or id(value) in adapters}
     first = {id(value): name for name, value in reversed(named.items())}
     return {name: value for name, value in named.items() if first[id(value)] == name}
+
+
+def _adapters(model: Any, named: dict[str, Tensor]) -> set[int]:
+    """The ids of those tensors that peft writes of a model's adapters."""
+    from peft import get_peft_model_state_dict
+
+    written: list[dict[str, Tensor]] = [
+        get_peft_model_state_dict(model, state_dict=dict(named), adapter_name=adapter, save_embedding_layers=False)
+        for adapter in model.peft_config
+    ]
+    return {id(value) for adapter in written for value in adapter.values()}
 
 
 def to_cpu(value: Tensor, main: bool) -> Tensor:
