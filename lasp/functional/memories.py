@@ -74,7 +74,7 @@ def routed_delta_rule(
     inputs = Inputs(q, k, v, log_decay, beta)
     together(group, "routed_delta_rule", lambda: _check_shapes(inputs, memories, num_memories, initial_state))
     few = ranks_of(group, cut) == 1 and q.shape[1] < num_memories  # in generation
-    if is_valueless(memories) or few or scan == Heads.name or isinstance(scan, Heads):
+    if _is_valueless(memories) or few or scan == Heads.name or isinstance(scan, Heads):
         return _everywhere(inputs, memories, num_memories, output_final_state, options)
     batch, tokens, choices, heads = k.shape[:4]
 
@@ -112,7 +112,11 @@ def routed_delta_rule(
 @outside
 def routed_linear(x: Tensor, weight: Tensor, memories: Tensor) -> Tensor:
     """`weight_m·x` in the memories that each token is sent to, at the arithmetic of those alone. x [B, T, I], weight
-    [M, O, I], memories [B, T, n]; returns [B, T, n, O]. Nothing crosses ranks; an accelerator is waited for."""
+    [M, O, I], memories [B, T, n]; returns [B, T, n, O]. Nothing crosses ranks; an accelerator is waited for,
+    but for fewer tokens than memories."""
+    if _is_valueless(memories) or x.shape[1] < len(weight):  # in generation
+        every = linear(x, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
+        return every.take_along_dim(memories.unsqueeze(-1), 2)
     order = memories.flatten().argsort(stable=True)
     counts = torch.bincount(memories.flatten(), minlength=len(weight)).tolist()
     rows = x.flatten(0, 1).index_select(0, order // memories.shape[2]).split(counts)
@@ -163,7 +167,7 @@ def routed_conv1d(
 
     turn, packed = begin_call(group, "routed_conv1d", check, cut), is_packed(cu_seqlens, cut)
     plan, runs = plan_call(turn, tokens, packed)
-    if is_valueless(memories):
+    if _is_valueless(memories):
         final = x.new_zeros(len(turn().bounds or (0, 0)) - 1 if packed else batch, count, weight.shape[2] - 1, channels)
         return (x * weight.sum(), final) if output_final_state else x * weight.sum()
     if mask is not None:  # what is not there goes to a memory of its own, which makes nothing of it
@@ -179,7 +183,7 @@ def routed_conv1d(
     return whole_results(_taken(output[0], rows.place.flatten()).view_as(x), ends, packed)
 
 
-def is_valueless(memories: Tensor) -> bool:
+def _is_valueless(memories: Tensor) -> bool:
     """Whether nobody can tell where tokens are sent: on meta, and of fake tensors."""
     return memories.untyped_storage().device.type == "meta"
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.functional import routed_delta_rule
-from lasp.functional.memories import is_valueless, routed_conv1d, routed_linear
+from lasp.functional.memories import routed_conv1d, routed_linear
 from lasp.layers.context import Context
 from lasp.layers.deltanet import unit_length
 from lasp.layers.gated_deltanet import GatedDeltaNet
@@ -105,8 +105,7 @@ class MixtureOfMemories(GatedDeltaNet):
     def _sent(self, x: Tensor, memories: Tensor) -> Tensor:
         """Keys and values [B, T, top_k + 1, channels] of each token in the memories that it is sent to."""
         projections = self.k_proj, self.v_proj
-        plain = all(type(p) is nn.Linear and not p._forward_hooks for p in projections)
-        if plain and not is_valueless(memories) and x.shape[1] > self.num_memories:
+        if all(type(p) is nn.Linear and not p._forward_hooks for p in projections):  # no adapters around them
             weight = torch.cat([p.weight.unflatten(0, (self.num_memories + 1, -1)) for p in projections], 1)
             return routed_linear(x, weight, memories)
         every = torch.cat([p(x).unflatten(2, (self.num_memories + 1, -1)) for p in projections], 3)
