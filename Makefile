@@ -5,6 +5,7 @@ PIP    := $(PYTHON) -m pip install --quiet -c constraints.txt
 MPIRUN := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 $(VENV)/bin/mpirun --oversubscribe -n 4
 SETUP  := setup.py pyproject.toml constraints.txt
 NEWEST := .venv-newest
+ZERO   := .venv-deepspeed
 # The tests of what meets transformers: they name it, or what is built on it. What torch.compile makes of it has no part
 # in what a new release breaks, and takes the longest.
 MEETS  := grep -lrE "transformers|peft|lasp\.(models|train)|parallelize" --include "test_*.py" --exclude "*compile.py"
@@ -20,7 +21,8 @@ echo "tests of one process: $$single; of four ranks: $$distributed"; \
 [ $$single = passed ] && [ $$distributed = passed ]
 endef
 
-.PHONY: demo test test-single test-distributed test-slow test-newest newest-single newest-distributed lint format clean
+.PHONY: demo test test-single test-distributed test-slow test-newest newest-single newest-distributed test-deepspeed \
+	lint format clean
 
 demo: $(VENV)/.train
 	$(VENV)/bin/lasp train demo --sp 2
@@ -51,6 +53,11 @@ newest-single:
 newest-distributed:
 	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi --timeout 300 -p no:cacheprovider --color=no
 
+# The engines zero1 to zero3, which skip where DeepSpeed is absent.
+test-deepspeed: $(ZERO)/.deepspeed
+	$(subst $(VENV),$(ZERO),$(MPIRUN)) $(ZERO)/bin/python -m pytest tests/distributed/test_engines.py -k zero --with-mpi \
+	    -p no:cacheprovider --color=no
+
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -70,11 +77,18 @@ $(VENV)/.test: $(SETUP) | $(PYTHON)
 	$(PIP) -e ".[train,hf,bench,test,dev]"
 	touch $@ $(VENV)/.train
 
+# DeepSpeed comes as source, whose set-up asks torch which kernels to compile: none, they are compiled when called.
+$(ZERO)/.deepspeed: $(SETUP) | $(ZERO)
+	$(ZERO)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(ZERO)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+	    -e ".[deepspeed]"
+	touch $@
+
 $(PYTHON):
 	python3 -m venv $(VENV)
 
-$(NEWEST):
-	python3 -m venv $(NEWEST)
+$(NEWEST) $(ZERO):
+	python3 -m venv $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(ZERO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,7 @@ from torch import nn
 from lasp.kernels.arguments import check_choice, check_integer, told
 from lasp.linearize.attention import MIXER, REGISTRY, TURN, Errors, Linearized, linearized_class
 from lasp.linearize.methods import METHODS
+from lasp.parallel.parameters import some
 from lasp.wrap.family import ENTRY
 from lasp.wrap.parallelize import base_model
 from lasp.wrap.refusal import check_model, takes_group
@@ -78,13 +79,14 @@ def is_linearized(model: Any) -> bool:
 
 def read(folder: str | Path, **options: Any) -> Any:
     """A causal language model by its folder or name on the hub, linearised where its configuration says so. options:
-    those of `from_pretrained`."""
+    those of `from_pretrained`. ValueError for files that lack a weight of the model, or hold one that it has not."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = AutoConfig.from_pretrained(folder)
+    options |= {"output_loading_info": True}
     if getattr(config, ENTRY, None) is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        return _complete(*AutoModelForCausalLM.from_pretrained(folder, **options))
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -93,8 +95,16 @@ def read(folder: str | Path, **options: Any) -> Any:
 
     # transformers makes the model first and then looks for weights of all that is in it.
     made: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
-    model = made.from_pretrained(folder, **options)
+    model = _complete(*made.from_pretrained(folder, **options))
     model.__class__ = base
+    return model
+
+
+def _complete(model: Any, told: dict[str, Any]) -> Any:
+    """A model that its files have filled: transformers draws what they lack, and says so in its log alone."""
+    for key, wrong in (("missing_keys", "lack"), ("unexpected_keys", "hold, beyond what the model has,")):
+        if names := sorted(told[key]):
+            raise ValueError(f"the files of {type(model).__name__} {wrong} {some(names)}")
     return model
 
 

@@ -59,10 +59,10 @@ class ModelPlan:
             model = self._from_scratch() if self.weights is None else self._pretrained(self.weights)
             return self._adapted(model.to(dtype)).train()
 
-    def skeleton(self) -> Any:
-        """The model without memory for its weights."""
+    def skeleton(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The same without memory for its weights, and without values."""
         with torch.device("meta"):
-            return self.fresh()
+            return self._adapted(self._from_scratch().to(dtype)).train()
 
     def fresh(self) -> Any:
         """The model with random weights, on torch's default device."""

@@ -69,4 +69,5 @@ def _groups(trained: Mapping[str, Tensor], config: OptimizerConfig) -> list[dict
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter is a weight matrix; those of an expert stack are called after their projection."""
-    return parameter.dim() >= 2 and name.endswith(("weight", "gate_up_proj", "down_proj"))
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # of what DeepSpeed has shared out
+    return len(shape) >= 2 and name.endswith(("weight", "gate_up_proj", "down_proj"))

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,7 +24,7 @@ from lasp.train.data.batches import Batches, Data, Share, shares
 from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.packing import PACKINGS, held_out
 from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
-from lasp.train.engines import check_engine
+from lasp.train.engines import Built, check_engine, hands_out
 from lasp.train.model import ModelPlan, compile_layers, pull
 from lasp.train.ranks import Ranks, agree_on_config
 from lasp.train.tracker import check_tracker
@@ -101,10 +102,29 @@ class Run:
         assert run is not None  # or there was an error, and everyone has raised it
         return run
 
-    def build_model(self, ranks: Ranks) -> Any:
-        """The model before its first step, its sequences cut over sp, its heads over tp."""
-        model = self.model.build(self.config.seed, _WEIGHT_DTYPES[self.config.dtype])
-        model = parallelize(model.to(ranks.device), ranks.sequence)
+    def build_model(self, ranks: Ranks) -> Built:
+        """The model before its first step, its sequences cut over sp, its heads over tp. All ranks call it.
+
+        Where the engine hands out the weights, the main rank alone reads or draws them, and the others wait for as long
+        as it takes.
+        """
+        dtype, shared = _WEIGHT_DTYPES[self.config.dtype], hands_out(self.config)
+        with ranks.everyone.first("making the model") if shared else nullcontext(True) as own:
+            whole, error = self._attempt_model(dtype) if own else (None, None)
+        ranks.everyone.agree("making the model", {}, error).wait()
+        model = self._wire(self.model.skeleton(dtype) if shared else whole, ranks)
+        return Built(model, whole if shared else None)
+
+    def _attempt_model(self, dtype: torch.dtype) -> tuple[Any, str | None]:
+        try:
+            return self.model.build(self.config.seed, dtype), None
+        except ValueError as error:
+            return None, str(error)
+
+    def _wire(self, model: Any, ranks: Ranks) -> Any:
+        if not hands_out(self.config):
+            model = model.to(ranks.device)
+        model = parallelize(model, ranks.sequence)
         if self.config.tp > 1:
             model = share_heads(model, ranks.mesh["tp"])
         model = pull(model, self.config.memory)

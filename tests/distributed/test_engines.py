@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +83,9 @@ class Alone(Ranks):
 
 def curve_of_one_process(config: TrainConfig, subgroups: dict[int, Any]) -> list[float]:
     data = replace(config.data, batch_size=4)
-    whole = replace(config, sp=1, tp=1, accumulation=1, memory=MemoryConfig(), data=data)
+    whole = replace(config, engine="ddp", sp=1, tp=1, accumulation=1, memory=MemoryConfig(), data=data)
     ranks, run = Alone.make(subgroups), Run.prepare(whole)
-    engine = start_engine(run.build_model(ranks), replace(whole, engine="ddp"), ranks)
+    engine = start_engine(run.build_model(ranks), whole, ranks)
     trainer = Trainer(run, ranks, run.open_source(ranks), engine, Folders(run, ranks))
     return [trainer.step().loss for _ in range(whole.steps)]
 
@@ -96,9 +100,11 @@ def foreign(config: TrainConfig, world: MPI.Comm, kind: str) -> TrainConfig:
 
 
 @pytest.fixture
-def groups(engine: str, request: pytest.FixtureRequest) -> None:
-    """Process groups end with a test, but for those that DeepSpeed makes and keeps."""
-    if not engine.startswith("zero"):
+def groups(engine: str, world: MPI.Comm, request: pytest.FixtureRequest) -> None:
+    """Process groups end with a test, but for those that DeepSpeed makes and keeps. It looks for what launchers set."""
+    if engine.startswith("zero"):
+        request.getfixturevalue("monkeypatch").setenv("LOCAL_RANK", str(world.rank))
+    else:
         request.getfixturevalue("own_groups")
 
 
@@ -146,6 +152,7 @@ def compare_with_one_process(config, once, subgroups, fall=1.0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=zero)])
+@pytest.mark.usefixtures("groups")
 def test_what_2_x_2_ranks_saved_goes_on_on_any_ranks_and_engine(config, once, subgroups, engine):
     config = replace(config, engine=engine, save_every=6)
     ranks = Ranks.join(config)
@@ -198,7 +205,68 @@ def test_a_rank_that_cannot_write_ends_the_run_on_all_and_without_a_shared_folde
     assert all(torch.equal(value, read_weights(two)[name]) for name, value in read_weights(one).items())
 
 
+LARGE = {**HYBRID, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192}
+
+
+@pytest.fixture
+def large_tensors() -> Iterator[None]:
+    """Freed memory goes back to the system at once, as that of tensors of more than 32 MB always does."""
+    threshold, library = -3, ctypes.CDLL(None)
+    library.mallopt(threshold, 1 << 16)
+    yield
+    library.mallopt(threshold, 1 << 25)
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[zero, pytest.mark.slow])])
+@pytest.mark.usefixtures("groups", "large_tensors")
+def test_ranks_make_a_model_as_one_would_in_the_memory_of_little_more_than_one(config, world, engine):
+    """The same weights and buffers; DeepSpeed has large buffers of its own, which are not measured."""
+    ranks = Ranks.join(replace(config, engine=engine))
+    for model in (HYBRID, LARGE):  # the first one imports things
+        config = replace(config, engine=engine, model=model)
+        run = Run.prepare_together(config, ranks.everyone)
+        pids = world.allgather(os.getpid())
+        with Peak(pids if world.rank == 0 else []) as peak:
+            started = start_engine(run.build_model(ranks), config, ranks)
+            world.barrier()
+    expected = run.model.build(config.seed, torch.float32)
+    size = sum(parameter.nbytes for parameter in expected.parameters())
+    assert engine == "zero3" or world.bcast((peak.most - peak.first) / size) < 1.7
+    buffers = dict(expected.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in started.model.named_buffers())
+    with nullcontext() if engine == "fsdp2" else started._gathered():
+        found = dict(started.model.named_parameters())
+        for name, value in expected.named_parameters():
+            assert torch.equal(found[name].full_tensor() if engine == "fsdp2" else found[name], value), name
+
+
+class Peak(threading.Thread):
+    """What some processes hold together, in bytes of anonymous memory, at first and at most, looked at every 2 ms."""
+
+    def __init__(self, pids: list[int]) -> None:
+        super().__init__(daemon=True)
+        self.pids, self.over = pids, threading.Event()
+        self.first = self.most = self.held()
+
+    def held(self) -> int:
+        files = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids]
+        return sum(int(text.partition("RssAnon:")[2].split()[0]) * 1024 for text in files)
+
+    def run(self) -> None:
+        while not self.over.wait(0.002):
+            self.most = max(self.most, self.held())
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[zero, pytest.mark.slow])])
+@pytest.mark.usefixtures("groups")
 def test_a_rank_holds_its_share_of_parameters_and_optimizer_state(config, engine):
     config = replace(config, engine=engine)
     ranks = Ranks.join(config)

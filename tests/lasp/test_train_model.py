@@ -1,6 +1,7 @@
 """Which models are trained: verified ones with their weights or without, and adapters around them."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lasp.parallel.group import shutdown
 from lasp.train.config import (
@@ -22,6 +24,7 @@ from lasp.train.config import (
     ValidationConfig,
 )
 from lasp.train.data.tokenizer import ByteTokenizer
+from lasp.train.engines import start_engine
 from lasp.train.lion import Lion
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.model import ModelPlan
@@ -118,6 +121,49 @@ def test_a_model_is_trained_from_its_weights_and_the_checkpoint_is_one_of_its_fa
     resume = str(summary.checkpoint.with_name("step-000002"))
     resumed = trained(replace(config, output=config.output + "2", steps=4, resume=resume))
     assert resumed.losses == summary.losses[2:]
+
+
+def test_shares_that_are_handed_out_are_what_a_whole_model_has(config):
+    """Of files in another dtype with an index; adapters and rotary frequencies among them. No copy is left behind."""
+    path = Path(config.output).with_name("other")
+    before = transformers.AutoModelForCausalLM.from_pretrained(config.model["name"], dtype=torch.bfloat16)
+    before.save_pretrained(path, max_shard_size="20KB")
+    assert (path / "model.safetensors.index.json").is_file()
+    data = replace(config.data, tokenizer=config.model["name"])
+    config = replace(config, engine="fsdp2", lora=LoraConfig(rank=4), model={"name": str(path)}, data=data)
+    run = Run.prepare(config)
+    expected, ranks = run.model.build(run.config.seed, torch.float32), Ranks.join(run.config)
+    built = run.build_model(ranks)
+    assert all(parameter.is_meta for parameter in built.model.parameters())
+    model = start_engine(built, run.config, ranks).model
+    assert not any(parameter.numel() for parameter in built.weights.parameters())
+    for name, value in expected.named_parameters(remove_duplicate=False):
+        found = model.get_parameter(name)
+        assert torch.equal(found.full_tensor(), value), name
+        assert found.requires_grad == value.requires_grad
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert all(torch.equal(buffers[name], value) for name, value in expected.named_buffers())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), "lack model.norm.weight"),
+        (lambda weights: weights.update(score=torch.ones(1)), "hold, beyond what the model has, score"),
+    ],
+)
+def test_files_that_are_not_the_models_are_refused_by_the_name_of_the_weight(config, folder, change, said, engine):
+    path = Path(config.output).with_name("other")
+    shutil.copytree(folder, path)
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = replace(config, engine=engine, model={"name": str(path)})
+    run, ranks = Run.prepare(config), Ranks.join(config)
+    with pytest.raises(ValueError, match=f"the weights of model.name=.*other.* cannot be read: .* {said}$"):
+        run.build_model(ranks)
 
 
 def test_from_scratch_takes_the_configuration_alone_with_other_fields(config, folder):

@@ -53,7 +53,7 @@ def read_weights(manifest: Manifest) -> dict[str, Tensor]:
 def write_model(plan: ModelPlan, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a model as its family writes it, or its adapters as peft does."""
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-    plan.skeleton().to(dtype).save_pretrained(folder, state_dict=weights)
+    plan.skeleton(dtype).save_pretrained(folder, state_dict=weights)
 
 
 def _plan(checkpoint: Path) -> ModelPlan:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lasp.parallel.gradients import clip_grad_norm_
 from lasp.parallel.parameters import local_part
 from lasp.train.config import TrainConfig
-from lasp.train.engines.engine import Batch, State, autocast
+from lasp.train.engines.engine import Batch, Built, State, autocast
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
 from lasp.wrap.saving import tensors_of
@@ -20,15 +20,15 @@ from lasp.wrap.saving import tensors_of
 class TorchEngine:
     """Forward and backward through `module`, which reduces the gradients by itself; then the optimizers."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
+    def __init__(self, built: Built, config: TrainConfig, ranks: Ranks) -> None:
+        self.model, self.config, self.ranks = built.model, config, ranks
         self.reduce_dtype = None if config.reduce_dtype is None else getattr(torch, config.reduce_dtype)
-        self.module: Any = self._prepare()
-        self.optimizers = build_optimizers(model, config.optimizer)
+        self.module: Any = self._prepare(built.weights)
+        self.optimizers = build_optimizers(self.model, config.optimizer)
         self._unfinite: list[str] = []
 
-    def _prepare(self) -> nn.Module:
-        """What to call in the model's place."""
+    def _prepare(self, weights: nn.Module | None) -> nn.Module:
+        """What to call in the model's place. weights: of `Built`."""
         raise NotImplementedError
 
     def _gathering(self, last: bool) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from lasp.train.engines.engine import Batch
 class Replicated(TorchEngine):
     """DistributedDataParallel: one sum of gradients per step, in buckets while backward goes on."""
 
-    def _prepare(self) -> nn.Module:
+    def _prepare(self, weights: nn.Module | None) -> nn.Module:
         return data_parallel(self.model, self.ranks.sequence, "ddp", reduce_dtype=self.reduce_dtype)
 
     def _gathering(self, last: bool) -> AbstractContextManager[Any]:
@@ -30,7 +30,7 @@ class Replicated(TorchEngine):
 class Synced(TorchEngine):
     """The same for DTensors, which DistributedDataParallel does not take: one sum of gradients after backward."""
 
-    def _prepare(self) -> nn.Module:
+    def _prepare(self, weights: nn.Module | None) -> nn.Module:
         return self.model
 
     def backward(self, batch: Batch, last: bool) -> Tensor:

@@ -14,6 +14,16 @@ Batch = Mapping[str, Any]
 """Keywords of the model: this rank's tokens, their targets, the cut, and what the loss is divided by."""
 
 
+class Built(NamedTuple):
+    """A model before its first step, as an engine is given it."""
+
+    model: nn.Module
+    """The model, ready for this rank's tokens; of engines that share out its parameters on the meta device."""
+
+    weights: nn.Module | None = None
+    """Where it is on meta, and on the main rank: the plain model with its weights, which the engine takes out of it."""
+
+
 class State(NamedTuple):
     """A model and its optimizer, under the same names whatever the engine and the number of ranks. A DTensor is this
     rank's part of what all have."""

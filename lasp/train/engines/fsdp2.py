@@ -5,6 +5,7 @@ from dataclasses import asdict
 from torch import nn
 
 from lasp.parallel.data_parallel import data_parallel
+from lasp.parallel.weights import hand_out
 from lasp.train.engines.base import TorchEngine
 
 
@@ -12,6 +13,8 @@ class FullySharded(TorchEngine):
     """PyTorch's `fully_shard`: parameters meet layer by layer. Each micro-batch reduces its gradients, so that no rank
     ever holds those of the whole model."""
 
-    def _prepare(self) -> nn.Module:
-        options = {"reduce_dtype": self.reduce_dtype, **asdict(self.config.fsdp2)}
-        return data_parallel(self.model, self.ranks.sequence, "fsdp2", **options)
+    def _prepare(self, weights: nn.Module | None) -> nn.Module:
+        ranks, options = self.ranks, {"reduce_dtype": self.reduce_dtype, **asdict(self.config.fsdp2)}
+        module = data_parallel(self.model, ranks.sequence, "fsdp2", **options)
+        hand_out(module, weights, ranks.everyone, ranks.device, offload=self.config.fsdp2.offload)
+        return module

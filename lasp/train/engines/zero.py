@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from lasp.parallel.weights import OneByOne, hand_out_buffers
 from lasp.train.config import TrainConfig
-from lasp.train.engines.engine import Batch, State, autocast
+from lasp.train.engines.engine import Batch, Built, State, autocast
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
 from lasp.wrap.saving import tensors_of, to_cpu
@@ -30,12 +31,11 @@ def check_deepspeed() -> None:
 class Zero:
     """DeepSpeed's engine around the model, with our optimizer inside it."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
+    def __init__(self, built: Built, config: TrainConfig, ranks: Ranks) -> None:
+        self.model, self.config, self.ranks = built.model, config, ranks
         self.stage = int(config.engine.removeprefix("zero"))
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        (optimizer,) = build_optimizers(model, config.optimizer)
-        self.deepspeed = _initialize(model, optimizer, config, self.stage, ranks)
+        self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.deepspeed = _initialize(built, config, self.stage, ranks)
 
     def backward(self, batch: Batch, last: bool) -> Tensor:
         with autocast(self.config, self.ranks):
@@ -173,7 +173,7 @@ class Zero:
             safe_set_full_optimizer_state(parameter, value, key)
 
 
-def _initialize(model: nn.Module, optimizer: Any, config: TrainConfig, stage: int, ranks: Ranks) -> Any:
+def _initialize(built: Built, config: TrainConfig, stage: int, ranks: Ranks) -> Any:
     if ranks.device.type == "cpu":
         from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -192,6 +192,11 @@ def _initialize(model: nn.Module, optimizer: Any, config: TrainConfig, stage: in
         "steps_per_print": 1 << 60,
         **reduce,
     }
+    model = built.model
+    if stage == 3:  # DeepSpeed sends each parameter from rank 0, and keeps a share, before it asks for the next
+        deepspeed.zero.Init(module=OneByOne(model, built.weights, ranks.device), config_dict_or_path=settings)
+        hand_out_buffers(model, built.weights, ranks.everyone, ranks.device)
+    (optimizer,) = build_optimizers(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
