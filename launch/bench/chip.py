@@ -28,7 +28,9 @@ from lasp.parallel.work import work
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """How long what is measured is."""
+    """Which models, and how long what is measured is."""
+    names = list(dict.fromkeys(case.model for case in CASES))
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="by their mixers or kinds")
     parser.add_argument("--tokens", type=at_least(64), default=1024)
 
 
@@ -37,7 +39,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     chip = _plain(options.tokens, options.repeat)
     mixers: dict[str, tuple[float, float]] = {}
-    models = {(case.model, case.pattern): case for case in CASES}
+    models = {(case.model, case.pattern): case for case in CASES if case.model in options.models}
     for case in (replace(case, levers="none", ranks=1, optimizer="adamw", engine="ddp") for case in models.values()):
         (found,) = in_ranks(replace(case, tokens=options.tokens), _mixers, options.repeat)
         for kind, (there, back, flops, products) in found.items():

@@ -68,7 +68,17 @@ class Machine:
     @staticmethod
     def read(told: dict[str, Any]) -> Machine:
         """From the tables of a file: {"base": a name, "chip": {...}, "node": wire, "network": wire, "gpus", "card"}."""
-        if unknown := sorted(told.keys() - {"base", "chip", "node", "network", "gpus", "card"}):
+        known = {
+            "base",
+            "chip",
+            "node",
+            "network",
+            "gpus",
+            "card",
+            "benchmark",
+            "command",
+        }  # the last two: who wrote it
+        if unknown := sorted(told.keys() - known):
             raise ValueError(f"unknown keys {', '.join(unknown)}")
         base = MACHINES[told.get("base", "cpu")]
         if wrong := sorted(told.get("chip", {}).keys() - {f.name for f in fields(Chip)}):

@@ -124,6 +124,9 @@ def test_machines(tmp_path: Path) -> None:
     own = Machine.named(str(file))
     assert (own.chip.matmul, own.chip.flops) == (0.5, MACHINES["h100"].chip.flops)
     assert (own.wires.network.bandwidth, own.wires.node, own.card) == (1e9, MACHINES["h100"].wires.node, 2e9)
+    written = {"benchmark": "chip", "command": "lasp bench chip", "chip": {"mixers": {"GLA": [0.2, 2]}}}
+    file.write_text(json.dumps(written))
+    assert Machine.named(str(file)).chip.mixers == {"GLA": (0.2, 2.0)}
     wrongs: dict[str, object] = {
         "unknown keys gpu": {"gpu": 1},
         "unknown figures of a chip: speed": {"chip": {"speed": 1}},
