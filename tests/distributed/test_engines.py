@@ -167,6 +167,20 @@ def test_what_2_x_2_ranks_saved_goes_on_on_any_ranks_and_engine(config, once, su
     assert once(resumed_alone, config, subgroups, path) == pytest.approx(whole.losses[6:], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_that_changes_its_engine_on_the_way_is_the_undisturbed_one(config):
+    """Two steps with each, told to stop after the second, in one folder."""
+    whole, losses = replace(config, steps=12, output=config.output + "-whole"), []
+    ranks = Ranks.join(whole)
+    expected = train(Run.prepare_together(whole, ranks.everyone), ranks).losses
+    for engine in ("fsdp2", "ddp", "fsdp2"):
+        part = replace(config, steps=12, engine=engine, resume="latest")
+        ranks = Ranks.join(part)
+        losses += train(Run.prepare_together(part, ranks.everyone), ranks, stop=iter([False, True]).__next__).losses
+    assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)
+    assert len(losses) == 6
+
+
 def resumed_alone(config: TrainConfig, subgroups: dict[int, Any], path: str) -> list[float]:
     data = replace(config.data, batch_size=4)
     whole = replace(config, sp=1, accumulation=1, data=data, engine="ddp", resume=path, output=config.output + "-alone")
