@@ -25,27 +25,6 @@ from tests.ranks import CUTS, DOCUMENTS, assert_same, cut_results, results
 MEMORIES, HEADS, KEYS, VALUES = 4, 2, 6, 5
 
 
-def literal(
-    *, q: Tensor, memories: Tensor, initial_state: Tensor, bounds: tuple[int, ...] | None = None, **tokens: Any
-) -> Any:
-    states = [[] for _ in initial_state]
-    output = q.new_zeros(*memories.shape, q.shape[2], VALUES)
-    spans = (
-        [(row, 0, q.shape[1]) for row in range(len(q))] if bounds is None else [(0, *span) for span in pairwise(bounds)]
-    )
-    for document, (row, start, stop) in enumerate(spans):
-        for memory in range(MEMORIES):
-            sent = memories[row, start:stop] == memory
-            at = start + sent.any(-1).nonzero().flatten()
-            before = initial_state[document : document + 1, memory * HEADS : (memory + 1) * HEADS]
-            choice = sent[sent.any(-1)].int().argmax(-1)
-            own = {name: x[row, at, choice].unsqueeze(0) for name, x in tokens.items()}
-            read, after = reference.delta_rule(q[row : row + 1, at], **own, initial_state=before)
-            output = output.index_put((torch.full_like(at, row), at, choice), read[0])
-            states[document].append(after)
-    return output, torch.cat([torch.cat(own, 1) for own in states])
-
-
 @cache
 def case(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Two of three memories to a token, and none of them ever the fourth; what comes of it token by token."""
@@ -66,7 +45,8 @@ def case(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, di
     }
     fixed = {"initial_state": normal(documents, MEMORIES * HEADS, KEYS, VALUES)}
     grad = normal(batch, 37, 2, 2 * HEADS, VALUES)
-    return tokens, fixed, grad, results(literal, tokens, fixed, grad, bounds=DOCUMENTS if packed else None)
+    options = {"num_memories": MEMORIES, "cu_seqlens": DOCUMENTS if packed else None}
+    return tokens, fixed, grad, results(reference.routed_delta_rule, tokens, fixed, grad, **options)
 
 
 def routed(**given: Any) -> Any:
