@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.attention import largest_error
 from tests.operations import LAYOUTS, LIMITS, MODES, OPERATIONS, Case
 
-pytestmark = [pytest.mark.mpi, pytest.mark.slow]
+pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.timeout(600)]
 expected = cache(Case.specify)
 
 

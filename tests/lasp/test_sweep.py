@@ -14,6 +14,7 @@ expected = cache(Case.specify)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
