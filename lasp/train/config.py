@@ -107,7 +107,7 @@ class OptimizerConfig:
 
     name: OptimizerName = "adamw"
     """"adamw"; "muon" for the matrices between embedding and head with AdamW for the rest; "lion", whose rate is a
-    third to a tenth of AdamW's and its decay as many times larger; "adafactor"."""
+    third to a tenth of AdamW's and its decay as many times larger; "adafactor", with engine = "ddp" and tp = 1."""
 
     lr: float = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
@@ -406,6 +406,11 @@ class TrainConfig:
         _require(
             not self.engine.startswith("zero") or self.optimizer.name == "adamw",
             f'engine = "{self.engine}" has flat parameters: optimizer.name must be "adamw", got {self.optimizer.name}',
+        )
+        _require(
+            self.optimizer.name != "adafactor" or (self.engine == "ddp" and self.tp == 1),
+            f'optimizer.name = "adafactor" takes whole matrices, and engine = "{self.engine}" with tp = {self.tp} has '
+            'shares of them: take engine = "ddp" and tp = 1',
         )
         _require(
             not self.engine.startswith("zero") or self.dtype != "float64",

@@ -105,6 +105,7 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--resume", "{folder}/step-000001"], ["step-000001"]),
         (["{recipe}", "--engine", "fsdp"], ["engine", "fsdp", "fsdp2"]),
         (["{recipe}", "--engine", "zero3", "--optimizer.name", "muon"], ["zero3", "flat parameters", "muon"]),
+        (["{recipe}", "--engine", "fsdp2", "--optimizer.name", "adafactor"], ["adafactor", "whole matrices", "fsdp2"]),
         (["{recipe}", "--engine", "zero1"], ["zero1", "dtype", "float64"]),
         (["{recipe}", "--accumulation", "0"], ["accumulation must be at least 1, got 0"]),
         (["{recipe}", "--reduce_dtype", "float16"], ["reduce_dtype", "float16"]),
