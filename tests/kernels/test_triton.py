@@ -93,16 +93,17 @@ def test_has_the_results_of_fp64(gates: str, delta: bool) -> None:
             check_against_fp64(Case(gates, delta))
         return
     check_against_fp64(Case(gates, delta, batch=2, tokens=21))
-    check_against_fp64(Case(gates, delta, tokens=70, chunk_size=None))
+    if gates == "head" or not delta:  # whose interpreter takes its time
+        check_against_fp64(Case(gates, delta, tokens=70, chunk_size=None))
 
 
 CASES = [
-    Case("head", heads=(2, 1, 2)),
     Case("head", heads=(4, 1, 2), dims=(20, 24)),
     Case("head", documents=(0, 7, 7, 26, 37)),
     Case("channel", decay=50.0),
 ]
 MORE_CASES = [
+    Case("head", heads=(2, 1, 2)),
     Case("head", heads=(4, 2, 2)),
     Case("channel", heads=(1, 1, 2)),
     Case("channel", dims=(72, 17)),
@@ -184,8 +185,9 @@ def test_the_fake_of_what_tokens_write_has_its_dtype() -> None:
     assert carry(k, v, k, None, setting, 16, True, False)[1].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
-@pytest.mark.parametrize("delta", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["decay", "delta"])
+@pytest.mark.parametrize("delta", [False, True], ids=["decay", "delta"])
 def test_compiles_without_a_graph_break(delta: bool) -> None:
     given = {name: x.requires_grad_() for name, x in arguments(Case("head", delta)).items()}
     call = lasp.delta_rule if delta else lasp.linear_attention

@@ -1,5 +1,6 @@
 """Checkpoints: what is whole, what is refused, and what nothing of is run."""
 
+import errno
 import json
 import os
 import pickle
@@ -388,15 +389,19 @@ def test_two_hundred_flipped_bits_are_refused_by_the_name_of_their_file(saved, c
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("place", ["the shard", "the folder"])
-def test_a_save_that_fails_leaves_the_others_as_they_were(again, background, place):
+def test_a_save_that_fails_leaves_the_others_as_they_were(again, background, place, monkeypatch):
     resource = pytest.importorskip("resource")
     folder = checkpoint_folder(again.output)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     run, limit = Run.prepare(replace(again, async_save=background)), resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer = Trainer.start(run, Ranks.join(again))
     if place == "the folder":
-        folder.joinpath(".step-000009.partial").touch()
-        wrong = r"step-000009': .*'.*/\.step-000009\.partial'"
+
+        def full(path: Path, *_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        monkeypatch.setattr(Path, "mkdir", full)
+        wrong = r"step-000009': .*No space left.*/\.step-000009\.partial/"
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
         wrong = r"step-000009': .*File too large.*\(rank 0\)"
@@ -405,7 +410,6 @@ def test_a_save_that_fails_leaves_the_others_as_they_were(again, background, pla
             trainer.checkpoints.save(9, trainer.engine, True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        folder.joinpath(".step-000009.partial").unlink(missing_ok=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert sorted(os.listdir(folder)) == ["step-000003", "step-000006"]
 

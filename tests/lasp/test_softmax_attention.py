@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["plain", "capped"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("capped", marks=pytest.mark.slow)])
 def test_compiled_for_several_lengths(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lasp.softmax_attention, backend="aot_eager")

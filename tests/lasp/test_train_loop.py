@@ -93,7 +93,7 @@ def test_loss_falls_and_everything_lies_where_the_summary_says(config):
     assert text.startswith("To be")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64", "bfloat16"])
 def test_resuming_is_bitwise_the_uninterrupted_run(config, dtype):
     config = replace(config, dtype=dtype, save_every=4)
     whole = trained(config)

@@ -47,6 +47,7 @@ for name in ("qwen3_5", "kimi_linear"):
 """
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_torch_code_runs(tmp_path: Path) -> None:
     for name, text in STUB.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

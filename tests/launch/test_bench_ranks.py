@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -58,15 +56,13 @@ def test_the_first_to_fail_ends_the_others(script: str, tmp_path: Path, rank: in
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_outlives_who_started_it(script: str, tmp_path: Path) -> None:
-    starter = (
-        f"from lasp.launch.bench.ranks import *; run({script!r}, [Start([r, '9', {str(tmp_path)!r}]) for r in '01'])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", starter])
+    starter = multiprocessing.get_context("fork").Process(target=run, args=(script, starts(9, tmp_path)))
+    starter.start()
     while len(alive(tmp_path)) < 2:
-        assert process.poll() is None
+        assert starter.is_alive()
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    starter.kill()
+    starter.join()
     until = time.monotonic() + 5
     while alive(tmp_path) and time.monotonic() < until:
         time.sleep(0.05)

@@ -329,6 +329,7 @@ def listening(pid: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ranks_of_torchrun_report_a_user_error_once(recipe):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lasp.launch.train")
