@@ -48,7 +48,7 @@ test-newest: | $(NEWEST)
 	$(call both,$(MAKE) newest-single,$(MAKE) newest-distributed)
 
 newest-single:
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(HF) -n 2 --dist worksteal --timeout 300
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(HF) -m "not slow" -n 2 --dist worksteal --timeout 300
 
 newest-distributed:
 	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi --timeout 300 -p no:cacheprovider --color=no
