@@ -241,28 +241,36 @@ UNDIVIDED = ("heads", ACTIVATIONS)
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """A panel for each of the grid and the shares: rates over ranks, and shares over ranks."""
+    """A panel for each of the grid and the shares that has cells: rates over ranks, and shares over ranks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    done = {name: [r for r in records if r["status"] == OK] for name, records in figures["views"].items()}
+    panels = [(draw, done[name]) for name, draw in (("grid", _plot_grid), ("share", _plot_shares)) if done.get(name)]
+    figure = Figure(figsize=(5.5 * max(1, len(panels)), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    grid, shares = (figures["views"].get(name, []) for name in ("grid", "share"))
-    longest = max((r["tokens"] for r in grid if r["status"] == OK), default=0)
-    for way in columns(grid, "way"):
-        own = [r for r in grid if (r["way"], r["tokens"], r["status"]) == (way, longest, OK)]
-        left.plot([r["ranks"] for r in own], [r["rate"] for r in own], marker="o", label=way)
-    left.set(xlabel="ranks", ylabel="tokens/s", title=f"a sequence of {longest} tokens")
-    for network, way in product(columns(shares, "network")[-1:], columns(shares, "way")):
-        own = [r for r in shares if (r["way"], r["network"], r["status"]) == (way, network, OK)]
-        beside = {r["ranks"]: r["rate"] for r in shares if (r["way"], r["network"]) == (DATA_PARALLEL, network)}
-        right.plot(
-            [r["ranks"] for r in own], [100 * r["rate"] / beside[r["ranks"]] for r in own], marker="o", label=way
-        )
-        right.set(xlabel="ranks", ylabel="% of data parallel", title=f"as many tokens on each rank, {network}")
-    for axes in (left, right):
+    for place, (draw, records) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        draw(axes, records)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def _plot_grid(axes: Any, records: list[dict[str, Any]]) -> None:
+    longest = max(r["tokens"] for r in records)
+    for way in columns(records, "way"):
+        own = [r for r in records if (r["way"], r["tokens"]) == (way, longest)]
+        axes.plot([r["ranks"] for r in own], [r["rate"] for r in own], marker="o", label=way)
+    axes.set(xlabel="ranks", ylabel="tokens/s", title=f"a sequence of {longest} tokens")
+
+
+def _plot_shares(axes: Any, records: list[dict[str, Any]]) -> None:
+    network = columns(records, "network")[-1]
+    here = [r for r in records if r["network"] == network]
+    beside = {r["ranks"]: r["rate"] for r in here if r["way"] == DATA_PARALLEL}
+    for way in columns(here, "way"):
+        own = [r for r in here if r["way"] == way and r["ranks"] in beside]
+        shares = [100 * r["rate"] / beside[r["ranks"]] for r in own]
+        axes.plot([r["ranks"] for r in own], shares, marker="o", label=way)
+    axes.set(xlabel="ranks", ylabel="% of data parallel", title=f"as many tokens on each rank, {network}")
