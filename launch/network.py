@@ -10,7 +10,9 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,15 +76,20 @@ class Network:
 
 @contextmanager
 def network(ranks: int, rate: float) -> Iterator[Network]:
-    """A network that is gone afterwards. Raises ValueError where this machine cannot make one, saying why."""
+    """A network that is gone afterwards, also when SIGTERM ends this process, which comes as SystemExit meanwhile.
+
+    For the main thread. Raises ValueError where this machine cannot make one, saying why.
+    """
     if reason := lacking():
         raise ValueError(f"no network can be emulated here: {reason}")
     made = Network(f"lasp{os.getpid()}", ranks, rate)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         made.make()
         yield made
     finally:
         made.remove()
+        signal.signal(signal.SIGTERM, before)
 
 
 def lacking() -> str | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import subprocess
+import time
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -41,6 +45,26 @@ def test_ranks_reach_each_other_and_nobody_else() -> None:
         _say(*inside, "python3", "-c", call + "  except OSError: time.sleep(0.1)")
         assert server.wait(9) == 0
         name = made.name
+    assert name not in _say("ip", "netns", "list")
+
+
+def _hold(pipe: Connection) -> None:
+    with network(1, 2e8) as made:
+        pipe.send(made.name)
+        time.sleep(30)
+
+
+@able
+def test_a_process_that_is_told_to_end_leaves_nothing() -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_hold, args=(there,))
+    process.start()
+    name = here.recv()
+    assert name in _say("ip", "netns", "list")
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM
     assert name not in _say("ip", "netns", "list")
 
 
