@@ -34,9 +34,10 @@ def _check(option: str, path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{option} must be a file, got the folder {str(path)!r}")
     try:
-        with TemporaryFile(dir=path.absolute().parent):
-            pass
-        if path.exists() and not os.access(path, os.W_OK):
+        if not path.exists():
+            with TemporaryFile(dir=path.absolute().parent):
+                pass
+        elif not os.access(path, os.W_OK):
             raise PermissionError(EACCES, os.strerror(EACCES))
     except OSError as error:
         raise ValueError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error

@@ -156,8 +156,9 @@ def _broadcast(tensor: Tensor, group: Place, group_src: int, async_op: bool) -> 
     rows = group.meet(tensor)
 
     def wait() -> None:
+        found = rows()
         if group.rank != group_src:
-            tensor.copy_(rows()[group_src])
+            tensor.copy_(found[group_src])
             group.wires._count(group.rank, tensor.nbytes)
 
     return Work(wait)

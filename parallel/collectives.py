@@ -34,8 +34,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Record(NamedTuple):
     """One exchange as this rank saw it."""
 
-    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "all_to_all" | "barrier" | that of a scan or "ring"
-    phase: str  # "forward" | "backward" | "gradients" | "control"
+    op: str  # "all_gather" | "all_reduce" | "reduce_scatter" | "all_to_all" | "broadcast" | "barrier" | "ring" | a scan
+    phase: str  # "forward" | "backward" | "gradients" | "parameters" | "control"
     bytes: int  # received by this rank, as a bandwidth-optimal algorithm would
     steps: int  # messages that wait for one another, over all ranks
 

@@ -38,7 +38,7 @@ def hand_out(
             module._parameters[other] = first._parameters[name]
     given = dict(whole.named_parameters()) if whole is not None else {}
     for name, target in model.named_parameters():
-        source = given.get(name)
+        source = None if whole is None else given[name]
         for start, slab in _slabs(source, target, ranks, device):
             _keep(target, start, slab)
         if source is not None:
@@ -53,7 +53,7 @@ def hand_out_buffers(model: nn.Module, whole: nn.Module | None, ranks: SequenceG
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                source = given.get(f"{path}.{name}".lstrip("."))
+                source = None if whole is None else given[f"{path}.{name}".lstrip(".")]
                 module._buffers[name] = _send(source, buffer.shape, buffer.dtype, ranks, device)
         if lost := [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]:
             raise ValueError(

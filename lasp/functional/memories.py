@@ -146,7 +146,7 @@ def routed_conv1d(
 
     Returns the output [B, T, n, C], 0 where a token is not there, and where asked the final states.
     """
-    count, (batch, tokens, choices, channels) = len(weight), x.shape
+    count, (batch, tokens, choices, channels), given = len(weight), x.shape, (x, weight, initial_state)
 
     def check() -> Arguments:
         check_tensors(("mask", "initial_state"), x=x, weight=weight, mask=mask, initial_state=initial_state)
@@ -161,7 +161,9 @@ def routed_conv1d(
             "shape": [batch, choices, *weight.shape],
             "dtype": str(x.dtype),
             "final_state": output_final_state,
-            "backward": torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+            "initial_state": initial_state is not None,
+            "mask": mask is not None,
+            "backward": torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None),
         }
         return Arguments(fields, tokens, bounds)
 

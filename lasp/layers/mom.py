@@ -105,7 +105,7 @@ class MixtureOfMemories(GatedDeltaNet):
     def _sent(self, x: Tensor, memories: Tensor) -> Tensor:
         """Keys and values [B, T, top_k + 1, channels] of each token in the memories that it is sent to."""
         projections = self.k_proj, self.v_proj
-        if all(type(p) is nn.Linear and not p._forward_hooks for p in projections):  # no adapters around them
+        if all(map(_is_plain, projections)):  # no adapters around them, and nothing that makes their weights
             weight = torch.cat([p.weight.unflatten(0, (self.num_memories + 1, -1)) for p in projections], 1)
             return routed_linear(x, weight, memories)
         every = torch.cat([p(x).unflatten(2, (self.num_memories + 1, -1)) for p in projections], 3)
@@ -114,3 +114,9 @@ class MixtureOfMemories(GatedDeltaNet):
     def _by_memory(self, x: Tensor, dim: int = 0) -> Tensor:
         """Channels along `dim`, those of all keys and then those of all values, as [memories, keys and values]."""
         return torch.cat([y.unflatten(dim, (self.num_memories + 1, -1)) for y in x.chunk(2, dim)], dim + 1)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether what it does is a product with its weight."""
+    hooks = projection._forward_hooks or projection._forward_pre_hooks
+    return type(projection) is nn.Linear and projection.bias is None and not hooks

@@ -12,9 +12,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
 
 from lasp.models.tensor_parallel import check_heads, share_heads
 from lasp.parallel.group import SequenceGroup
+from lasp.parallel.parameters import some
 from lasp.train.checkpoints.comparison import check_checkpoint
 from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_step
 from lasp.train.checkpoints.manifest import Manifest
@@ -117,9 +119,12 @@ class Run:
 
     def _attempt_model(self, dtype: torch.dtype) -> tuple[Any, str | None]:
         try:
-            return self.model.build(self.config.seed, dtype), None
-        except ValueError as error:
-            return None, str(error)
+            whole = self.model.build(self.config.seed, dtype)
+            if hands_out(self.config):
+                _check_alike(whole, self.model.skeleton(dtype))
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the others wait for a word
+            return None, str(error) or type(error).__name__
+        return whole, None
 
     def _wire(self, model: Any, ranks: Ranks) -> Any:
         if not hands_out(self.config):
@@ -229,3 +234,13 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} is a file, not a folder") from error
     except OSError as error:
         raise ValueError(f"cannot write to the output folder {str(place)!r}: {error.strerror}") from error
+
+
+def _check_alike(whole: nn.Module, skeleton: nn.Module) -> None:
+    """ValueError where one of them has a parameter of its own that the other ties, or has not."""
+    read, made = ({name for name, _ in model.named_parameters()} for model in (whole, skeleton))
+    if odd := sorted(read ^ made):
+        raise ValueError(
+            f"files and configuration differ in {some(odd)}, which one of them ties: no shares of that can be handed "
+            'out, take engine = "ddp"'
+        )

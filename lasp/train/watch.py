@@ -83,8 +83,10 @@ class Watch:
     def _is_replaced(self) -> bool:
         try:
             return not os.path.samestat(os.fstat(self._place), os.stat(self.folder))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return True
+        except OSError:  # a file system that is away for a moment
+            return False
 
     def _end(self, word: str, told: str = "") -> None:
         Status(word, self._config.steps, told).write(self.folder)

@@ -72,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     benchmark = _choose(options)
     figures = benchmark.measure(options)
-    benchmark.show(figures)
     if options.json:
         line = shlex.join(["lasp", "bench", *(sys.argv[2:] if argv is None else argv)])
         told = {"benchmark": options.what, "command": line, **figures}
         options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    benchmark.show(figures)
     return 0
 
 

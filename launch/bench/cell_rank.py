@@ -28,11 +28,11 @@ MEASURED = ("rate", "seconds", "peak_bytes", "received", "waited")
 it that the rank waited."""
 
 
-def main(rank: int, folder: str, shared: str) -> None:
+def main(rank: int, folder: str, cell: str) -> None:
     """Writes what was found, or why there is nothing, into the folder."""
     tie(os.getppid())
     Path(folder, f"started{rank}").touch()
-    told = json.loads(shared)
+    told = json.loads(cell)
     try:
         found = _measure(rank, folder, told["cell"], told["network"])
     except Exception as error:

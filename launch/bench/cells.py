@@ -126,10 +126,9 @@ def _why(folder: Path, limited: bool, error: Exception) -> str:
     told = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("failed*"))]
     if OUT_OF_MEMORY in told:
         return OUT_OF_MEMORY
-    number = getattr(error, "signal_name", None)
-    if number is not None:
-        killed = f"killed by {number}"
-        return OUT_OF_MEMORY if limited or number == signal.SIGKILL.name else killed
+    name = getattr(error, "signal_name", None)
+    if name is not None:
+        return OUT_OF_MEMORY if limited or name == signal.SIGKILL.name else f"killed by {name}"
     return min(told, key=_is_of_a_peer, default=str(error).strip().splitlines()[-1])
 
 

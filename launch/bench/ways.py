@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 import lasp
+from lasp.kernels.once import once_differentiable
 from lasp.layers import Mixer, RecurrentMixer
 from lasp.layers.context import Context
 from lasp.models import LinearLlamaForCausalLM

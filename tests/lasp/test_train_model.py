@@ -166,6 +166,19 @@ def test_files_that_are_not_the_models_are_refused_by_the_name_of_the_weight(con
         run.build_model(ranks)
 
 
+def test_weights_that_the_configuration_ties_and_the_files_do_not_are_not_handed_out(config, folder):
+    """transformers unties them: shares of a model made from the configuration would lack one."""
+    path = Path(config.output).with_name("other")
+    shutil.copytree(folder, path)
+    told = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(told))
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(path / "model.safetensors").keys()
+    config = replace(config, engine="fsdp2", model={"name": str(path)})
+    run, ranks = Run.prepare(config), Ranks.join(config)
+    with pytest.raises(ValueError, match=r"files and configuration differ in lm_head\.weight, which one of them ties"):
+        run.build_model(ranks)
+
+
 def test_from_scratch_takes_the_configuration_alone_with_other_fields(config, folder):
     fields = {"name": folder, "from_scratch": True, "intermediate_size": 96}
     plan = ModelPlan.make(fields, LoraConfig(), ByteTokenizer())
