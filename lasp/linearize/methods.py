@@ -109,6 +109,11 @@ class ClampedHedgehog(Hedgehog):
         return features.clamp(min=1e-12)
 
 
+FAST = {"window_logit": 10.0}
+"""How many times the learning rate of feature maps, whose entries move by tenths, parameters have that move by units:
+at one rate the window would count a tenth of what it should long after the maps have learned."""
+
+
 class Lolcats(nn.Module):
     """Softmax over a window, Hedgehog features over all before it, one normaliser (arXiv:2410.10254, 3.2 and 3.3).
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lasp.linearize.attention import Errors
 from lasp.linearize.convert import forget, learn
+from lasp.linearize.methods import FAST
 from lasp.parallel import collectives
 from lasp.parallel.gradients import sync_gradients
 from lasp.train.config import OptimizerConfig
@@ -21,10 +22,6 @@ from lasp.train.data.batches import all_rows
 from lasp.train.optimizer import learning_rate
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
-
-FAST = {"window_logit": 10.0}
-"""How many times the learning rate of feature maps, whose entries move by tenths, parameters have that move by units:
-at one rate the window would count a tenth of what it should long after the maps have learned."""
 
 
 @dataclass(frozen=True)

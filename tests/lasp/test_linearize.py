@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 from lasp.linearize.attention import Linearized
 from lasp.linearize.cache import StateLayer
 from lasp.linearize.convert import choose_layers, forget, learn
+from lasp.linearize.methods import FAST, Lolcats
 from tests.hf_models import VOCABULARY, make, make_single
 
 METHODS = ("liger", "lolcats")
@@ -246,3 +247,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="linearised already"):
         lasp.linearize(model, "liger")
     assert choose_layers("3/4", list(range(8))) == [0, 1, 2, 4, 5, 6]
+
+
+def test_what_learns_faster_is_there() -> None:
+    assert FAST.keys() <= dict(Lolcats(2, 1, 8).named_parameters()).keys()
