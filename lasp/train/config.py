@@ -1,7 +1,7 @@
 """What one training run is: plain values, checked as soon as they are known, the same on every rank.
 
-The classes know nothing of files or command lines (`lasp.launch.train` fills them from a TOML file and overrides). The
-text under a field is its documentation.
+The classes know nothing of files or command lines (`lasp.launch.configuration` fills them from both). The text
+under a field is its documentation.
 """
 
 import math

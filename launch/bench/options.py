@@ -9,12 +9,14 @@ from collections.abc import Callable
 from lasp.launch.network import bits_per_second, lacking
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Whole numbers from `least` on."""
+def at_least(least: int, multiples: int = 1) -> Callable[[str], int]:
+    """Whole numbers from `least` on, multiples of another."""
 
     def read(text: str) -> int:
         if not text.removeprefix("-").isdecimal() or int(text) < least:
             raise ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if int(text) % multiples:
+            raise ArgumentTypeError(f"must be a multiple of {multiples}, got {text!r}")
         return int(text)
 
     return read

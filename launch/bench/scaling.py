@@ -22,7 +22,7 @@ from typing import Any
 
 from lasp.launch.bench.cells import NOT_BEGUN, OK, OUT_OF_MEMORY, columns, records_of, shown, without
 from lasp.launch.bench.model import add_model, cell_of, here, show_machine
-from lasp.launch.bench.options import at_least, network_rate
+from lasp.launch.bench.options import at_least, network_rate, positive
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.ways import ACTIVATIONS, DATA_PARALLEL, SOFTMAX_RING, WAYS
 from lasp.layers import MIXERS
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--documents-ranks", type=at_least(1), default=4)
     parser.add_argument("--documents-tokens", type=at_least(1), default=8192, help="of all documents together")
-    parser.add_argument("--minutes", type=float, default=6.0, help="after which no cell is begun")
+    parser.add_argument("--minutes", type=positive, default=6.0, help="after which no cell is begun")
     add_model(parser)
     parser.set_defaults(repeat=2, memory=0.25, patience=30)
 

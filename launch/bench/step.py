@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lasp.launch.bench import step_rank
+from lasp.launch.bench.options import at_least
 from lasp.launch.bench.ranks import Start, run
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
@@ -24,10 +25,10 @@ HERE = Path(__file__).parents[3]  # of lasp/launch/bench
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The model, the numbers of ranks, and what to compare with."""
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=1024, help="of the whole sequence")
-    parser.add_argument("--steps", type=int, default=5, help="of each run; --repeat runs")
+    parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[2, 4])
+    parser.add_argument("--layers", type=at_least(4, multiples=4), default=24, help="LLLN, over and over")
+    parser.add_argument("--tokens", type=at_least(1), default=1024, help="of the whole sequence")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="of each run; --repeat runs")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of lasp")
 
 

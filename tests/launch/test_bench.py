@@ -166,17 +166,20 @@ def test_bench_memory_measures_the_loss_and_a_lever(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ranks", "1"], "argument --ranks: must be a whole number of at least 2, got '1'"),
-        (["--mib", "0"], "argument --mib: must be a whole number of at least 1, got '0'"),
-        (["--repeat", "none"], "argument --repeat: must be a whole number of at least 1, got 'none'"),
-        (["--emulate", "fast"], "argument --emulate: a network is emulated by its rate alone"),
+        (["scan", "--ranks", "1"], "argument --ranks: must be a whole number of at least 2, got '1'"),
+        (["scan", "--mib", "0"], "argument --mib: must be a whole number of at least 1, got '0'"),
+        (["scan", "--repeat", "none"], "argument --repeat: must be a whole number of at least 1, got 'none'"),
+        (["scan", "--emulate", "fast"], "argument --emulate: a network is emulated by its rate alone"),
+        (["step", "--layers", "6"], "argument --layers: must be a multiple of 4, got '6'"),
+        (["step", "--tokens", "0"], "argument --tokens: must be a whole number of at least 1, got '0'"),
+        (["scaling", "--minutes", "nan"], "argument --minutes: must be a number above 0, got 'nan'"),
     ],
 )
 def test_wrong_options_are_told_before_ranks_start(
     capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["scan", *arguments])
+        main(arguments)
     assert said in capsys.readouterr().err
 
 
