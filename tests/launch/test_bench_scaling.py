@@ -113,7 +113,7 @@ def test_the_views(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
 def test_what_there_is_no_time_for_is_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scaling, "records_of", lambda cell: pytest.fail("begun"))
     file = tmp_path / "figures.json"
-    assert main(["scaling", "--minutes", "0", "--json", str(file)]) == 0
+    assert main(["scaling", "--minutes", "1e-9", "--json", str(file)]) == 0
     records = [record for view in json.loads(file.read_text())["views"].values() for record in view]
     assert {record["status"] for record in records} == {NOT_BEGUN}
 
