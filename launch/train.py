@@ -80,7 +80,9 @@ def _start(arguments: list[str]) -> int:
     from lasp.train.run import Run
 
     with locked(Path(config.output)):
-        Run.prepare(config, print)
+        run = Run.prepare(config, print)
+        if run.is_over:
+            return _conclude(run)
         if ranks > 1 or config.restarts:
             return _start_ranks(arguments, ranks, config.restarts)
         os.environ.update(loopback() | {"LOCAL_RANK": "0"})  # DeepSpeed asks for it
@@ -116,6 +118,9 @@ def _train(config: TrainConfig, tell: "Tell | None" = None) -> int:
     disable_progress_bar()  # transformers shows one for every file it reads or writes
     ranks = Ranks.join(config)
     run = Run.prepare_together(config, ranks.everyone, tell)
+    if run.is_over:
+        ranks.leave()
+        return _conclude(run) if ranks.is_main else 0
     stop = Stop(config.time_limit)
     try:
         with stop.listening():  # also while ranks part: others may have been told first, and this one not yet
@@ -132,6 +137,14 @@ def _train(config: TrainConfig, tell: "Tell | None" = None) -> int:
         return SAVED
     if ranks.is_main:
         _report(run, summary)
+    return 0
+
+
+def _conclude(run: "Run") -> int:
+    """Say that a run is over, and see to what it left undone if it was killed after its last checkpoint."""
+    from lasp.train.loop import conclude
+
+    print(f"nothing is left to do: {conclude(run)} has done the {run.config.steps} steps of this run")
     return 0
 
 

@@ -25,6 +25,7 @@ from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 from lasp.train.screen import describe
 from lasp.train.source import Source
+from lasp.train.status import Status
 from lasp.train.unfinite import blame
 from lasp.train.watch import Watch
 from lasp.train.watchdog import Watchdog
@@ -231,3 +232,14 @@ def train(
     if ranks.is_main and run.config.lora.merge and done == run.config.steps:
         merge_adapters(run, checkpoint)
     return Summary(losses, validation, watch.metrics, watch.plot, checkpoint, done < run.config.steps)
+
+
+def conclude(run: Run) -> Path:
+    """Do what comes after the last checkpoint of a run, which it may have been killed before: on one rank, for a run
+    that is over. Returns that checkpoint."""
+    folder = Path(run.config.output)
+    checkpoint = checkpoint_path(folder, run.config.steps)
+    if run.config.lora.merge:
+        merge_adapters(run, checkpoint)
+    Status("done", run.config.steps).write(folder)
+    return checkpoint

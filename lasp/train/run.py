@@ -67,8 +67,8 @@ class Run:
         tell: given by the process that does so for others, which also reads the tokens once to compare their checksum.
         look: whether to compare the checksums of the checkpoint; another rank does where this one does not.
         ValueError for a model that cannot be, an engine or a tracker that is not there, an unreadable or too short
-        corpus, a checkpoint that is missing, of another model or at the end of the run already, and for an output
-        folder that holds another run or cannot be written.
+        corpus, a checkpoint that is missing, of another model or leaves no step to do (but for the newest one, which
+        may be that of the last step), and for an output folder that holds another run or cannot be written.
         """
         check_engine(config)
         check_tracker(config.tracker)
@@ -79,10 +79,7 @@ class Run:
         checkpoint = find_checkpoint(config, tell or logging.getLogger(__name__).warning, look)
         if checkpoint is not None:
             check_checkpoint(checkpoint, model.config, config)
-            if checkpoint_step(checkpoint) >= config.steps:
-                raise ValueError(
-                    f"checkpoint {str(checkpoint)!r} has done the {config.steps} steps of this run already"
-                )
+            _check_steps(checkpoint, config)
         _check_output(Path(config.output))
         training, validation = prepare_data(config, tokenizer, tell)
         return cls(config, tokenizer, training, validation, model, checkpoint)
@@ -134,6 +131,11 @@ class Run:
             model = share_heads(model, ranks.mesh["tp"])
         model = pull(model, self.config.memory)
         return compile_layers(model) if self.config.compile else model
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the checkpoint to start from is that of its last step."""
+        return self.checkpoint is not None and checkpoint_step(self.checkpoint) == self.config.steps
 
     def share(self, ranks: Ranks) -> Share:
         """What a rank reads of any rows."""
@@ -218,6 +220,16 @@ def _laid(corpus: Corpus, chosen: np.ndarray, config: TrainConfig, held: bool = 
             f"give {tokens} tokens, one sequence of data.seq_len={data.seq_len} needs {needed}"
         )
     return Data(corpus, rows, data.seq_len)
+
+
+def _check_steps(checkpoint: Path, config: TrainConfig) -> None:
+    """ValueError where a checkpoint leaves no step to do. The newest one may: a scheduler starts runs again, those that
+    are over too."""
+    done = checkpoint_step(checkpoint)
+    if done > config.steps or (done == config.steps and config.resume != "latest"):
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} has done {done} steps: none are left of the {config.steps} of this run"
+        )
 
 
 def _check_output(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import shutdown
-from lasp.train.checkpoints.folders import checkpoint_folder, list_checkpoints
+from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_path, list_checkpoints
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.metrics import read_metrics
@@ -198,8 +198,12 @@ def test_a_second_run_does_not_mix_with_the_first(config):
     trained(config)
     with pytest.raises(ValueError, match=r"already holds 1 checkpoints, the last step-000006"):
         Run.prepare(config)
-    with pytest.raises(ValueError, match="has done the 6 steps of this run already"):
-        Run.prepare(replace(config, resume="latest"))
+    last = str(checkpoint_path(config.output, 6))
+    for steps, resume in ((6, last), (5, last), (5, "latest")):
+        with pytest.raises(ValueError, match=f"has done 6 steps: none are left of the {steps} of this run"):
+            Run.prepare(replace(config, resume=resume, steps=steps))
+    assert Run.prepare(replace(config, resume="latest")).is_over
+    assert not Run.prepare(replace(config, resume="latest", steps=7)).is_over
     trained(replace(config, overwrite=True, steps=3))
     assert [path.name for path in list_checkpoints(checkpoint_folder(config.output))] == ["step-000003"]
 

@@ -26,12 +26,13 @@ from lasp.train.config import (
 from lasp.train.data.tokenizer import ByteTokenizer
 from lasp.train.engines import start_engine
 from lasp.train.lion import Lion
-from lasp.train.loop import Summary, Trainer, train
+from lasp.train.loop import Summary, Trainer, conclude, train
 from lasp.train.model import ModelPlan
 from lasp.train.optimizer import build_optimizers
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
 from lasp.train.sample import sample
+from lasp.train.status import Status, read_status
 from tests.hf_models import configuration
 
 TEMPLATE = (
@@ -93,6 +94,12 @@ def test_adapters_are_trained_saved_as_peft_does_and_resumed(config, folder):
     merged = transformers.AutoModelForCausalLM.from_pretrained(Path(config.output) / "merged")
     ids = torch.arange(20).unsqueeze(0)
     torch.testing.assert_close(merged(ids).logits, saved(ids).logits, rtol=1e-4, atol=1e-5)
+    shutil.rmtree(Path(config.output) / "merged")  # as if it was killed after its last checkpoint
+    Status("running", 6).write(Path(config.output))
+    assert conclude(Run.prepare(replace(config, resume="latest"))) == whole.checkpoint
+    again = transformers.AutoModelForCausalLM.from_pretrained(Path(config.output) / "merged")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in merged.state_dict().items())
+    assert read_status(Path(config.output)) == ("done", 6, "")
     own = Trainer.start(
         replace(Run.prepare(replace(config, steps=7, resume=str(whole.checkpoint)))), Ranks.join(config)
     )

@@ -15,7 +15,7 @@ import pytest
 from lasp.launch import cli
 from lasp.launch.configuration import RECIPES, read_config
 from lasp.launch.data import main as main_data
-from lasp.launch.train import main
+from lasp.launch.train import as_rank, main
 from lasp.train.metrics import read_metrics
 
 TINY = """
@@ -217,6 +217,21 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(recipe, tmp
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000008" / "state")
     assert main([recipe, "--steps=9", "--resume=latest"]) == 2
     assert re.fullmatch(r"lasp: error: '.*step-000008/state/.*' .*\n", capsys.readouterr().err)
+
+
+def test_a_run_that_is_over_and_started_again_says_so_and_ends_well(recipe, tmp_path, capsys, monkeypatch):
+    """As by a scheduler, or by torchrun where a rank was killed at the very end: nothing is trained any more."""
+    assert main([recipe]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr("lasp.launch.train.run_ranks", None)
+    monkeypatch.setattr("lasp.train.loop.train", None)
+    for start in (main, as_rank):
+        capsys.readouterr()
+        assert start([recipe, "--resume=latest", *["--sp=2"] * (start is main)]) == 0
+        told = f"nothing is left to do: {tmp_path}/run/checkpoints/step-000004 has done the 4 steps of this run\n"
+        assert capsys.readouterr().out == told
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert main([recipe, "--resume=latest", "--steps=3"]) == 2
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_ranks_start(recipe, tmp_path, capsys):
