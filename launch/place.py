@@ -15,6 +15,7 @@ from zlib import crc32
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from lasp.launch.attempt import own_store
 from lasp.launch.cli import USER_ERROR
 from lasp.launch.outcome import Failure, Outcome
 from lasp.launch.rank import tie
@@ -77,10 +78,24 @@ class Place:
         """
         tie(os.getppid())  # torchrun and mpirun, killed, would leave their ranks at work
         os.environ.update(self.variables)
-        store = next(iter(rendezvous("env://")))[0] if self.elastic else self._meet()
+        store = self._meet_again() if self.elastic else self._meet()
         if look is not None:
             look(self, dist.PrefixStore("look", store))
         create_world(store, self.rank, self.size)
+
+    def _meet_again(self) -> dist.Store:
+        """In torchrun's store, where ranks may have met before."""
+        store = next(iter(rendezvous("env://")))[0]
+        try:
+            return own_store(store, self.rank, self.size, JOIN)
+        except TimeoutError as error:
+            raise self._missed(str(error)) from error
+
+    def _missed(self, missing: str) -> Exception:
+        where = f"{self.address}:{self.port}"
+        if self.rank:
+            return Failure(f"waited at {where}, and rank 0 gave up")
+        return ValueError(f"of {self.size} ranks, {missing} did not come to {where} in {JOIN:g} s")
 
     def _meet(self) -> dist.Store:
         if self.size == 1:
@@ -100,10 +115,10 @@ class Place:
             store.set(keys[self.rank], socket.gethostname())
             store.wait(keys, timedelta(seconds=JOIN))
         except dist.DistError as error:
-            if self.rank:
-                raise Failure(f"waited at {where}, and rank 0 gave up") from error
-            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
-            raise ValueError(f"of {self.size} ranks, {missing} did not come to {where} in {JOIN:g} s") from error
+            missing = (
+                "" if self.rank else ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+            )
+            raise self._missed(missing) from error
         return store
 
 

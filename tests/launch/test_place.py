@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from lasp.launch import place
+from lasp.launch.attempt import own_store
 from lasp.launch.lock import locked
 from lasp.launch.outcome import Failure, Outcome
 from lasp.launch.place import Place, hosts
@@ -158,6 +160,33 @@ def test_a_port_that_is_taken_and_a_rank_0_that_never_comes_are_told(port, monke
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1:{port}, which MASTER_ADDR and MASTER_PORT"):
             Place(0, 2, 0, 2, "127.0.0.1", port)._meet()
     assert not dist.is_initialized()
+
+
+def test_ranks_of_an_attempt_have_a_store_of_their_own_whatever_those_before_have_left():
+    """As torchrun starts them: in one store, each at its own time."""
+    shared = dist.HashStore()
+
+    def rank(place: int, delay: float, found: dict) -> None:
+        time.sleep(delay)
+        found[place] = own_store(shared, place, 3, 20.0)
+
+    for delays in ((0.0, 0.0, 0.0), (0.1, 0.0, 0.0), (0.0, 0.1, 0.05)):
+        found: dict[int, dist.Store] = {}
+        threads = [threading.Thread(target=rank, args=(place, delays[place], found)) for place in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not found[0].check(["here"])
+        found[0].set("here", "yes")
+        assert [bytes(found[place].get("here")) for place in range(3)] == [b"yes"] * 3
+
+
+def test_a_rank_of_an_attempt_that_does_not_come_is_named():
+    store = dist.HashStore()
+    for rank, told in ((1, "1"), (0, "1, 2")):
+        with pytest.raises(TimeoutError, match=f"^{told}$"):
+            own_store(store, rank, 3, 0.05)
 
 
 LASP = [sys.executable, "-m", "lasp.launch.cli"]
