@@ -1,7 +1,7 @@
 """A network of its own for the ranks of one machine, as slow as one likes: Linux network namespaces and a token bucket.
 
 Every rank gets a namespace with one interface, all of them on one bridge; what a rank sends leaves at the given rate
-(`tc-tbf(8)`). It needs root, and `ip` and `tc` of iproute2. There is no delay but that of the bucket.
+(`tc-htb(8)`). It needs root, and `ip` and `tc` of iproute2. There is no delay but that of the bucket.
 """
 
 from __future__ import annotations
@@ -63,10 +63,25 @@ class Network:
             _run("ip", "-n", space, "address", "add", f"10.99.0.{rank + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _run("ip", "-n", space, "link", "set", device, "up")
-            burst = max(int(self.rate / 8 * 1e-3), 64 << 10)  # a millisecond's; at least one segment of 64 KiB
-            queue = burst + int(self.rate / 8 * _QUEUE)
-            shape = ("tbf", "rate", f"{int(self.rate)}bit", "burst", str(burst), "limit", str(queue))
-            _run("tc", "-n", space, "qdisc", "add", "dev", "eth0", "root", *shape)
+            self._shape(space)
+
+    def _shape(self, space: str) -> None:
+        """Let an interface send at the rate; short packets, TCP's acknowledgements, ahead of the queue of long ones.
+
+        As the fair queues that Linux gives real interfaces do: behind what the same rank sends they would come a queue
+        late, and throttle who waits for them.
+        """
+        rate = ("rate", f"{int(self.rate)}bit", "ceil", f"{int(self.rate)}bit")
+        burst = str(64 << 10)  # one segment, which veth does not cut; more would let short messages pass untouched
+        shape = (*rate, "burst", burst, "cburst", burst)
+        _traffic(space, "qdisc", "root", "handle", "1:", "htb", "default", "20")
+        _traffic(space, "class", "parent", "1:", "classid", "1:1", "htb", *shape)
+        for name, prio in (("1:10", "0"), ("1:20", "1")):
+            _traffic(space, "class", "parent", "1:1", "classid", name, "htb", *shape, "prio", prio)
+        queue = int(self.rate / 8 * _QUEUE)
+        _traffic(space, "qdisc", "parent", "1:20", "bfifo", "limit", str(queue))
+        short = ("match", "u16", "0x0000", "0xff80", "at", "2")  # IP packets of less than 128 bytes
+        _traffic(space, "filter", "parent", "1:", "protocol", "ip", "u32", *short, "flowid", "1:10")
 
     def remove(self) -> None:
         """Remove what there is of it."""
@@ -115,6 +130,11 @@ def bits_per_second(text: str) -> float:
     if found is None:
         raise ValueError(f"a network is emulated by its rate alone, such as rate=1gbit or rate=200mbit, got {text!r}")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def _traffic(space: str, kind: str, *rest: str) -> None:
+    """Add to what shapes the traffic of a namespace's interface."""
+    _run("tc", "-n", space, kind, "add", "dev", "eth0", *rest)
 
 
 def _run(*command: str) -> None:

@@ -7,8 +7,8 @@
 
 Messages that a rank sends to several others at a time share its port, as TCP's do; where nodes have a card, those that
 leave a node share its card, and so do those that enter one. Each arrives a latency behind its last byte (Hockney's
-alpha-beta, 1994, with ports). Messages between two ranks go one after the other, with a wire's overhead between them,
-as the gap of LogGP has it (Alexandrov and others, 1995).
+alpha-beta, 1994, with ports). Messages between two ranks go one after the other, with a wire's rest between them, as
+the gap of LogGP has it (Alexandrov and others, 1995).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Traffic:
     def send(self, source: int, target: int, size: float, arrived: Call) -> None:
         """Send so many bytes, behind those on their way from the same rank to the same; call when they arrive."""
         wire = self.wires.between(source, target, self.node_size)
-        flow = _Flow(wire, size / wire.bandwidth, arrived, (source, target), self._shared(source, target))
+        way = size / wire.bandwidth
+        flow = _Flow(wire, way, wire.rest(way), arrived, (source, target), self._shared(source, target))
         line = self._lines[flow.ends]
         line.append(flow)
         if len(line) == 1:
@@ -66,7 +67,7 @@ class Traffic:
         return source, ("out", source // self.node_size), ("in", target // self.node_size)
 
     def _follow(self, flow: _Flow) -> None:
-        """Begin the first of a line, an overhead behind the one before."""
+        """Begin the first of a line, a rest behind the one before."""
         rest = self._rested[flow.ends] - self.now
         if rest > 0:
             self.after(rest, partial(self._begin, flow))
@@ -86,7 +87,7 @@ class Traffic:
             self._sharing[key].remove(flow)
         self._share(flow.shared)
         self.after(flow.wire.latency, flow.arrived)
-        self._rested[flow.ends] = self.now + flow.wire.overhead
+        self._rested[flow.ends] = self.now + flow.rest
         line = self._lines[flow.ends]
         line.popleft()
         if line:
@@ -106,11 +107,12 @@ class Traffic:
 
 @dataclass(eq=False, slots=True)
 class _Flow:
-    """A message under way. left: seconds of a whole port, at the moment `since`; ends: source and target; shared: what
-    it shares."""
+    """A message under way. left: seconds of a whole port, at the moment `since`; rest: what the next one waits behind
+    it; ends: source and target; shared: what it shares."""
 
     wire: Wire
     left: float
+    rest: float
     arrived: Call
     ends: tuple[int, int]
     shared: tuple[Any, ...]

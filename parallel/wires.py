@@ -28,9 +28,14 @@ class Wire(NamedTuple):
 
     @property
     def overhead(self) -> float:
-        """Seconds that a message keeps the next one waiting beside its bytes: the gap, or what Python has of the
-        latency, which is what a collective does without."""
+        """Seconds that a short message keeps the next one waiting: the gap, or what Python has of the latency, which is
+        what a collective does without."""
         return max(self.latency - self.hop, 0.0) if self.gap is None else self.gap
+
+    def rest(self, way: float) -> float:
+        """Seconds that the next message waits behind one whose bytes take so many: an overhead, or what ranks that all
+        send and put to use lose of the bandwidth, where that is more."""
+        return max(self.overhead, way / self.share - way)
 
 
 class Wires(NamedTuple):

@@ -34,7 +34,7 @@ def _say(*command: str) -> str:
 def test_ranks_reach_each_other_and_nobody_else() -> None:
     with network(2, 2e8) as made:
         inside = made.command(1)
-        assert "rate 200Mbit" in _say(*inside, "tc", "qdisc", "show", "dev", "eth0")
+        assert "rate 200Mbit" in _say(*inside, "tc", "class", "show", "dev", "eth0")
         assert "10.99.0.2/24" in _say(*inside, "ip", "address", "show", "dev", "eth0")
         assert _say(*inside, "ip", "route").split()[0] == "10.99.0.0/24", "and no default route"
         reach = "import socket; s = socket.create_server(('10.99.0.1', 4000)); s.settimeout(9); s.accept()"
