@@ -1,19 +1,25 @@
 """Rows of documents, and the batches of a step: every token once per epoch, whoever reads it."""
 
+import gzip
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lasp.parallel.layout import even_slices
+from lasp.train.config import DataConfig, TrainConfig
 from lasp.train.data.batches import Batches, Data, Share, all_rows, shares
 from lasp.train.data.corpus import Corpus
 from lasp.train.data.packing import PACKINGS, Piece, Split, held_out
 from lasp.train.data.shards import Document, Shard, write_shard
+from lasp.train.data.tokenizer import load_tokenizer
+from lasp.train.run import prepare_data
 from lasp.train.source import MicroBatch
 
 SEQ = 16
@@ -109,12 +115,104 @@ def test_the_rows_of_a_step_are_the_same_however_ranks_share_them(hundred, packi
 
 def test_documents_that_are_not_kept_apart_are_one_text(hundred):
     found = data(hundred, "none")
-    assert len(found.rows) == (hundred.tokens - 1) // SEQ
-    batches = Batches([(found, 1.0)], share(0, 1, 1, 3), seed=1)
-    (batch,) = batches.read(2)
-    assert batch.bounds is None
-    assert torch.equal(batch.tensors["shift_labels"], batch.tensors["input_ids"] + 1)
-    assert torch.equal(batch.tensors["position_ids"], torch.arange(SEQ).expand(3, -1))
+    read = [batch.tensors for batch in all_rows(found, share(0, 1, 1, 3))]
+    ids, targets = (torch.cat([batch[name].flatten() for batch in read]) for name in ("input_ids", "shift_labels"))
+    last = hundred.tokens - 1  # the one token that nothing precedes is no target, what follows it is room
+    assert torch.equal(ids[: last + 1], torch.arange(last + 1))
+    assert torch.equal(targets[:last], torch.arange(1, last + 1))
+    assert not ids[last + 1 :].any()
+    assert (targets[last:] == -100).all()
+    assert len(ids) - last <= 3 * SEQ
+    assert torch.equal(read[0]["position_ids"], torch.arange(SEQ).expand(3, -1))
+    assert next(all_rows(found, share(0, 1, 1))).bounds is None
+
+
+def lines(texts: list[Any], field: str = "text") -> bytes:
+    return "\n".join(json.dumps({field: text}) for text in texts).encode()
+
+
+def talks(texts: list[str]) -> bytes:
+    return lines([[{"role": "assistant", "content": text}] for text in texts], "messages")
+
+
+def save_files(folder: Path, texts: list[str]) -> None:
+    for n, text in enumerate(texts):
+        (folder / f"{n // 50}").mkdir(exist_ok=True)
+        name = folder / f"{n // 50}" / f"{n:03}.txt"
+        name.with_suffix(".txt.gz").write_bytes(gzip.compress(text.encode())) if n % 2 else name.write_text(text)
+
+
+def save_table(path: Path, texts: list[str], parquet: bool) -> None:
+    """As pandas writes it, or `datasets.save_to_disk` leaves it."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra data")
+    table = pyarrow.table({"text": texts})
+    if parquet:
+        pytest.importorskip("pyarrow.parquet").write_table(table, path / "a.parquet", row_group_size=7)
+        return
+    (path / "state.json").write_text("{}")
+    for part in range(2):
+        with (
+            pyarrow.OSFile(str(path / f"data-0000{part}-of-00002.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as writer,
+        ):
+            writer.write_table(table.slice(50 * part, 50))
+
+
+SOURCES: dict[str, Callable[[Path, list[str]], Any]] = {
+    "": save_files,  # the folder itself
+    "**/*.txt*": save_files,
+    "a.jsonl": lambda folder, texts: (folder / "a.jsonl").write_bytes(lines(texts)),
+    "a.ndjson.gz": lambda folder, texts: (folder / "a.ndjson.gz").write_bytes(gzip.compress(lines(texts))),
+    "a.json": lambda folder, texts: (folder / "a.json").write_text(json.dumps([{"text": text} for text in texts])),
+    "talks.jsonl": lambda folder, texts: (folder / "talks.jsonl").write_bytes(talks(texts)),
+    "*.parquet": lambda folder, texts: save_table(folder, texts, parquet=True),
+    ".": lambda folder, texts: save_table(folder, texts, parquet=False),
+}
+"""What `data.source` names in a folder, and how documents get there."""
+QUICK = ("", "a.jsonl", "*.parquet")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    """A tokenizer that knows a chat template, and the tokens of a hundred documents, of which none is there twice."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    lengths = np.random.default_rng(1).integers(1, 3 * SEQ, 100)
+    ids = [part.tolist() for part in np.split(np.arange(2, 2 + lengths.sum()), np.cumsum(lengths)[:-1])]
+    known = {"</s>": 0, "?": 1} | {f"w{i}": i for part in ids for i in part}
+    library = Tokenizer(models.WordLevel(known, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=library, eos_token="</s>", unk_token="?")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} {{ eos_token }}"
+    tokenizer.save_pretrained(folder := tmp_path_factory.mktemp("words"))
+    return str(folder), [[*part, 0] for part in ids]
+
+
+@pytest.mark.parametrize(
+    "source", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
+)
+def test_a_hundred_documents_of_any_source_are_read_once_and_in_the_same_steps(tmp_path, words, source):
+    """Laid in each way: by one rank, and by a run that is resumed at another dp x sp after every step."""
+    name, expected = words
+    SOURCES[source](tmp_path, [" ".join(f"w{i}" for i in ids[:-1]) for ids in expected])
+    field, cache = "messages" if "talks" in source else "text", str(tmp_path / ".tokens")
+    for packing in PACKINGS:
+        config = TrainConfig(data=DataConfig(str(tmp_path / source), field, name, SEQ, packing, cache=cache))
+        (found,), _ = prepare_data(config, load_tokenizer(name), None)
+        assert [found.corpus.read(*ends)[0].tolist() for ends in found.corpus.documents] == expected
+        one, steps = Batches([(found, 1.0)], share(0, 1, 1, 4), seed=7), -(-len(found.rows) // 4)
+        read = [one.read(step)[0].tensors for step in range(steps)]
+        rows = torch.cat([batch["input_ids"].view(-1, SEQ) for batch in read])[: len(found.rows)]
+        seen = Counter(rows.flatten().tolist())
+        del seen[0]  # ends, and room that was left
+        assert seen == {i: 1 for ids in expected for i in ids[:-1]}
+        for step, batch in enumerate(read):
+            dp, sp = AXES[(step + step // 4) % 4]
+            parts = [Batches([(found, 1.0)], share(r, dp, sp, 2 // dp), 2, 7).read(step) for r in range(dp * sp)]
+            laid = [whole([parts[d * sp + r][micro] for r in range(sp)]) for micro in range(2) for d in range(dp)]
+            for key, value in batch.items():
+                assert torch.equal(torch.cat([part[key] for part in laid], int(packing != "none")), value)
 
 
 def test_first_fit_keeps_whole_what_fits_and_wastes_little(hundred):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from lasp.train.data import corpus as corpora
 from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.documents import find_parts
 from lasp.train.data.shards import Document, Shard, write_shard
-from lasp.train.data.tokenizer import ByteTokenizer, FileTokenizer, ModelTokenizer, load_tokenizer
+from lasp.train.data.tokenizer import ByteTokenizer, FileTokenizer, ModelTokenizer, _pieces, load_tokenizer
 from tests.launch.forked import alive
 
 END = 256
@@ -267,6 +268,15 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path):
 def test_a_long_text_is_encoded_in_pieces_that_end_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr("lasp.train.data.tokenizer._PIECE", 8)
     assert load_tokenizer(words(tmp_path)).encode(b"to be\n" * 50).tolist() == [0, 1] * 50
+
+
+@pytest.mark.parametrize("text", ["to be\n" * 9, "to be to be", "to be " * 9, "tobe" * 9 + "\n\nto be", "é" * 16, ""])
+def test_a_line_without_an_end_is_encoded_in_pieces_as_well(tmp_path, monkeypatch, text):
+    monkeypatch.setattr("lasp.train.data.tokenizer._PIECE", 8)
+    pieces = list(_pieces(text.encode()))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 16 for piece in pieces)
+    assert all(one.endswith("\n") or two.startswith(" ") or " " not in one for one, two in pairwise(pieces))
 
 
 TEMPLATE = (

@@ -119,6 +119,9 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--config", "{folder}/shares.toml"], ["data.source needs positive shares"]),
         (["{recipe}", "--config", "{folder}/little.toml"], ["less than 1/1024"]),
         (["{recipe}", "--data.source", "{folder}/binary.txt"], ["binary.txt", "NUL byte at 3"]),
+        (["{recipe}", "--data.source", "/dev/zero"], ["/dev/zero", "neither a file nor a folder"]),
+        (["{recipe}", "--data.source", "{folder}/pipe"], ["pipe", "neither a file nor a folder"]),
+        (["{recipe}", "--data.tokenizer", "{folder}/pipe.json"], ["pipe.json", "it is no file"]),
         (["{recipe}", "--data.source", "{folder}/rows.jsonl"], ["rows.jsonl", "line at byte 0", "data.field", "body"]),
         (["{recipe}", "--validation.fraction", "1"], ["validation.fraction must lie in [0, 1), got 1"]),
         (["{recipe}", "--validation.fraction", "0.001"], ["what is held out of data.source", "0 documents"]),
@@ -152,7 +155,11 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--restarts", "1", "--overwrite", "true"], ["restarts = 1 goes on from the newest checkpoint"]),
     ],
 )
-def test_user_errors_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, arguments, said):
+def test_user_errors_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.delattr("lasp.launch.train._train")  # and no step, nor a rank
+    monkeypatch.delattr("lasp.launch.train._start_ranks")
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "unknown.toml").write_text("[optimizer]\nbeta = 3\n")
     (tmp_path / "broken.toml").write_text("a = = 3\n")
     (tmp_path / "empty.toml").write_text("# nothing yet\n")

@@ -157,14 +157,16 @@ def _beside(rows: Sequence[Row], data: Data, slices: Slices) -> MicroBatch:
 
 def _stretch(row: Row, part: slice) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a range of a row and their targets: the one token after it is read too."""
-    if row is None:
-        empty = np.zeros(part.stop - part.start, np.int64)
-        return empty, np.full_like(empty, IGNORE_INDEX)
-    data, index = row
-    assert isinstance(data.rows, Stream)
-    found = [data.corpus.read(piece.start, piece.stop) for piece in data.rows.range(index, part.start, part.stop + 1)]
-    ids, spoken = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return ids[:-1], np.where(spoken, ids, IGNORE_INDEX)[1:]
+    ids = np.zeros(part.stop - part.start + 1, np.int64)
+    targets, at = np.full_like(ids, IGNORE_INDEX), 0
+    if row is not None:
+        data, index = row
+        assert isinstance(data.rows, Stream)
+        for piece in data.rows.range(index, part.start, part.stop + 1):
+            own = slice(at, at := at + piece.stop - piece.start)
+            ids[own], spoken = data.corpus.read(piece.start, piece.stop)
+            targets[own] = np.where(spoken, ids[own], IGNORE_INDEX)
+    return ids[:-1], targets[1:]
 
 
 @lru_cache(maxsize=8)

@@ -45,6 +45,8 @@ def find_parts(source: str) -> list[Part]:
         paths = list(Path(source).glob("*.arrow"))
     elif os.path.isdir(source):
         paths = [path for path in Path(source).rglob("*") if path.is_file() and _is_readable(path, Path(source))]
+    elif os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError(f"data.source {source!r} is neither a file nor a folder")
     else:
         paths = [Path(source)]
     if not paths:

@@ -99,7 +99,7 @@ class Fit:
 @dataclass(frozen=True)
 class Stream:
     """Documents one after another that are not kept apart: a row is one text of `seq_len` tokens, the target of its
-    last token among the next row's; the last tokens that fill no row are left out."""
+    last token among the next row's. Only the last row has room left."""
 
     split: Split
 
@@ -108,7 +108,7 @@ class Stream:
         return cls(Split.make(documents, seq_len))
 
     def __len__(self) -> int:
-        return max(0, int(self.split.ends[-1]) - 1) // self.split.seq_len if len(self.split.ends) else 0
+        return max(0, ceil_div(int(self.split.ends[-1]) - 1, self.split.seq_len)) if len(self.split.ends) else 0
 
     def range(self, index: int, start: int, stop: int) -> list[Piece]:
         """The pieces of a range of a row, in order; the one token after a row is the next row's first."""

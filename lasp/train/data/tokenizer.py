@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-_PIECE = 1 << 20  # bytes of text that are encoded at a time
+_PIECE = 1 << 20  # letters of a text that are encoded at a time, at least
+_TOGETHER = 8  # pieces that the library shares out over cores; what it makes of a piece is 150 times as large
 _END = "<|endoftext|>"
 
 
@@ -76,6 +79,8 @@ class FileTokenizer:
         from tokenizers import Tokenizer as Library
 
         try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise OSError("it is no file")
             content = Path(path).read_bytes()
             self._tokenizer = Library.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exceptions
@@ -94,8 +99,11 @@ class FileTokenizer:
 
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of one document, `[tokens]`."""
-        pieces = self._tokenizer.encode_batch(list(_pieces(text)), add_special_tokens=False)
-        return np.concatenate([np.zeros(0, np.uint32), *(np.asarray(piece.ids, np.uint32) for piece in pieces)])
+        found, pieces = [np.zeros(0, np.uint32)], _pieces(text)
+        while some := list(islice(pieces, _TOGETHER)):
+            encoded = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            found += [np.asarray(piece.ids, np.uint32) for piece in encoded]
+        return np.concatenate(found)
 
     def chat(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("conversations need a tokenizer with a chat template, data.tokenizer is a tokenizers file")
@@ -134,8 +142,8 @@ class ModelTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of one document, `[tokens]`; what the tokenizer puts before a text is among them."""
         options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-        found = [self._tokenizer(piece, **options)["input_ids"] for piece in _pieces(text)]
-        return np.asarray([*self._start, *(i for ids in found for i in ids)], np.uint32)
+        found = (self._tokenizer(piece, **options)["input_ids"] for piece in _pieces(text))
+        return np.concatenate([np.asarray(ids, np.uint32) for ids in chain([self._start], found)])
 
     def chat(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -174,16 +182,19 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _pieces(text: bytes) -> Iterator[str]:
-    """A text in pieces of about a megabyte that end with a line, so that one large file needs no more memory."""
+    """A text in pieces of a million letters or two, so that one large file needs no more memory: they end with a line,
+    in a longer line before a space, and without one anywhere."""
     try:
         whole = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: byte 0x{text[error.start]:02x} at {error.start}") from error
     start = 0
     while start < len(whole):
-        end = whole.find("\n", start + _PIECE) + 1
-        yield whole[start : end or len(whole)]
-        start = end or len(whole)
+        least, end = start + _PIECE, start + 2 * _PIECE
+        if end < len(whole):
+            end = whole.find("\n", least, end) + 1 or max(whole.rfind(" ", least, end), 0) or end
+        yield whole[start:end]
+        start = end
 
 
 def _save(library: Any, end: int, folder: Path) -> None:
