@@ -57,6 +57,14 @@ class Job:
             )
         return self if self.config.resume else replace(self, arguments=(*self.arguments, "--resume", "latest"))
 
+    def elastic(self, least: int) -> Self:
+        """The same training such that it goes on by fewer ranks when no more than so many nodes are left. ValueError
+        where that is more than there are."""
+        if not 1 <= least <= self.nodes:
+            raise ValueError(f"--least-nodes must lie in 1..{self.nodes}, the number of nodes, got {least}")
+        dp = self.nodes * self.gpus // (self.config.sp * self.config.tp)
+        return replace(self, arguments=(*self.arguments, "--elastic", "true", "--dp", str(dp)))
+
     @property
     def module(self) -> list[str]:
         """What each rank runs, as arguments of `python -m`."""

@@ -9,10 +9,15 @@ from lasp.launch.address import interface_of, is_here, own_address
 from lasp.launch.job import Job, Plan
 from lasp.launch.ranks import cores, loopback
 
+_LAST_CALL = 5
+"""Seconds in which further nodes may join when as many have come as are needed."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=3, help="how often all ranks are started again after a failure")
     parser.add_argument("--endpoint", help="HOST:PORT where the nodes meet, HOST being one of them; for several nodes")
+    parser.add_argument("--wait", type=int, default=600, help="seconds that a node waits for others, to begin or go on")
+    parser.add_argument("--least-nodes", type=int, help="go on with as few nodes, by fewer ranks, when others are lost")
 
 
 def plan(job: Job, options: argparse.Namespace) -> Plan:
@@ -27,12 +32,18 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, cores() // job.gpus))
     if job.nodes == 1:
-        if options.endpoint:
-            raise ValueError("--endpoint is where several nodes meet, and --nodes is 1")
+        if options.endpoint or options.least_nodes is not None:
+            raise ValueError("--endpoint and --least-nodes are of several nodes, and --nodes is 1")
         where = ["--standalone", "--local-addr", "127.0.0.1"]
         environment |= loopback()
     else:
-        where, found = _meeting(job, options.endpoint)
+        if options.wait < 1:
+            raise ValueError(f"--wait must be at least 1, got {options.wait}")
+        conf = f"join_timeout={options.wait}"
+        if options.least_nodes is not None:
+            job = job.elastic(options.least_nodes)
+            conf += f",last_call_timeout={_LAST_CALL}"
+        where, found = _meeting(job, options.endpoint, conf)
         environment |= found
     if options.restarts:
         job = job.repeatable()
@@ -41,11 +52,12 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
                 f"time_limit = {job.config.time_limit:g}: torchrun takes ranks that have saved and left for failed "
                 "ones, and would start them again; add --restarts 0"
             )
-    counts = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus), "--max-restarts", str(options.restarts)]
+    nodes = f"{options.least_nodes}:{job.nodes}" if options.least_nodes is not None else str(job.nodes)
+    counts = ["--nnodes", nodes, "--nproc-per-node", str(job.gpus), "--max-restarts", str(options.restarts)]
     return Plan([sys.executable, "-m", "torch.distributed.run", *counts, *where, "-m", *job.module], environment)
 
 
-def _meeting(job: Job, endpoint: str | None) -> tuple[list[str], dict[str, str]]:
+def _meeting(job: Job, endpoint: str | None, conf: str) -> tuple[list[str], dict[str, str]]:
     """Options and variables of a node of several: they meet at an endpoint and speak over the network that leads there.
 
     torchrun would compare the endpoint with this host's name to see whether it is to listen there, and would tell the
@@ -61,7 +73,7 @@ def _meeting(job: Job, endpoint: str | None) -> tuple[list[str], dict[str, str]]
     except OSError as error:
         raise ValueError(f"--endpoint {endpoint}: {host!r} has no address here: {error.strerror}") from error
     own = own_address(there)
-    conf = f"is_host={int(is_here(there))}"
+    conf = f"is_host={int(is_here(there))},{conf}"
     where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job.name, "--rdzv-conf", conf]
     interface = interface_of(own)
     environment = {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}

@@ -25,7 +25,7 @@ from lasp.launch.ranks import loopback, run_ranks
 from lasp.launch.stop import Stop
 from lasp.parallel.group import join_world
 from lasp.train.config import TrainConfig
-from lasp.train.ranks import Ranks, agree_on_config, check_device, replicas
+from lasp.train.ranks import Ranks, agree_on_config, check_device, fitted, replicas
 
 # Models take seconds to import: a mistake in a configuration is told before that.
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _train(config: TrainConfig, tell: "Tell | None" = None) -> int:
     from lasp.train.run import Run
 
     disable_progress_bar()  # transformers shows one for every file it reads or writes
+    config = fitted(config, join_world().size)
     ranks = Ranks.join(config)
     run = Run.prepare_together(config, ranks.everyone, tell)
     if run.is_over:

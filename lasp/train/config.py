@@ -317,6 +317,10 @@ class TrainConfig:
     """Groups of sp x tp ranks that train on different sequences; by default as many as the started ranks make up, and
     `lasp train` starts as many as the GPUs of its machine do."""
 
+    elastic: bool = False
+    """Train by fewer ranks than dp x sp x tp where a launcher has no more: fewer replicas make more micro-batches a
+    step, and the last of them cuts its sequences into fewer parts."""
+
     tp: int = 1
     """Ranks that share the heads of every mixer and the channels of every feed-forward of a linear_llama; they read
     the same tokens. Engines "ddp" and "fsdp2"."""
@@ -381,6 +385,9 @@ class TrainConfig:
         _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')
         _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")
         _require(self.dp is None or self.dp >= 1, f"dp must be at least 1, got {self.dp}")
+        _require(
+            not self.elastic or self.dp is not None, "elastic = true needs dp: how many replicas there are in full"
+        )
         _require(
             not self.engine.startswith("zero") or not self.compile,
             f'engine = "{self.engine}" has hooks of its own in every layer: compile = true needs "ddp" or "fsdp2"',

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -33,6 +33,21 @@ def replicas(device: str | None, ranks: int) -> int:
     """How many groups of so many ranks the GPUs of this machine take, at least one; one on the CPU."""
     there = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     return max(1, there // ranks)
+
+
+def fitted(config: TrainConfig, ranks: int) -> TrainConfig:
+    """The configuration of the same run by so many ranks, where it is elastic and they are too few: a step reads the
+    same sequences. ValueError where they cannot be shared out alike."""
+    if not config.elastic or config.dp is None or ranks >= config.dp * config.sp * config.tp:
+        return config
+    replica = min(config.sp * config.tp, ranks)
+    dp, batches = ranks // replica, config.dp * config.accumulation
+    if dp * replica != ranks or replica % config.tp or batches % dp:
+        raise ValueError(
+            f"elastic = true: {ranks} ranks cannot share out what dp {config.dp} x sp {config.sp} x tp {config.tp} "
+            f"ranks with {config.accumulation} micro-batches a step have"
+        )
+    return replace(config, dp=dp, sp=replica // config.tp, accumulation=batches // dp)
 
 
 def agree_on_config(everyone: SequenceGroup, config: TrainConfig | None, error: str | None = None) -> None:

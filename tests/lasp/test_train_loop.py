@@ -18,7 +18,7 @@ from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainCo
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.metrics import read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
-from lasp.train.ranks import Ranks
+from lasp.train.ranks import Ranks, fitted
 from lasp.train.run import Run
 from lasp.train.sample import sample
 from lasp.train.status import read_status
@@ -181,6 +181,32 @@ def test_a_run_that_fails_says_by_what_and_keeps_its_plot(config, monkeypatch):
     assert read_status(run) == ("failed", 6, "ZeroDivisionError: division by zero")
     assert (run / "log.txt").read_text().endswith("ended by ZeroDivisionError: division by zero\n")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "axes"),
+    [
+        (24, (3, 4, 2, 2)),
+        (16, (2, 4, 2, 3)),
+        (8, (1, 4, 2, 6)),
+        (6, (1, 3, 2, 6)),
+        (2, (1, 1, 2, 6)),
+        (30, (3, 4, 2, 2)),
+    ],
+)
+def test_fewer_ranks_of_an_elastic_run_read_in_a_step_what_all_of_them_would(config, ranks, axes):
+    config = replace(config, dp=3, sp=4, tp=2, accumulation=2, elastic=True)
+    found = fitted(config, ranks)
+    assert (found.dp, found.sp, found.tp, found.accumulation) == axes
+    assert found.dp * found.accumulation == 6
+    assert replace(found, dp=3, sp=4, accumulation=2) == config
+    assert fitted(replace(config, elastic=False), ranks) == replace(config, elastic=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 7, 20])
+def test_ranks_that_cannot_share_a_step_out_are_refused(config, ranks):
+    with pytest.raises(ValueError, match=f"elastic = true: {ranks} ranks cannot share out what dp 3 x sp 4 x tp 2"):
+        fitted(replace(config, dp=3, sp=4, tp=2, elastic=True), ranks)
 
 
 def test_latest_without_a_checkpoint_starts_from_scratch(config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -10,15 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lasp.launch.cli import SAVED, STUCK
-from lasp.launch.network import lacking, network
 from tests.launch.forked import Training, alive
+from tests.launch.tiny import losses, prepared, say, state
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,52 +25,11 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
-TINY = """
-output = "{folder}/run"
-steps = {steps}
-save_every = 5
-timeout = 10
-device = "cpu"
-[model]
-num_hidden_layers = 1
-hidden_size = 16
-intermediate_size = 16
-num_attention_heads = 1
-[data]
-source = "{folder}/text.txt"
-seq_len = 33
-"""
-
 
 @pytest.fixture
 def folder(tmp_path):
     """Of a training of 200 steps."""
     return prepared(tmp_path, 200)
-
-
-def prepared(folder: Path, steps: int) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
-    (folder / "tiny.toml").write_text(TINY.format(folder=folder, steps=steps))
-    return folder
-
-
-def say(figures: str) -> None:
-    """What was measured, for who runs this with -s."""
-    sys.stdout.write(f"{figures}\n")
-
-
-def state(folder: Path, step: int) -> dict[str, str]:
-    """Checksums of what a checkpoint holds, but of the configuration, which names the folder."""
-    manifest = json.loads((folder / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").read_text())
-    found = {name: entry["sha256"] for name, entry in manifest["files"].items() if name != "run.json"}
-    assert len(found) >= 3, found
-    return found
-
-
-def losses(folder: Path) -> list[float]:
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 def test_twenty_kills_at_random_steps_and_ranks_change_nothing(tmp_path):
@@ -255,57 +213,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_what_is_there_stays(tmp_path):
         assert again.end(60) == 2
         assert again.stderr.read_text().endswith("': Read-only file system\n")
     say(f"R12: {line[13:]}")
-
-
-@pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
-def test_two_nodes_train_survive_a_cut_link_and_go_on(tmp_path):
-    """Two network namespaces, a torchrun on each. An agent that has ended is started again, as a scheduler would."""
-    expected, folder = (prepared(tmp_path / name, 300) for name in ("undisturbed", "cut"))
-    assert Training(expected, ["--sp", "2"]).end(600) == 0
-    launch = [sys.executable, "-m", "lasp.launch.cli", "launch", "torchrun", str(folder / "tiny.toml"), "--sp", "2"]
-    launch += ["--nodes", "2", "--gpus", "1", "--endpoint", "10.99.0.1:29444", "--restarts", "3"]
-
-    def start(node: int) -> subprocess.Popen:
-        with (folder / f"stderr-{node}").open("ab") as file:
-            return subprocess.Popen([*net.command(node), *launch], stderr=file, stdout=file, start_new_session=True)
-
-    def said(node: int) -> str:
-        return (folder / f"stderr-{node}").read_text()
-
-    with network(2, 1e9) as net:
-        nodes = [start(0), start(1)]
-        try:
-            wait_until(lambda: (folder / "run" / "metrics.jsonl").exists() and len(losses(folder)) > 20)
-            link = ["ip", "-n", f"{net.name}-1", "link", "set", "eth0"]
-            subprocess.run([*link, "down"], check=True)
-            cut, done = time.monotonic(), len(losses(folder))
-            wait_until(lambda: all("took longer than timeout = 10 s" in said(node) for node in range(2)))
-            noticed = time.monotonic() - cut
-            time.sleep(5)
-            subprocess.run([*link, "up"], check=True)
-            starts = 0
-            while any(code != 0 for code in (node.poll() for node in nodes)):
-                for place, node in enumerate(nodes):
-                    if node.poll():
-                        starts, nodes[place] = starts + 1, start(place)
-                assert starts < 6, said(0)[-2000:] + said(1)[-2000:]
-                time.sleep(0.5)
-        finally:
-            for node in nodes:
-                node.kill()  # its ranks are tied to it
-                node.wait()
-    assert done < 300
-    assert state(folder, 300) == state(expected, 300)
-    assert losses(folder) == losses(expected)
-    say(f"two nodes: cut at step {done}, noticed after {noticed:.1f} s by both, {starts} agents started again")
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
-    """Until something holds; AssertionError where it takes too long."""
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.1)
 
 
 def usage(pid: int) -> dict[str, int]:

@@ -54,9 +54,9 @@ def _check_model(path: Path, config: Any) -> None:
 _FREE = (
     "output", "overwrite", "resume", "allow_change", "steps", "save_every", "save_minutes", "keep_last",
     "keep_every", "async_save", "time_limit", "timeout", "skips", "drift_every", "restarts", "engine", "fsdp2",
-    "compile", "lora.merge", "reduce_dtype", "device", "sp", "dp", "tp", "layout", "accumulation", "data.batch_size",
-    "data.cache", "validation.every", "validation.sequences", "validation.source", "memory", "sample",
-    "log_every", "tracker", "profile",
+    "compile", "lora.merge", "reduce_dtype", "device", "sp", "dp", "tp", "elastic", "layout", "accumulation",
+    "data.batch_size", "data.cache", "validation.every", "validation.sequences", "validation.source", "memory",
+    "sample", "log_every", "tracker", "profile",
 )  # fmt: skip
 
 
