@@ -53,8 +53,9 @@ newest-single:
 newest-distributed:
 	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi --timeout 300 -p no:cacheprovider --color=no
 
-# The engines zero1 to zero3, which skip where DeepSpeed is absent.
+# The engines zero1 to zero3 and DeepSpeed's launcher, which skip where DeepSpeed is absent.
 test-deepspeed: $(ZERO)/.deepspeed
+	$(ZERO)/bin/python -m pytest tests/launch/test_launch.py -k deepspeed
 	$(subst $(VENV),$(ZERO),$(MPIRUN)) $(ZERO)/bin/python -m pytest tests/distributed/test_engines.py -k zero --with-mpi \
 	    -p no:cacheprovider --color=no
 

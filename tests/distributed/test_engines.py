@@ -168,17 +168,21 @@ def test_what_2_x_2_ranks_saved_goes_on_on_any_ranks_and_engine(config, once, su
 
 
 @pytest.mark.slow
-def test_a_run_that_changes_its_engine_on_the_way_is_the_undisturbed_one(config):
+@pytest.mark.parametrize(
+    "engines", [("fsdp2", "ddp", "fsdp2"), pytest.param(("fsdp2", "ddp", "zero3", "ddp"), marks=zero)], ids="-".join
+)
+def test_a_run_that_changes_its_engine_on_the_way_is_the_undisturbed_one(config, world, monkeypatch, engines):
     """Two steps with each, told to stop after the second, in one folder."""
+    monkeypatch.setenv("LOCAL_RANK", str(world.rank))  # which DeepSpeed looks for
     whole, losses = replace(config, steps=12, output=config.output + "-whole"), []
     ranks = Ranks.join(whole)
     expected = train(Run.prepare_together(whole, ranks.everyone), ranks).losses
-    for engine in ("fsdp2", "ddp", "fsdp2"):
+    for engine in engines:
         part = replace(config, steps=12, engine=engine, resume="latest")
         ranks = Ranks.join(part)
         losses += train(Run.prepare_together(part, ranks.everyone), ranks, stop=iter([False, True]).__next__).losses
     assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)
-    assert len(losses) == 6
+    assert len(losses) == 2 * len(engines)
 
 
 def resumed_alone(config: TrainConfig, subgroups: dict[int, Any], path: str) -> list[float]:
