@@ -7,6 +7,7 @@ ranks of a group or on one device, `specify` token by token in fp64 on one devic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import lookup_backend
 
 import lasp
 from lasp import functional
@@ -338,16 +340,30 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest errors, relative to a result's largest entry."""
 
 
-def _compiled(run: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    def call(**arguments: Any) -> Any:
-        return run(**arguments)
+NAMED = ("contiguous", "transposed", "expanded", "sliced", "offset")
+"""Layouts that are compiled too: each is traced anew, which takes seconds."""
 
-    return torch.compile(call, backend=backend)
+BACKENDS = ("aot_eager", "inductor")
 
 
-MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "eager": lambda run: run,
-    "aot_eager": partial(_compiled, backend="aot_eager"),
-    "inductor": partial(_compiled, backend="inductor"),
-}
-"""How an operation is run."""
+class Compiled:
+    """A function that Dynamo traces once for all backends; `backend` is whose code runs."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        def call(**arguments: Any) -> Any:
+            return run(**arguments)
+
+        self.backend = BACKENDS[0]
+        self.run = torch.compile(call, backend=self._compile)
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled = {name: lookup_backend(name)(deepcopy(graph), inputs) for name in BACKENDS}
+        return lambda *arguments: compiled[self.backend](*arguments)
+
+
+def in_all_modes(case: Case, compiled: Compiled, **where: Any) -> dict[str, dict[str, Tensor]]:
+    """What a case gives as it is and, in a layout that is compiled, by each backend; where: rank and group."""
+    found = {"eager": case.solve(**where)}
+    for compiled.backend in BACKENDS if case.layout in NAMED else ():
+        found[compiled.backend] = case.solve(compiled.run, **where)
+    return found

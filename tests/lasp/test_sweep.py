@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 
 from tests.attention import largest_error
-from tests.operations import LAYOUTS, LIMITS, MODES, OPERATIONS, Case
-
-expected = cache(Case.specify)
+from tests.operations import LAYOUTS, LIMITS, OPERATIONS, Case, Compiled, in_all_modes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_sweep(operation: str, dtype: torch.dtype, mode: str) -> None:
+def test_sweep(operation: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    run = MODES[mode](OPERATIONS[operation].run)
+    compiled = Compiled(OPERATIONS[operation].run)
     for layout in LAYOUTS:
         case = Case(operation, layout, dtype)
-        assert largest_error(case.solve(run), expected(case)) < LIMITS[dtype], layout
+        expected = case.specify()
+        for mode, found in in_all_modes(case, compiled).items():
+            assert largest_error(found, expected) < LIMITS[dtype], (layout, mode)
