@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.launch.bench.resident import AnonymousPeak, status
+from lasp.launch.bench.resident import AnonymousPeak, give_back_freed, keep_freed, status
 from lasp.launch.bench.timing import interleave
 from lasp.launch.bench.ways import DATA_PARALLEL, shared
 from lasp.launch.network import Network
@@ -53,6 +53,7 @@ def _reason(error: BaseException) -> str:
 
 def _measure(rank: int, folder: str, cell: dict[str, Any], wired: dict[str, Any] | None) -> dict[str, Any]:
     torch.set_num_threads(1)
+    give_back_freed()
     if wired is not None:
         emulated = Network(**wired)
         emulated.enter(rank)
@@ -78,6 +79,8 @@ def _measure(rank: int, folder: str, cell: dict[str, Any], wired: dict[str, Any]
     runs = {way: Training(cell, way, group) for way, group in groups.items()}
     found = {way: _look(training, before) for way, training in runs.items()}
     if cell["repeat"]:
+        if cell["memory"] is None:
+            keep_freed()
         world = dist.group.WORLD
         steps: dict[str, Any] = {way: training.step for way, training in runs.items()}
         taken = interleave(steps, cell["repeat"], together=lambda: collectives.barrier(world), warm=False)

@@ -27,7 +27,6 @@ import torch.multiprocessing as mp
 
 import lasp
 from lasp.launch.bench import cell_rank
-from lasp.launch.bench.memory import ENVIRONMENT
 from lasp.launch.network import bits_per_second, network
 
 OK, OUT_OF_MEMORY, TOO_SLOW, NOT_BEGUN = "ok", "out of memory", "too slow", "not begun"
@@ -84,7 +83,7 @@ def _record(cell: Cell, way: str, status: str) -> dict[str, Any]:
 def _run(cell: Cell) -> dict[str, Any]:
     """The status of a process group, and what was measured of each way: of the worst rank."""
     emulated = nullcontext() if cell.rate is None else network(cell.ranks, bits_per_second(cell.rate))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT), emulated as wired:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, OMP_NUM_THREADS="1"), emulated as wired:
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload([cell_rank.__name__])
         told = json.dumps({"cell": asdict(cell), "network": None if wired is None else asdict(wired)})

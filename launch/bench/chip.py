@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lasp
+from lasp.launch.bench.case import SIZES, Case, Training, in_ranks
 from lasp.launch.bench.options import at_least
-from lasp.launch.bench.plan import CASES, SIZES, Case, Training, in_ranks
+from lasp.launch.bench.plan import CASES
+from lasp.launch.bench.resident import keep_freed
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import interleave
 from lasp.memory.parts import layers_of, mixers_of
@@ -37,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """A file of `lasp plan --gpu`."""
     torch.set_num_threads(1)
+    keep_freed()
     chip = _plain(options.tokens, options.repeat)
     mixers: dict[str, tuple[float, float]] = {}
     models = {(case.model, case.pattern): case for case in CASES if case.model in options.models}
@@ -59,12 +62,12 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def _plain(tokens: int, repeat: int) -> dict[str, float]:
-    """Products of a layer's size, sums over what no cache holds, and operations that are too small to take time."""
+    """Products and sums of a layer's size, and operations that are too small to take time."""
     a, b = torch.randn(tokens, SIZES["hidden_size"]), torch.randn(SIZES["hidden_size"], SIZES["intermediate_size"])
-    x, y, small = torch.randn(1 << 24), torch.randn(1 << 24), torch.zeros(8)
+    x, y, small = a @ b, torch.randn(tokens, b.shape[1]), torch.zeros(8)
     contestants = {
         "product": lambda: a @ b,
-        "sum": lambda: x.add_(y),
+        "sum": lambda: x + y,
         "small": lambda: [small.add(1) for _ in range(99)],
     }
     seconds = interleave(contestants, max(repeat, 9))
@@ -75,6 +78,7 @@ def _plain(tokens: int, repeat: int) -> dict[str, float]:
 
 def _mixers(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, tuple[float, ...]]:
     """By kind: seconds there and back, operations of the mathematics, and of products in the open."""
+    keep_freed()
     training = Training(case, group)
     clocks = defaultdict[str, list[_Clock]](list)
     for layer in layers_of(training.model):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
+
+_TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
 def status(field: str) -> int:
@@ -16,6 +19,24 @@ def begin_peak() -> int:
     """What the process holds, from where "VmHWM" of its status counts anew."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return status("VmRSS")
+
+
+def give_back_freed() -> None:
+    """Freed tensors go back to the system at once, and what this process holds is what is in use."""
+    _thresholds(1 << 16, 1 << 16)
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """Freed tensors stay at hand, as in any training after some steps: glibc's thresholds grow until they are these
+    (mallopt(3)). What is given back at once is made anew, page by page, which takes longer than to add it up."""
+    _thresholds(64 << 20, 32 << 20)
+
+
+def _thresholds(trim: int, mmap: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_TRIM, trim)
+    libc.mallopt(_MMAP, mmap)
 
 
 class AnonymousPeak(threading.Thread):

@@ -8,6 +8,7 @@ from math import ceil
 
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job
 from lasp.launch.plan.footprint import SHORT, Footprints, Run
+from lasp.launch.plan.tally import Effort
 from lasp.launch.simulate.exchanges import Ways, links_of, scan_ways, sum_of_gradients
 from lasp.launch.simulate.machine import Chip, Machine
 from lasp.launch.simulate.program import Exchange, Layer, Pass, Stage, Step
@@ -16,7 +17,8 @@ from lasp.parallel.scan import SCANS
 from lasp.parallel.schedule import Sizes
 from lasp.parallel.traffic import Traffic
 
-_LOGITS = "rest"  # what is in no layer: the head, and the loss
+_LOGITS = "rest"  # what is in no layer, forward: the head, and the loss; backward is counted as a whole
+_OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -129,25 +131,28 @@ def sizes_of(footprints: Footprints) -> Sizes:
 
 
 def _flops(run: Run, direction: str) -> float:
-    return sum(effort.flops for (_, way), effort in run.effort.items() if way == direction)
+    return sum(e.flops for (place, way), e in run.effort.items() if way == direction and place != _OPTIMIZER)
 
 
 def _tokenwise(run: Run, direction: str, chip: Chip) -> float:
-    """Seconds of a step's products and passes over memory outside logits, or of as many kernels as there are."""
-    efforts = [e for (place, way), e in run.effort.items() if way == direction and place != _LOGITS]
-    busy = sum(e.flops for e in efforts) / (chip.matmul * chip.flops)
-    busy += sum(e.bytes for e in efforts) / (chip.stream * chip.bandwidth)
-    return max(busy, chip.launch * sum(e.calls for e in efforts))
+    """Seconds of a step's products and passes over memory in its layers, or of as many kernels as there are."""
+    others = (_LOGITS, _OPTIMIZER)
+    efforts = [e for (place, way), e in run.effort.items() if way == direction and place not in others]
+    return max(sum(_busy(e, chip) for e in efforts), chip.launch * sum(e.calls for e in efforts))
+
+
+def _busy(effort: Effort, chip: Chip) -> float:
+    """Seconds of products and of passes over memory."""
+    return effort.flops / (chip.matmul * chip.flops) + effort.bytes / (chip.stream * chip.bandwidth)
 
 
 def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Sizes) -> Step:
     chip, count = machine.chip, len(run.kinds)
     ahead, again = _tokenwise(run, "forward", chip) / count, _tokenwise(run, "again", chip) / count
     back = _tokenwise(run, "backward", chip) / count + again
-    logits = run.effort.get((_LOGITS, "forward"))
-    of_logits = 0.0
-    if logits is not None:
-        of_logits = logits.flops / (chip.matmul * chip.flops) + logits.bytes / (chip.stream * chip.bandwidth)
+    of_logits, optimizer = (
+        _busy(run.effort.get((place, "forward"), Effort()), chip) for place in (_LOGITS, _OPTIMIZER)
+    )
     repeated = LEVERS[candidate.levers].checkpoint_every is not None
     layers = []
     for kind in run.kinds:
@@ -161,8 +166,7 @@ def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Siz
         )
         layers.append(Layer(kind, forward, backward, _gradients(candidate, job, machine, run)))
     shares = 1 if candidate.engine == "ddp" else job.ranks
-    optimizer = 7 * run.parameters.trained / shares / (chip.stream * chip.bandwidth)
-    return Step(layers, 3 * of_logits, optimizer, repeat=candidate.repeat(job))
+    return Step(layers, of_logits, optimizer / shares, repeat=candidate.repeat(job))
 
 
 def _mixing(run: Run, kind: str, chip: Chip) -> float:

@@ -159,8 +159,14 @@ class Tally(TorchDispatchMode):
         elif func._overloadpacket.__name__ in _VIEWS:
             return
         else:
-            effort.bytes += sum(t.numel() * t.itemsize for t in (*_tensors(args), *outputs))
+            effort.bytes += sum(t.numel() * t.itemsize for t in (*_tensors(args), *(outputs or _written(func, args))))
         effort.calls += 1
+
+
+def _written(func: Any, args: Any) -> list[Tensor]:
+    """What an operation changes in place: of many tensors at a time it returns nothing."""
+    told = zip(func._schema.arguments, args, strict=False)
+    return [tensor for own, value in told if own.is_write for tensor in _tensors(value)]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -100,7 +100,7 @@ class Layer(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A training step: layers, first one first; logits and loss, there and back; the optimizer; and what is neither.
+    """A training step: layers, first one first; logits and loss; the optimizer; and what is neither.
 
     repeat: micro-batches, the gradients of the last of which travel.
     """

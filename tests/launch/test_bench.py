@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lasp.launch.bench import convergence, main, memory, wrapped
+from lasp.launch.bench import convergence, main, memory, plan, wrapped
 from lasp.launch.bench.kernels import RECURRENCES, Shape
 from lasp.launch.bench.timing import compared
 from lasp.launch.network import lacking
+from lasp.launch.plan.candidate import candidates
 from lasp.launch.simulate.machine import Machine
 
 SMALL = Shape(tokens=256, heads=2, dim=32)
@@ -200,3 +201,28 @@ def test_bench_chip_writes_what_a_plan_reads(tmp_path: Path) -> None:
     chip = Machine.named(str(file)).chip
     assert {*chip.mixers} == {"GatedLinearAttention", "Qwen3Attention"}
     assert all(share > 0 and back > 0 for share, back in chip.mixers.values())
+
+
+def test_a_choice_is_held_against_the_fastest_that_fits() -> None:
+    contest = plan.Contest("lightning", "L", ranks=2, seq=256, mb=100)
+    made = {
+        one.sp: contest.case(one)
+        for one in candidates(contest.job, "contiguous", ["ring"], ["ring"], ["ddp"], ["none"])
+    }
+    assert {sp: (case.ranks, case.dp, case.batches, case.tokens) for sp, case in made.items()} == {
+        1: (1, 2, 1, 256), 2: (2, 1, 2, 128)
+    }  # fmt: skip
+    tried = [{"candidate": name, "seconds": seconds, "bytes": 1e6 * mb}
+             for name, seconds, mb in (("a", 1.0, 90), ("b", 0.9, 100), ("c", 0.5, 101))]  # fmt: skip
+    chosen, fastest = plan.choice({"mb": contest.mb, "candidates": tried})
+    assert (chosen["candidate"], fastest["candidate"]) == ("a", "b")
+
+
+@pytest.mark.slow
+def test_bench_plan_trains_what_it_chooses_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", "--part", "choice", "--contests", "5", "--repeat", "1", "--json", str(file)]) == 0
+    (contest,) = json.loads(file.read_text())["choices"]
+    assert len(contest["candidates"]) == 8, "four levers, and two ways to lay out two ranks"
+    assert all(one["bytes"] > 0 and one["seconds"] > 0 for one in contest["candidates"])
+    assert "the choice within 5 % of the fastest in" in capsys.readouterr().out
