@@ -76,11 +76,11 @@ class Run:
         model = ModelPlan.make(config.model, config.lora, tokenizer)
         if config.tp > 1:
             check_heads(model.config, config.tp)
+        _check_output(Path(config.output))
         checkpoint = find_checkpoint(config, tell or logging.getLogger(__name__).warning, look)
         if checkpoint is not None:
             check_checkpoint(checkpoint, model.config, config)
             _check_steps(checkpoint, config)
-        _check_output(Path(config.output))
         training, validation = prepare_data(config, tokenizer, tell)
         return cls(config, tokenizer, training, validation, model, checkpoint)
 

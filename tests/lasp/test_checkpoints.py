@@ -376,6 +376,31 @@ def test_a_hostile_checkpoint_is_refused_in_one_line_and_runs_nothing(saved, tmp
     assert grown < 100 * (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_files_of_noise_whose_checksums_fit_are_refused_or_read_and_end_nothing(saved, copy):
+    """R16: bytes overwritten, cut off, put in or left out at random places of any file but the manifest."""
+    generator, told = random.Random(0), []
+    whole = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != manifests.FILE}
+    trainer = blank(saved)
+    for number in range(1000):
+        path = generator.choice(sorted(whole))
+        content = bytearray(whole[path])
+        for _ in range(generator.choice([1, 1, 4, 64])):
+            place = generator.randrange(min(len(content), generator.choice([64, 1 << 12, 1 << 30])))
+            noise = generator.randbytes(generator.choice([1, 1, 8]))
+            content[place : place + generator.choice([0, len(noise), 2 * len(noise)])] = noise
+        path.write_bytes(content[: generator.randrange(1, len(content))] if number % 10 == 0 else content)
+        seal(copy)
+        try:
+            trainer.checkpoints.load(copy, trainer.engine)
+        except ValueError as error:
+            told.append(str(error))
+        path.write_bytes(whole[path])
+    assert 300 < len(told) < 1000
+    assert not [line for line in told if "\n" in line]
+
+
 def test_two_hundred_flipped_bits_are_refused_by_the_name_of_their_file(saved, copy):
     generator, content = random.Random(0), {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     for _ in range(200):
