@@ -219,6 +219,7 @@ def test_a_choice_is_held_against_the_fastest_that_fits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_bench_plan_trains_what_it_chooses_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", "--part", "choice", "--contests", "5", "--repeat", "1", "--json", str(file)]) == 0
