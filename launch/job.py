@@ -92,6 +92,9 @@ class Plan:
     package: str = ""
     """What the command needs, which is also the name of the extra that brings it."""
 
+    warning: str = ""
+    """What who runs it should know."""
+
     def __str__(self) -> str:
         told = [f"# {path}\n{text}" for path, text in self.files.items()]
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
@@ -110,6 +113,8 @@ class Plan:
             print(self.then)
             return 0
         sys.stdout.flush()
+        if self.warning:
+            print(f"lasp: warning: {self.warning}", file=sys.stderr, flush=True)
         try:
             os.execvpe(self.command[0], self.command, {**os.environ, **self.environment})
         except FileNotFoundError as error:

@@ -13,6 +13,12 @@ _LAST_CALL = 5
 """Seconds in which further nodes may join when as many have come as are needed."""
 
 
+_EXPOSED = (
+    "torchrun's store listens on every interface of this machine, and whoever reaches it runs code as you; "
+    "`lasp train` with restarts = n does the same on the loopback alone"
+)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=3, help="how often all ranks are started again after a failure")
     parser.add_argument("--endpoint", help="HOST:PORT where the nodes meet, HOST being one of them; for several nodes")
@@ -54,7 +60,8 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
             )
     nodes = f"{options.least_nodes}:{job.nodes}" if options.least_nodes is not None else str(job.nodes)
     counts = ["--nnodes", nodes, "--nproc-per-node", str(job.gpus), "--max-restarts", str(options.restarts)]
-    return Plan([sys.executable, "-m", "torch.distributed.run", *counts, *where, "-m", *job.module], environment)
+    command = [sys.executable, "-m", "torch.distributed.run", *counts, *where, "-m", *job.module]
+    return Plan(command, environment, warning=_EXPOSED if job.nodes == 1 else "")
 
 
 def _meeting(job: Job, endpoint: str | None, conf: str) -> tuple[list[str], dict[str, str]]:

@@ -48,6 +48,15 @@ def test_torchrun_on_one_machine(capsys):
     )
 
 
+def test_who_starts_torchrun_on_one_machine_is_told_what_is_exposed(capsys, monkeypatch):
+    monkeypatch.setattr(os, "execvpe", lambda *_: None)
+    monkeypatch.setattr(torchrun, "own_address", lambda _: "10.99.7.1")
+    main(["torchrun", "long.toml"])
+    assert re.fullmatch(r"lasp: warning: torchrun's store listens on every interface .*\n", capsys.readouterr().err)
+    main(["torchrun", "long.toml", "--nodes", "2", "--endpoint", "10.99.7.7:29500"])
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("host", "is_host"), [("127.0.0.1", 1), ("10.99.7.7", 0)])
 def test_torchrun_as_one_node_of_two(capsys, monkeypatch, host, is_host):
     monkeypatch.setattr(torchrun, "own_address", lambda _: "10.99.7.1")
