@@ -224,7 +224,7 @@ def test_a_node_that_is_lost_ends_the_run_of_the_others_in_time(tmp_path):
 @pytest.mark.parametrize("axes", [["--dp", "2"], ["--sp", "2"]], ids=["dp", "sp"])
 def test_a_run_goes_on_with_the_nodes_that_are_left_and_again_with_all(tmp_path, axes, undisturbed):
     """R7: losses as undisturbed, to 1e-5. The node comes back later."""
-    expected, folder = undisturbed(400, *axes), prepared(tmp_path / "lost", 400)
+    expected, folder = undisturbed(3000, *axes), prepared(tmp_path / "lost", 3000)
     with network(2, 1e9) as net:
         commands = [node(net, place, folder, 1, *axes, *PATIENT, "--least-nodes", "1") for place in range(2)]
         with started(*commands, folder=folder) as nodes:
