@@ -101,9 +101,11 @@ def foreign(config: TrainConfig, world: MPI.Comm, kind: str) -> TrainConfig:
 
 @pytest.fixture
 def groups(engine: str, world: MPI.Comm, request: pytest.FixtureRequest) -> None:
-    """Process groups end with a test, but for those that DeepSpeed makes and keeps. It looks for what launchers set."""
+    """Process groups end with a test, but for those that DeepSpeed makes and keeps. It looks for what launchers set, as
+    mpirun has numbered the ranks of a machine, which is in an order of its own."""
     if engine.startswith("zero"):
-        request.getfixturevalue("monkeypatch").setenv("LOCAL_RANK", str(world.rank))
+        local = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(world.rank))
+        request.getfixturevalue("monkeypatch").setenv("LOCAL_RANK", local)
     else:
         request.getfixturevalue("own_groups")
 

@@ -174,12 +174,15 @@ class Zero:
 
 
 def _initialize(built: Built, config: TrainConfig, stage: int, ranks: Ranks) -> Any:
+    import deepspeed
+
     if ranks.device.type == "cpu":
         from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         set_accelerator(CPU_Accelerator())
-    import deepspeed
+        # Else it compiles an operation for inference, or waits for ever for the lock of one that was killed there.
+        deepspeed.ops.__compatible_ops__ = {}
 
     reduce = {} if config.reduce_dtype is None else {"communication_data_type": _SHORT[config.reduce_dtype]}
     settings = {
