@@ -1,8 +1,8 @@
 """Memory outside the mixers: of the loss, and the longest sequence that trains in so many GiB per rank, lever by lever.
 
 Ranks are gloo processes of this machine, in fp32 with AdamW. Memory is affine in the tokens of a rank: what is measured
-at two lengths gives the longest one. Where checkpoints are offloaded they go to shared memory in the place of a GPU's
-host, and are not counted.
+at two lengths gives the longest one, and with --train a length on either side of it is trained as well. Where
+checkpoints are offloaded they go to a file in memory in the place of a GPU's host, and are not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import lasp
 from lasp.kernels import head
-from lasp.launch.bench.resident import AnonymousPeak, begin_peak, status
+from lasp.launch.bench.resident import begin_peak, status
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
 
@@ -45,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--levers", choices=LEVERS, nargs="+", default=[*LEVERS], help="the last one of those in turn")
     parser.add_argument("--gib", type=float, default=4.0, help="of each rank")
     parser.add_argument("--tokens", type=int, nargs=2, default=[4096, 6144], help="of each rank, where it is measured")
+    parser.add_argument("--train", action="store_true", help="98 %% and 103 %% of what follows as well")
     parser.add_argument(
         "--tile", type=int, default=512, help="tokens of a tile of an MLP or of logits, not over --tokens"
     )
@@ -66,7 +68,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for lever in options.levers:
                 peaks = [_peak(ranks, lever, tokens, options.tile) for tokens in options.tokens]
                 found["cells"].append({"ranks": ranks, "lever": lever, "tokens": options.tokens, "peaks": peaks})
-                found["cells"][-1]["longest"] = _longest(options, peaks, ranks)
+                found["cells"][-1]["longest"] = longest = _longest(options, peaks, ranks)
+                if options.train:
+                    around = [longest * percent // (100 * ranks) for percent in (98, 103)]
+                    found["cells"][-1]["trained"] = [(t, _peak(ranks, lever, t, options.tile)) for t in around]
     return found
 
 
@@ -91,6 +96,9 @@ def show(figures: dict[str, Any]) -> None:
         print(f"longest sequence in {figures['gib']} GiB per rank")
         headings = ["levers", *(f"{n} ranks" if n > 1 else "1 rank" for n in ranks)]
         print(markdown(headings, [[lever, *(longest[lever, n] for n in ranks)] for lever in levers]))
+        for cell in figures["cells"]:
+            for tokens, peak in cell.get("trained", ()):
+                print(f"{cell['lever']}, trained on {cell['ranks']} x {tokens} tokens: {peak / 2**30:.3f} GiB per rank")
     told = figures["machine"]
     print(f"\n{told['chip']}, torch {told['torch']}, gloo")
 
@@ -140,9 +148,10 @@ def _rank(rank: int, ranks: int, folder: str, lever: str, tokens: int, tile: int
     _backward(model, group, 64 * ranks)  # the libraries' buffers
     optimizer.step()  # its states, which outlive a step
     optimizer.zero_grad(set_to_none=False)  # the gradients are there from the beginning, as in accumulation
-    with AnonymousPeak() as peak:
-        _backward(model, group, tokens * ranks)
-    Path(folder, f"peak{rank}").write_text(str(peak.bytes), encoding="ascii")
+    begin_peak()
+    _backward(model, group, tokens * ranks)
+    peak = status("VmHWM") - status("RssFile")  # the libraries are no tensors
+    Path(folder, f"peak{rank}").write_text(str(peak), encoding="ascii")
     lasp.shutdown()
 
 
@@ -166,19 +175,25 @@ def _model(group: lasp.SequenceGroup, lever: str, tile: int) -> tuple[Any, torch
 def _backward(model: Any, group: lasp.SequenceGroup, tokens: int) -> None:
     """All of a training step that depends on its tokens."""
     ids = torch.randint(SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(1))
-    with mock.patch("lasp.memory.checkpoints.save_on_cpu", _save_in_shared_memory):
+    with mock.patch("lasp.memory.checkpoints.save_on_cpu", _save_in_files):
         model(**lasp.shard_batch({"input_ids": ids, "labels": ids}, group)).loss.backward()
     lasp.sync_gradients(model, group)
 
 
 @contextmanager
-def _save_in_shared_memory(pin_memory: bool) -> Iterator[None]:
-    """`save_on_cpu` of a machine whose CPU is the device: elsewhere is what the kernel counts as shared."""
+def _save_in_files(pin_memory: bool) -> Iterator[None]:
+    """`save_on_cpu` of a machine whose CPU is the device: elsewhere is where no page is this process's."""
 
-    def pack(x: Tensor) -> Tensor:
-        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
-            elsewhere = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
-        return elsewhere.copy_(x.detach().flatten()).view(x.shape)
+    def pack(x: Tensor) -> tuple[Any, np.dtype, torch.Size]:
+        array = x.detach().contiguous().numpy()
+        file = tempfile.TemporaryFile(dir="/dev/shm", buffering=0)  # noqa: SIM115 (as long as it is kept)
+        array.tofile(file)
+        return file, array.dtype, x.shape
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, Tensor.clone):
+    def unpack(saved: tuple[Any, np.dtype, torch.Size]) -> Tensor:
+        file, dtype, shape = saved
+        file.seek(0)
+        return torch.from_numpy(np.fromfile(file, dtype)).view(shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -149,6 +149,10 @@ def test_the_longest_sequence_follows_from_two_lengths(
     assert main(["memory", "--part", "lengths", "--ranks", "1", "2", "--gib", "1", "--levers", *peaks]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"| plain | 2560 | 5120 |", "| offload | 33280 | 66560 |"} < {*lines}
+    assert main(["memory", "--part", "lengths", "--ranks", "2", "--gib", "1", "--levers", "plain", "--train"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "plain, trained on 2 x 2508 tokens: 0.987 GiB per rank" in lines
+    assert "plain, trained on 2 x 2636 tokens: 1.019 GiB per rank" in lines
 
 
 @pytest.mark.slow
