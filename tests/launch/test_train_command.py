@@ -1,6 +1,7 @@
 """`lasp train`: configuration files and overrides, one-line errors, and the ranks it starts."""
 
 import ipaddress
+import json
 import os
 import re
 import shutil
@@ -278,6 +279,46 @@ def test_the_command_starts_ranks_whose_losses_are_those_of_one_process(recipe, 
         assert (tmp_path / "run" / result).exists()
     assert told.out.count("The model continues 'To be'") == 1
     assert not error_lines(told.err)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_readme_fine_tunes_validates_resumes_elsewhere_and_loads_in_plain_peft(tmp_path, monkeypatch):
+    """The words of README.md, but for the length of sequences."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lasp.train.data.tokenizer import ByteTokenizer
+    from tests.hf_models import configuration
+
+    section = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("## Fine-tuning\n")[2]
+    monkeypatch.chdir(tmp_path)
+    config = configuration("qwen3_next")
+    config.vocab_size = 300
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("my-hybrid")
+    ByteTokenizer().save(Path("my-hybrid"))
+    tokenizer = AutoTokenizer.from_pretrained("my-hybrid")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained("my-hybrid")
+    talks = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}! " * 9}] for n in range(99)]
+    Path("chats.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    text = section.partition("```toml\n")[2].partition("```")[0]
+    Path("tune.toml").write_text(text.replace("seq_len = 4096", "seq_len = 128"))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    commands = re.findall(r"^    ((?:lasp|python) .*)$", section.partition("\n## ")[0], re.MULTILINE)
+    assert len(commands) == 3
+    told = [
+        subprocess.run(command, shell=True, env=environment, capture_output=True, text=True) for command in commands
+    ]
+    assert [(run.returncode, run.stderr if run.returncode else "") for run in told] == [(0, "")] * 3
+    steps = read_metrics(Path("runs/tuned/metrics.jsonl"))
+    assert [step.step for step in steps] == list(range(1, 41))
+    held_out = {step.step: step.validation["chats.jsonl"] for step in steps if step.validation}
+    assert held_out.keys() == {20, 40}
+    assert held_out[40] < held_out[20]
+    assert "held out" in told[0].stdout
+    assert "lora_A" in told[2].stdout
 
 
 FAULT = """
