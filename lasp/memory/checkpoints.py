@@ -45,9 +45,10 @@ def checkpoint_activations(model: Model, *, every: int = 1, only: Only = "layers
 
 def repeat(function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`function(module, ...)`, again in backward, within the same forward of the model that the module belongs to."""
+    count, names = len(args), tuple(kwargs)  # no tensor: it would stay here until backward, wherever its copy is kept
 
     def call(*given: Any) -> Any:
-        return function(module, *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+        return function(module, *given[:count], **dict(zip(names, given[count:], strict=True)))
 
     wiring = vars(module).get(WIRING)
     run = partial(checkpoint, use_reentrant=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -110,6 +111,20 @@ def test_what_a_checkpoint_keeps_goes_to_the_cpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("lasp.memory.checkpoints.save_on_cpu", save_on_cpu)
     step(lasp.checkpoint_activations(model, offload=True))
     assert [shape for shape in kept if shape.numel() > 2 * 23] == [(2, 23, 32)] * 2
+
+
+def test_of_what_went_to_the_cpu_nothing_stays_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_on_cpu(pin_memory: bool) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x)
+
+    monkeypatch.setattr("lasp.memory.checkpoints.save_on_cpu", save_on_cpu)
+    model, inputs = LEVERS["all"](build("linear_llama")), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    loss = model(**lasp.shard_batch({"input_ids": IDS, "labels": LABELS}, None)).loss
+    assert len(inputs) == 2
+    assert not any(x() is not None for x in inputs)
+    loss.backward()
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
