@@ -7,7 +7,7 @@ SETUP  := setup.py pyproject.toml constraints.txt
 NEWEST := .venv-newest
 ZERO   := .venv-deepspeed
 # The tests of what meets transformers: they name it, or what is built on it. What torch.compile makes of it has no part
-# in what a new release breaks, and takes the longest.
+# in what a new release breaks, and takes the longest. Of the slow ones the sweep over all types is what one breaks.
 MEETS  := grep -lrE "transformers|peft|lasp\.(models|train)|parallelize" --include "test_*.py" --exclude "*compile.py"
 HF     = $(shell $(MEETS) tests --exclude-dir distributed)
 HF_MPI = $(shell $(MEETS) tests/distributed)
@@ -51,7 +51,8 @@ newest-single:
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(HF) -m "not slow" -n 2 --dist worksteal --timeout 300
 
 newest-distributed:
-	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi --timeout 300 -p no:cacheprovider --color=no
+	$(subst $(VENV),$(NEWEST),$(MPIRUN)) $(NEWEST)/bin/python -m pytest $(HF_MPI) --with-mpi -k "not slow or model_sweep" \
+	    --timeout 300 -p no:cacheprovider --color=no
 
 # The engines zero1 to zero3 and DeepSpeed's launcher, which skip where DeepSpeed is absent.
 test-deepspeed: $(ZERO)/.deepspeed
