@@ -24,7 +24,7 @@ from torch import Tensor
 from lasp.kernels.inputs import Gradients
 from lasp.kernels.portable.chain import ChunkChain
 from lasp.kernels.portable.decay import Decay
-from lasp.kernels.portable.scores import Scores, scores
+from lasp.kernels.portable.scores import Scores
 from lasp.kernels.portable.tiles import Tiles, add, each, put
 
 
@@ -51,7 +51,7 @@ class Delta:
     @cached_property
     def k_scores(self) -> Scores:
         """The decayed products of keys and keys; what lies on and above the diagonal is not part of A."""
-        return scores(self.tiles.k, self.tiles.k, self.tiles.gates, 1.0, self.tiles.scratch)
+        return self.tiles.scores_of(self.tiles.k, 1.0)
 
     @cached_property
     def a(self) -> Tensor:
@@ -68,7 +68,7 @@ class Delta:
     def k_from_start(self) -> Tensor:
         """K', [N, C, K]."""
         tiles, k = self.tiles, self.tiles.k
-        return k if tiles.gates is None else tiles.scaled(k, tiles.decay_from_start, tiles.scratch(*k.shape))
+        return k if tiles.gates is None else tiles.scaled(k, tiles.key_from_start, tiles.scratch(*k.shape))
 
     @cached_property
     def k_to_end(self) -> Tensor:
@@ -182,7 +182,7 @@ class Delta:
         dbeta = torch.linalg.vecdot(y, error).unsqueeze(-1)
         dv = y.mul_(self.beta)
         dk = tiles.product(dv, states.mT).neg_()
-        dk = tiles.scaled(dk, tiles.decay_from_start, out=dk)
+        dk = tiles.scaled(dk, tiles.key_from_start, out=dk)
         dgates = found.log_decay
         if tiles.geometry.trained:
             dgates = tiles.passed_from_start(tiles.k, dk, dgates)

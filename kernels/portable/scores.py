@@ -3,8 +3,8 @@
     P_ij = scale·sum_c q_ic k_jc exp(sum_{j < m <= i} log_decay_mc)   for i >= j, else 0
 
 Shapes: N matrices (chunks, batches and heads together), C tokens, K channels, R = G·C rows, the G queries of a state
-one below the other. q [N, R, K], k [N, C, K], P [N, R, C]; log_decay None, or [n, B, H, C, 1 or K] with N = n·B·H,
-n = B = 1 where all chunks share their decay.
+one below the other. q [N, R, K], k [N, C, K], P [N, R, C]; decays [n, B, H, ...] with N = n·B·H, n = B = 1 where all
+chunks share theirs.
 """
 
 from __future__ import annotations
@@ -34,41 +34,32 @@ class Scores(Protocol):
         ...
 
 
-def scores(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, scratch: Scratch) -> Scores:
-    """The scores of a block of chunks. One factor per token is a mask; one per channel needs the dyadic form."""
-    if log_decay is None or log_decay.shape[-1] == 1:
-        return MaskedScores(q, k, log_decay, scale, scratch)
-    return DyadicScores(q, k, log_decay, scale)
-
-
 class MaskedScores:
-    """No decay, or one factor per head and token: `scale·(q k^T) * L` with `L_ij = exp(G_i - G_j)`."""
+    """No decay, or one factor per head and token: `scale·(q k^T) * L`, L from `causal_mask` or `decay_mask`."""
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, scratch: Scratch) -> None:
-        self.q, self.k, self.log_decay, self._scale, self._scratch = q, k, log_decay, scale, scratch
-        self.mask = decay_mask(log_decay, k, scratch)
+    def __init__(self, q: Tensor, k: Tensor, mask: Tensor, scale: float, scratch: Scratch) -> None:
+        self.q, self.k, self._mask, self._scale, self._scratch = q, k, mask, scale, scratch
         self.values = scratch.product(q, k.mT, scale=scale)
-        self._by_query(self.values).mul_(self.mask)
+        self._by_query(self.values).mul_(mask)
 
     def backward(
         self, grad: Tensor, gates: bool = True, dq: Tensor | None = None, dk: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         dlog = None
-        if self.log_decay is not None and gates:
+        if self._mask.dim() > 2 and gates:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
             # never as a difference of two sums that share the pairs on one side.
             pairs = torch.mul(grad, self.values, out=self._scratch.temporary(*grad.shape))
-            earlier = torch.mm(
-                pairs.flatten(0, 1), _upper_ones(self.k).triu_(1), out=self._scratch(*grad.shape).flatten(0, 1)
-            )
+            earlier = self._scratch(*grad.shape)
+            torch.mm(pairs.flatten(0, 1), _upper_ones(self.k).triu_(1), out=earlier.flatten(0, 1))
             dlog = earlier.view(grad.shape[0], -1, *grad.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
-        self._by_query(grad).mul_(self.mask)
+        self._by_query(grad).mul_(self._mask)
         product, scale = self._scratch.product, self._scale
         return product(grad, self.k, dq, scale), product(grad.mT, self.q, dk, scale), dlog
 
     def _by_query(self, x: Tensor) -> Tensor:
         """[N, R, C] as [n·B, H, G, C, C], or with all heads in front where there is no decay."""
-        heads = 1 if self.log_decay is None else self.log_decay.shape[2]
+        heads = self._mask.shape[1] if self._mask.dim() > 2 else 1
         return x.view(-1, heads, x.shape[1] // x.shape[2], x.shape[2], x.shape[2])
 
 
@@ -81,7 +72,7 @@ class DyadicScores:
     exponentials per channel instead of 16.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, scale: float) -> None:
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, scale: float) -> None:  # [n, B, H, C, K]
         self.scale = scale
         self.length = k.shape[1]
         self.padding = (1 << (self.length - 1).bit_length()) - self.length
@@ -133,21 +124,21 @@ class DyadicScores:
         return _later(self.q, half) * to_query, _earlier(self.k, half) * to_border, to_query, to_border
 
 
-def decay_mask(log_decay: Tensor | None, like: Tensor, scratch: Scratch) -> Tensor:
-    """`L` [n·B, H, 1, C, C] or [C, C]: exp of the log-decay summed over j < m <= i, zero above the diagonal.
+def causal_mask(like: Tensor) -> Tensor:
+    """`L` [C, C] of no decay: one, and zero above the diagonal."""
+    length = like.shape[-2]
+    return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
 
-    A running sum near -3000 in fp32 has steps of 2e-4: it is fp64, in two parts subtracted one after the other.
+
+def decay_mask(high: Tensor, low: Tensor, scratch: Scratch) -> Tensor:
+    """`L_ij = exp(G_i - G_j)` [n·B, H, 1, C, C], zero above the diagonal, from sums `G = high + low` [n, B, H, C].
+
+    The parts are subtracted one after the other.
     """
-    if log_decay is None:
-        length = like.shape[-2]
-        return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
-    sums = log_decay.flatten(0, 1).squeeze(-1).double().cumsum(-1)
-    high = sums.to(like.dtype)
-    low = (sums - high).to(like.dtype)
-    steps = torch.sub(high.unsqueeze(-1), high.unsqueeze(-2), out=scratch(*sums.shape, sums.shape[-1]))
+    steps = torch.sub(high.unsqueeze(-1), high.unsqueeze(-2), out=scratch(*high.shape, high.shape[-1]))
     steps.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
     # Above the diagonal the differences are positive: decay_factor makes 1 of them, and tril_ 0.
-    return decay_factor(steps).tril_().unsqueeze(2)
+    return decay_factor(steps).tril_().flatten(0, 1).unsqueeze(2)
 
 
 def _upper_ones(like: Tensor, size: int | None = None) -> Tensor:

@@ -16,9 +16,9 @@ class Scratch:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self._buffers: list[Tensor] = []
-        self._temporary = torch.empty(0, dtype=dtype, device=device)
+        self._empty = torch.empty(0, dtype=dtype, device=device)
+        self._tiles: list[_Tile] = []
+        self._temporary = _Tile(self._empty)
         self._used = 0
 
     def rewind(self) -> None:
@@ -26,16 +26,14 @@ class Scratch:
 
     def __call__(self, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape, the caller's until the round ends."""
-        if self._used == len(self._buffers):
-            self._buffers.append(torch.empty(0, dtype=self._dtype, device=self._device))
-        self._buffers[self._used] = buffer = _at_least(self._buffers[self._used], math.prod(shape))
+        if self._used == len(self._tiles):
+            self._tiles.append(_Tile(self._empty))
         self._used += 1
-        return buffer[: math.prod(shape)].view(shape)
+        return self._tiles[self._used - 1].shaped(shape)
 
     def temporary(self, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape, the caller's until the next one is asked for."""
-        self._temporary = _at_least(self._temporary, math.prod(shape))
-        return self._temporary[: math.prod(shape)].view(shape)
+        return self._temporary.shaped(shape)
 
     def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """`scale·a @ b` of batches of matrices [N, R, K] and [N, K, C], added to `onto` [N, R, C] if that is given."""
@@ -43,5 +41,18 @@ class Scratch:
         return torch.baddbmm(out, a, b, beta=0 if onto is None else 1, alpha=scale, out=out)
 
 
-def _at_least(buffer: Tensor, numel: int) -> Tensor:
-    return buffer if buffer.numel() >= numel else buffer.new_empty(numel)
+class _Tile:
+    """Memory that grows, seen in a few shapes again and again: a shape seen before costs no call."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._seen: dict[tuple[int, ...], Tensor] = {}
+
+    def shaped(self, shape: tuple[int, ...]) -> Tensor:
+        if shape not in self._seen:
+            numel = math.prod(shape)
+            if self._memory.numel() < numel:
+                self._memory = self._memory.new_empty(numel)
+                self._seen = {}
+            self._seen[shape] = self._memory[:numel].view(shape)
+        return self._seen[shape]

@@ -19,18 +19,21 @@ only. States, decays and sums are in the compute dtype (fp32, or fp64 for fp64 i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasp.kernels.chunks import Block
 from lasp.kernels.inputs import Gradients, Inputs
 from lasp.kernels.operators import operator
 from lasp.kernels.portable.chain import ChunkChain
 from lasp.kernels.portable.decay import Decay
 from lasp.kernels.portable.delta import Delta
 from lasp.kernels.portable.scratch import Scratch
-from lasp.kernels.portable.tiles import Geometry, Tiles, add, each, put
+from lasp.kernels.portable.tiles import Geometry, Tiles, add, each, put, stretch_gates
 from lasp.kernels.precision import compute_dtype
 
 
@@ -199,9 +202,20 @@ def _blocks(
     """The blocks in order of time, or against it, in the same memory one after the other."""
     scratch = Scratch(geometry.dtype, inputs.q.device)
     family = Decay if inputs.beta is None else Delta
-    for block in reversed(geometry.table.blocks) if reverse else geometry.table.blocks:
-        scratch.rewind()
-        yield family(Tiles(inputs, block, geometry, scratch, grad))
+    blocks = geometry.table.blocks
+    for stretch in _stretches(blocks[::-1] if reverse else blocks, inputs):
+        whole = replace(min(stretch, key=lambda block: block.start), chunks=sum(block.chunks for block in stretch))
+        gates = stretch_gates(inputs, whole, geometry)
+        for block in stretch:
+            scratch.rewind()
+            yield family(Tiles(inputs, block, geometry, scratch, gates, grad))
+
+
+def _stretches(blocks: Sequence[Block], inputs: Inputs) -> Iterator[list[Block]]:
+    """Neighbouring blocks of chunks of one length, which share their gates; those per channel fill a block alone."""
+    alone = inputs.log_decay is not None and inputs.log_decay.dim() == 4
+    for _, stretch in groupby(blocks, lambda block: (block.run, block.length, alone and block.start)):
+        yield list(stretch)
 
 
 def _begun(chain: Sequence[Tensor], incoming: Sequence[Tensor | None], geometry: Geometry) -> ChunkChain:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.chunks import Block, ChunkTable, chunk_table, state_slots
-from lasp.kernels.decays import decay_factor, finite
+from lasp.kernels.decays import finite
 from lasp.kernels.inputs import Gradients, Inputs
 from lasp.kernels.portable.cache import cache_bytes
-from lasp.kernels.portable.scores import Scores, scores
+from lasp.kernels.portable.gates import Gates
+from lasp.kernels.portable.scores import DyadicScores, MaskedScores, Scores, causal_mask, decay_mask
 from lasp.kernels.portable.scratch import Scratch
 
 FEWEST_ROWS, MOST_ROWS = 1024, 8192
@@ -75,16 +75,22 @@ class Geometry:
 
 
 class Tiles:
-    """The tiles of one block, each read when it is first asked for, and the decays within its chunks.
+    """The tiles of one block, each read when it is first asked for, and the decays of their rows, None for no decay.
 
-    A decay is [n or 1, B or 1, H, C, 1 or K]: one for all chunks where it is per head, one per channel only for GLA's.
+    gates: those of the stretch that the block is a part of.
     """
 
     def __init__(
-        self, inputs: Inputs, block: Block, geometry: Geometry, scratch: Scratch, grad: Tensor | None = None
+        self,
+        inputs: Inputs,
+        block: Block,
+        geometry: Geometry,
+        scratch: Scratch,
+        gates: Gates | None,
+        grad: Tensor | None = None,
     ) -> None:
         self.inputs, self._grad = inputs, grad
-        self.block, self.geometry, self.scratch = block, geometry, scratch
+        self.block, self.geometry, self.scratch, self.gates = block, geometry, scratch, gates
 
     @cached_property
     def q(self) -> Tensor:
@@ -114,45 +120,53 @@ class Tiles:
         return self.read(self._grad)
 
     @cached_property
-    def gates(self) -> Tensor | None:
-        """Log-decays of the tokens."""
-        log_decay, geometry = self.inputs.log_decay, self.geometry
-        if log_decay is None:
-            return None
-        if log_decay.dim() == 1:
-            per_head = finite(log_decay.to(geometry.dtype)).repeat_interleave(geometry.heads // log_decay.shape[0])
-            return per_head.view(1, 1, -1, 1, 1).expand(-1, -1, -1, self.block.length, -1)
-        view = block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, self.block, geometry.heads)
-        return finite(view.to(geometry.dtype).flatten(2, 3))
-
-    @cached_property
     def scores(self) -> Scores:
         """The decayed products of queries and keys within the chunks, [N, R, C]."""
-        return scores(self.q, self.k, self.gates, self.geometry.scale, self.scratch)
+        return self.scores_of(self.q, self.geometry.scale)
+
+    def scores_of(self, q: Tensor, scale: float) -> Scores:
+        """Those of other rows with the keys. One factor per token is a mask; one per channel needs the dyadic form."""
+        if self.gates is None or not self.gates.per_channel:
+            return MaskedScores(q, self.k, self.mask, scale, self.scratch)
+        return DyadicScores(q, self.k, self.gates.of(self.block, self.gates.log_decay), scale)
 
     @cached_property
-    def decay_from_start(self) -> Tensor | None:
-        """The decay between the chunk's start and each token, its own included."""
-        return None if self.gates is None else decay_factor(self.gates.cumsum(-2))
+    def mask(self) -> Tensor:
+        """Between the tokens of a chunk, where the channels decay alike."""
+        if self.gates is None:
+            return causal_mask(self.k)
+        high, low = (self.gates.of(self.block, sums) for sums in self.gates.sums)
+        return decay_mask(high, low, self.scratch)
 
     @cached_property
     def from_start(self) -> Tensor:
-        """The same times the scale of the queries; the scale alone [1] without decay."""
-        scale = torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self.inputs.q.device)
-        return scale if self.decay_from_start is None else self.decay_from_start * scale
+        """The decay between the chunk's start and each query times the scale, [N, R, 1 or K]; the scale alone [1]
+        without decay."""
+        if self.gates is None:
+            return torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self.inputs.q.device)
+        factor = self._by_row(self.gates.from_start) * self.geometry.scale
+        sharing = self.q.shape[1] // self.block.length
+        return factor if sharing == 1 else factor.repeat(1, sharing, 1)
+
+    @cached_property
+    def key_from_start(self) -> Tensor | None:
+        """The decay between the chunk's start and each key, its own included, [N, C, 1 or K]."""
+        return None if self.gates is None else self._by_row(self.gates.from_start)
 
     @cached_property
     def to_end(self) -> Tensor | None:
-        """The decay between each token and the chunk's end: summed from behind, for a difference would cancel."""
-        if self.gates is None:
-            return None
-        later = self.gates.flip(-2).cumsum(-2).flip(-2)
-        return decay_factor(F.pad(later[..., 1:, :], (0, 0, 0, 1)))
+        """The decay between each key and the chunk's end, [N, C, 1 or K]."""
+        return None if self.gates is None else self._by_row(self.gates.to_end)
 
-    @cached_property
+    @property
     def whole(self) -> Tensor | None:
-        """The decay over the whole chunk, one row."""
-        return None if self.gates is None else decay_factor(self.gates.sum(-2, keepdim=True))
+        """The decay over the whole chunk, [n or 1, B or 1, H, 1, 1 or K]."""
+        return None if self.gates is None else self.gates.of(self.block, self.gates.whole)
+
+    def _by_row(self, decays: Tensor) -> Tensor:
+        assert self.gates is not None, "only where there are gates"
+        own = self.gates.of(self.block, decays)
+        return own.expand(self.block.chunks, self.geometry.batch, -1, -1, -1).flatten(0, 2)
 
     def passed_from_start(self, rows: Tensor, grad: Tensor, onto: Tensor | None) -> Tensor:
         """Gradients of the gates from those of `rows` [N, R, K] decayed from the chunk's start, added to `onto`.
@@ -174,18 +188,12 @@ class Tiles:
         """A tile [N, R, D] times a decay, to be used before the next product is made unless it goes to `out`."""
         if factor is None:
             return tile
-        out = self.scratch.temporary(*tile.shape) if out is None else out
-        if factor.dim() == 1:
-            return torch.mul(tile, factor, out=out)
-        batch, heads, length = factor.shape[1:4]
-        shape = (-1, batch, heads, tile.shape[1] // length, length, tile.shape[2])
-        torch.mul(tile.view(shape), factor.unsqueeze(3), out=out.view(shape))
-        return out
+        return torch.mul(tile, factor, out=self.scratch.temporary(*tile.shape) if out is None else out)
 
     def by_gate(self, tile: Tensor) -> Tensor:
         """A tile [N, R, K] summed over what shares one gate, as [n·B, H, C, 1 or K]."""
         assert self.gates is not None, "only where there are gates"
-        if self.gates.shape[-1] == 1:
+        if not self.gates.per_channel:
             tile = tile.sum(-1, keepdim=True)
         if tile.shape[1] > self.block.length:
             tile = tile.unflatten(1, (-1, self.block.length)).sum(1)
@@ -196,9 +204,8 @@ class Tiles:
         assert self.gates is not None, "only where there are gates"
         product = self.times(state, dstate)
         # One long sum is quicker than a sum of sums, and than a product of long vectors.
-        product = (
-            product.flatten(1).sum(1).view(-1, 1, 1) if self.gates.shape[-1] == 1 else product.sum(-1).unsqueeze(1)
-        )
+        channels = self.gates.per_channel
+        product = product.sum(-1).unsqueeze(1) if channels else product.flatten(1).sum(1).view(-1, 1, 1)
         return product.unflatten(0, (-1, self.geometry.heads))
 
     def by_chunk(self, tile: Tensor) -> tuple[Tensor, ...]:
@@ -208,17 +215,33 @@ class Tiles:
     def read(self, x: Tensor) -> Tensor:
         """The block's part of [B, T, h, D] as a tile [N, C or R, D]."""
         view = block_view(x, self.block, self.geometry.heads)
-        tile = self.scratch(*view.shape).copy_(view)
-        return tile.view(self.block.chunks * self.geometry.batch * self.geometry.heads, -1, x.shape[-1])
+        matrices = self.block.chunks * self.geometry.batch * self.geometry.heads
+        tile = self.scratch(matrices, view.numel() // (matrices * x.shape[-1]), x.shape[-1])
+        tile.view(view.shape).copy_(view)
+        return tile
+
+
+def stretch_gates(inputs: Inputs, stretch: Block, geometry: Geometry) -> Gates | None:
+    """The gates of neighbouring chunks, given as one block."""
+    log_decay = inputs.log_decay
+    if log_decay is None:
+        return None
+    if log_decay.dim() == 1:
+        per_head = finite(log_decay.to(geometry.dtype)).repeat_interleave(geometry.heads // log_decay.shape[0])
+        return Gates(per_head.view(1, 1, -1, 1, 1).expand(-1, -1, -1, stretch.length, -1), stretch.start)
+    view = block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, stretch, geometry.heads)
+    return Gates(finite(view.to(geometry.dtype).flatten(2, 3)), stretch.start)
 
 
 def block_view(x: Tensor, block: Block, states: int) -> Tensor:
     """A block of [B, T, h, D] as [n, B, a, b, C, D]: a·b heads, or states when fewer heads than states are given."""
-    part = x[:, block.start : block.stop].unflatten(1, (block.chunks, block.length)).permute(1, 0, 3, 2, 4)
-    heads = x.shape[2]
-    if heads > states:
-        return part.unflatten(2, (states, heads // states))
-    return part.unsqueeze(3).expand(-1, -1, -1, states // heads, -1, -1)
+    batch, _, heads, dim = x.shape
+    over_batch, over_tokens, over_heads, over_dim = x.stride()
+    shared = heads // states if heads > states else 1  # heads that share a state
+    size = (block.chunks, batch, heads // shared, shared if shared > 1 else states // heads, block.length, dim)
+    inner = over_heads if shared > 1 else 0
+    stride = (block.length * over_tokens, over_batch, shared * over_heads, inner, over_tokens, over_dim)
+    return x.as_strided(size, stride, x.storage_offset() + block.start * over_tokens)
 
 
 def put(tile: Tensor, block: Block, total: Tensor) -> None:
