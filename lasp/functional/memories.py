@@ -4,7 +4,7 @@ is in each of these: projections of its own, and a short convolution."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,13 +124,20 @@ def routed_linear(x: Tensor, weight: Tensor, memories: Tensor) -> Tensor:
     return found.index_select(0, order.argsort()).view(*memories.shape, -1)
 
 
+class Routed(NamedTuple):
+    """Tokens x [B, T, n, C], each as it is in the n memories that it is sent to; memories [B, T, n], as in
+    `routed_delta_rule`; mask [B, T] bool: False tokens are not there."""
+
+    x: Tensor
+    memories: Tensor
+    mask: Tensor | None = None
+
+
 @outside
 def routed_conv1d(
-    x: Tensor,
+    tokens: Routed,
     weight: Tensor,
     *,
-    memories: Tensor,
-    mask: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -140,49 +147,56 @@ def routed_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`causal_conv1d` in each of M memories, over the tokens that are sent to it, one after another.
 
-    x [B, T, n, C] of each token in its memories; weight [M, C, W], of at least two taps; memories [B, T, n], as in
-    `routed_delta_rule`; mask [B, T] bool: False tokens are not there. initial_state: the last W - 1 tokens of each
-    memory, oldest first, [B or documents, M, W - 1, C]; 0 if None. Over a group these cross in one exchange.
+    weight [M, C, W], of at least two taps. initial_state: the last W - 1 tokens of each memory, oldest first,
+    [B or documents, M, W - 1, C]; 0 if None. Over a group these cross in one exchange.
 
     Returns the output [B, T, n, C], 0 where a token is not there, and where asked the final states.
     """
-    count, (batch, tokens, choices, channels), given = len(weight), x.shape, (x, weight, initial_state)
+    (x, memories, mask), count = tokens, len(weight)
 
     def check() -> Arguments:
-        check_tensors(("mask", "initial_state"), x=x, weight=weight, mask=mask, initial_state=initial_state)
         check_flags(output_final_state=output_final_state)
-        bounds = check_documents(x, cu_seqlens, cut)
-        rows = batch if bounds is None else len(bounds) - 1
-        wanted = [rows, count, weight.shape[2] - 1, channels]
-        if initial_state is not None and list(initial_state.shape) != wanted:
-            raise ValueError(f"initial_state must be {wanted}, got {list(initial_state.shape)}")
-        fields = check_options(None, scan, None, cut.group if cut else group) | {
-            "device": x.device.type,
-            "shape": [batch, choices, *weight.shape],
-            "dtype": str(x.dtype),
-            "final_state": output_final_state,
-            "initial_state": initial_state is not None,
-            "mask": mask is not None,
-            "backward": torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None),
-        }
-        return Arguments(fields, tokens, bounds)
+        said = check_options(None, scan, None, cut.group if cut else group) | {"final_state": output_final_state}
+        return _check_convolution(tokens, weight, initial_state, check_documents(x, cu_seqlens, cut), said)
 
     turn, packed = begin_call(group, "routed_conv1d", check, cut), is_packed(cu_seqlens, cut)
-    plan, runs = plan_call(turn, tokens, packed)
+    plan, runs = plan_call(turn, x.shape[1], packed)
     if _is_valueless(memories):
-        final = x.new_zeros(len(turn().bounds or (0, 0)) - 1 if packed else batch, count, weight.shape[2] - 1, channels)
+        rows = len(turn().bounds or (0, 0)) - 1 if packed else len(x)
+        final = x.new_zeros(rows, count, weight.shape[2] - 1, x.shape[3])
         return (x * weight.sum(), final) if output_final_state else x * weight.sum()
     if mask is not None:  # what is not there goes to a memory of its own, which makes nothing of it
         memories = memories.masked_fill(~mask.unsqueeze(-1), count)
         weight = pad(weight, (0, 0, 0, 0, 0, 1))
         initial_state = None if initial_state is None else pad(initial_state, (0, 0, 0, 0, 0, 1))
-    rows = Rows.of(memories, len(weight), runs)
-    convolution = SentConvolution(rows.runs, len(weight), 1.0, causal=True, chunk_size=tokens, batch=batch)
+    sent = Rows.of(memories, len(weight), runs)
+    convolution = SentConvolution(sent.runs, len(weight), 1.0, causal=True, chunk_size=x.shape[1], batch=len(x))
     call = Call(convolution, plan, turn, check_scan(scan), output_final_state)
     state = by_document(initial_state, len(weight), packed, compute_dtype(x))
-    output, ends = causal_recurrence(call, state, Sent(_taken(x.flatten(0, 2), rows.source), weight))
+    output, ends = causal_recurrence(call, state, Sent(_taken(x.flatten(0, 2), sent.source), weight))
     ends = None if ends is None else ends[:, :, :count]
-    return whole_results(_taken(output[0], rows.place.flatten()).view_as(x), ends, packed)
+    return whole_results(_taken(output[0], sent.place.flatten()).view_as(x), ends, packed)
+
+
+def _check_convolution(
+    tokens: Routed, weight: Tensor, state: Tensor | None, bounds: tuple[int, ...] | None, said: dict[str, Any]
+) -> Arguments:
+    """What ranks tell one another of `routed_conv1d`. bounds: of the documents; said: of the options."""
+    x, _, mask = tokens
+    check_tensors(("mask", "initial_state"), x=x, weight=weight, mask=mask, initial_state=state)
+    batch, length, choices, channels = x.shape
+    wanted = [batch if bounds is None else len(bounds) - 1, len(weight), weight.shape[2] - 1, channels]
+    if state is not None and list(state.shape) != wanted:
+        raise ValueError(f"initial_state must be {wanted}, got {list(state.shape)}")
+    fields = said | {
+        "device": x.device.type,
+        "shape": [batch, choices, *weight.shape],
+        "dtype": str(x.dtype),
+        "initial_state": state is not None,
+        "mask": mask is not None,
+        "backward": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, state)),
+    }
+    return Arguments(fields, length, bounds)
 
 
 def _is_valueless(memories: Tensor) -> bool:

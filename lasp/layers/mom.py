@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.functional import routed_delta_rule
-from lasp.functional.memories import routed_conv1d, routed_linear
+from lasp.functional.memories import Routed, routed_conv1d, routed_linear
 from lasp.layers.context import Context
 from lasp.layers.deltanet import unit_length
 from lasp.layers.gated_deltanet import GatedDeltaNet
@@ -61,10 +61,8 @@ class MixtureOfMemories(GatedDeltaNet):
         q, tail = conv(q, context, slice(queries))
         scan = "auto" if str(self.scan) == "heads" else self.scan  # a convolution has no heads to share
         found = routed_conv1d(
-            self._sent(x, memories),
+            Routed(self._sent(x, memories), memories, context.attention_mask),
             self._by_memory(conv.weight[queries:]),
-            memories=memories,
-            mask=context.attention_mask,
             initial_state=None if before is None else self._by_memory(before.tail[:, queries:], 1).mT.to(x.dtype),
             output_final_state=context.output_final_state,
             scan=scan,

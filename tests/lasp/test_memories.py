@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, one_hot
 
 import lasp
 from lasp.functional import routed_delta_rule
-from lasp.functional.memories import routed_conv1d
+from lasp.functional.memories import Routed, routed_conv1d
 from lasp.kernels import reference
 from lasp.launch.threads import run
 from lasp.layers import MixtureOfMemories
@@ -124,8 +124,8 @@ def convolved(packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tenso
 def test_a_memory_convolves_its_own_tokens(cut: str, packed: bool) -> None:
     tokens, fixed, grad, wanted = convolved(packed)
 
-    def found(**given: Any) -> Any:
-        return routed_conv1d(**given, output_final_state=True)
+    def found(x: Tensor, memories: Tensor, **given: Any) -> Any:
+        return routed_conv1d(Routed(x, memories), **given, output_final_state=True)
 
     assert_same(cut_results(found, tokens, fixed, grad, CUTS[cut], DOCUMENTS if packed else None), wanted)
 
@@ -134,8 +134,8 @@ def test_what_is_masked_no_memory_convolves() -> None:
     tokens, fixed, *_ = convolved(False)
     mask = torch.arange(37) % 3 > 0
     shown = {name: x[:, mask] for name, x in tokens.items()}
-    wanted, last = routed_conv1d(**shown, **fixed, output_final_state=True)
-    found, after = routed_conv1d(**tokens, **fixed, mask=mask.expand(2, 37), output_final_state=True)
+    wanted, last = routed_conv1d(Routed(**shown), **fixed, output_final_state=True)
+    found, after = routed_conv1d(Routed(**tokens, mask=mask.expand(2, 37)), **fixed, output_final_state=True)
     assert torch.equal(found[:, mask], wanted)
     assert torch.equal(after, last)
     assert not found[:, ~mask].any()
