@@ -234,7 +234,7 @@ def test_a_run_goes_on_with_the_nodes_that_are_left_and_again_with_all(tmp_path,
             wait_until(lambda: "ranks     1: dp 1 x sp 1" in said(folder) and steps(folder) > lost + 10)
             took = time.monotonic() - began
             nodes[1] = start(folder, 1, commands[1], {})
-            assert [one.wait(600) for one in nodes] == [0, 0], said(folder)[-3000:]
+            assert [one.wait(1200) for one in nodes] == [0, 0], said(folder)[-3000:]
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
     worlds = re.findall(r"^ranks     (\d): dp", said(folder), re.MULTILINE)
     say(f"R7, {axes[0]}: of two nodes one is lost, goes on after {took:.0f} s; ranks of the attempts: {worlds}")
