@@ -283,6 +283,22 @@ def test_the_command_starts_ranks_whose_losses_are_those_of_one_process(recipe, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_each_of_2_x_2_x_2_ranks_has_its_heads_and_all_levers_and_the_losses_are_those_of_one_process(recipe, tmp_path):
+    """dp x sp x tp, two micro-batches a step of packed documents."""
+    verse = "To be, or not to be, that is the question.\n" * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": verse[: 5 + 17 * n % 90]}) for n in range(100)))
+    data = [f"--data.source={tmp_path}/rows.jsonl", "--data.packing=first_fit", "--data.seq_len=37", "--steps=10"]
+    model = ["--model.pattern", '["gated_deltanet", "softmax"]', "--model.num_attention_heads=4"]
+    levers = ["--memory.fuse_loss=true", "--memory.mlp_tile=8", "--memory.checkpoint_every=1"]
+    assert main([recipe, *data, *model, "--data.batch_size=4", f"--output={tmp_path}/alone"]) == 0
+    assert main([recipe, *data, *model, *levers, "--dp=2", "--sp=2", "--tp=2", "--accumulation=2"]) == 0
+    alone, together = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("alone", "run"))
+    assert len(alone) == 10
+    assert [m.loss for m in together] == pytest.approx([m.loss for m in alone], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_readme_fine_tunes_validates_resumes_elsewhere_and_loads_in_plain_peft(tmp_path, monkeypatch):
     """The words of README.md, but for the length of sequences."""
     import torch
