@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +35,28 @@ class Rows(NamedTuple):
     def of(cls, memories: Tensor, count: int, runs: Sequence[tuple[int, int]]) -> Rows:
         """memories [B, T, n]: which of so many each token is sent to. runs: (offset, length) of the text's, in order.
 
-        The lengths come back to Python: an accelerator is waited for.
+        The lengths come back to Python: an accelerator is waited for. Without values every memory has as many.
         """
         batch, device = memories.shape[0], memories.device
         lengths = torch.tensor([length for _, length in runs], device=device)
         run = torch.arange(len(runs), device=device).repeat_interleave(lengths, output_size=memories.shape[1])
         stretch = (run[:, None] * batch + torch.arange(batch, device=device)[:, None, None]) * count + memories
         source = stretch.flatten().argsort(stable=True)  # a memory reads in the order of time
-        found = torch.bincount(stretch.flatten(), minlength=len(runs) * batch * count).tolist()
+        found = shares(stretch.flatten(), len(runs) * batch * count)
         place = torch.empty_like(source)
         place[source] = torch.arange(len(source), device=device)
         starts = accumulate(found, initial=0)
         return cls(source, place.view_as(memories), tuple(zip(starts, found, strict=False)))
+
+
+def shares(index: Tensor, count: int) -> list[int]:
+    """How often each number below `count` is in index [N]; of fake tensors and on meta, which have no values, all as
+    often."""
+    if index.untyped_storage().device.type == "meta":
+        ends = [len(index) * number // count for number in range(count + 1)]
+        return [end - start for start, end in pairwise(ends)]
+    found: list[int] = torch.bincount(index, minlength=count).tolist()
+    return found
 
 
 @dataclass(frozen=True)

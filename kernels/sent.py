@@ -87,7 +87,7 @@ class SentConvolution(Recurrence):
         return None
 
     def operations(self, inputs: Any) -> int:
-        return 2 * inputs.x.numel() * inputs.weight.shape[2]
+        return 0  # of filters, which are counted as a model's weights
 
     # Stretches --------------------------------------------------------------------------------------------------------
 

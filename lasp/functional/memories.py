@@ -3,7 +3,7 @@ is in each of these: projections of its own, and a short convolution."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from lasp.functional.recurrence import by_document, check_options, check_recurre
 from lasp.kernels.arguments import check_flags, check_integer, check_tensors
 from lasp.kernels.backend import Backend, implementation
 from lasp.kernels.chunks import CHUNK_SIZE
-from lasp.kernels.gathered import Gathered, Rows
+from lasp.kernels.gathered import Gathered, Rows, shares
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.sent import Sent, SentConvolution
@@ -55,8 +55,8 @@ def routed_delta_rule(
     num_memories; k [B, T, n, H, K], v [B, T, n, H, V], beta, log_decay [B, T, n, H]: of the token in each of these. The
     rows of each memory are gathered and stand one behind the other in one call, at the arithmetic of n memories in the
     place of M. Over a group the states of all memories cross in one exchange, whatever each rank sends to them. Python
-    is told how many rows each memory has: an accelerator is waited for. scan="heads" takes all memories for all tokens,
-    and so do fewer tokens than memories on one device, and tensors without values.
+    is told how many rows each memory has: an accelerator is waited for; memories without values have as many each.
+    scan="heads" takes all memories for all tokens, and so do fewer tokens than memories on one device.
 
     Returns what each token reads in each of its memories, [B, T, n, Hq, V], and where asked the final states
     [B or documents, M·H, K, V], as initial_state. All other arguments and what is refused are as in `delta_rule`.
@@ -74,7 +74,7 @@ def routed_delta_rule(
     inputs = Inputs(q, k, v, log_decay, beta)
     together(group, "routed_delta_rule", lambda: _check_shapes(inputs, memories, num_memories, initial_state))
     few = ranks_of(group, cut) == 1 and q.shape[1] < num_memories  # in generation
-    if _is_valueless(memories) or few or scan == Heads.name or isinstance(scan, Heads):
+    if few or scan == Heads.name or isinstance(scan, Heads):
         return _everywhere(inputs, memories, num_memories, output_final_state, options)
     batch, tokens, choices, heads = k.shape[:4]
 
@@ -114,11 +114,10 @@ def routed_linear(x: Tensor, weight: Tensor, memories: Tensor) -> Tensor:
     """`weight_m·x` in the memories that each token is sent to, at the arithmetic of those alone. x [B, T, I], weight
     [M, O, I], memories [B, T, n]; returns [B, T, n, O]. Nothing crosses ranks; an accelerator is waited for,
     but for fewer tokens than memories."""
-    if _is_valueless(memories) or x.shape[1] < len(weight):  # in generation
+    if x.shape[1] < len(weight):  # in generation
         every = linear(x, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
         return every.take_along_dim(memories.unsqueeze(-1), 2)
-    order = memories.flatten().argsort(stable=True)
-    counts = torch.bincount(memories.flatten(), minlength=len(weight)).tolist()
+    order, counts = memories.flatten().argsort(stable=True), shares(memories.flatten(), len(weight))
     rows = x.flatten(0, 1).index_select(0, order // memories.shape[2]).split(counts)
     found = torch.cat([linear(own, of_memory) for own, of_memory in zip(rows, weight, strict=True)])
     return found.index_select(0, order.argsort()).view(*memories.shape, -1)
@@ -152,19 +151,16 @@ def routed_conv1d(
 
     Returns the output [B, T, n, C], 0 where a token is not there, and where asked the final states.
     """
-    (x, memories, mask), count = tokens, len(weight)
+    x, memories, mask = tokens
 
     def check() -> Arguments:
         check_flags(output_final_state=output_final_state)
         said = check_options(None, scan, None, cut.group if cut else group) | {"final_state": output_final_state}
-        return _check_convolution(tokens, weight, initial_state, check_documents(x, cu_seqlens, cut), said)
+        return _check_convolution(tokens, weight, initial_state, lambda: check_documents(x, cu_seqlens, cut), said)
 
     turn, packed = begin_call(group, "routed_conv1d", check, cut), is_packed(cu_seqlens, cut)
     plan, runs = plan_call(turn, x.shape[1], packed)
-    if _is_valueless(memories):
-        rows = len(turn().bounds or (0, 0)) - 1 if packed else len(x)
-        final = x.new_zeros(rows, count, weight.shape[2] - 1, x.shape[3])
-        return (x * weight.sum(), final) if output_final_state else x * weight.sum()
+    count = len(weight)
     if mask is not None:  # what is not there goes to a memory of its own, which makes nothing of it
         memories = memories.masked_fill(~mask.unsqueeze(-1), count)
         weight = pad(weight, (0, 0, 0, 0, 0, 1))
@@ -179,11 +175,25 @@ def routed_conv1d(
 
 
 def _check_convolution(
-    tokens: Routed, weight: Tensor, state: Tensor | None, bounds: tuple[int, ...] | None, said: dict[str, Any]
+    tokens: Routed,
+    weight: Tensor,
+    state: Tensor | None,
+    documents: Callable[[], tuple[int, ...] | None],
+    said: dict[str, Any],
 ) -> Arguments:
-    """What ranks tell one another of `routed_conv1d`. bounds: of the documents; said: of the options."""
-    x, _, mask = tokens
-    check_tensors(("mask", "initial_state"), x=x, weight=weight, mask=mask, initial_state=state)
+    """What ranks tell one another of `routed_conv1d`. documents: their bounds; said: of the options."""
+    x, memories, mask = tokens
+    given = {"x": x, "weight": weight, "memories": memories, "mask": mask, "initial_state": state}
+    check_tensors(("mask", "initial_state"), **given)
+    told = f"x {list(x.shape)} on {x.device}, weight {list(weight.shape)} on {weight.device}"
+    if x.dim() != 4 or weight.dim() != 3 or weight.shape[1] != x.shape[3] or weight.shape[2] < 2:
+        raise ValueError(f"x must be [B, T, n, C] and weight [M, C, W] of at least two taps, got {told}")
+    if len({t.device for t in given.values() if t is not None}) > 1:
+        raise ValueError(f"x, weight, memories, mask and initial_state must share a device, got {told}")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+    _check_memories(memories, x, len(weight))
+    bounds = documents()
     batch, length, choices, channels = x.shape
     wanted = [batch if bounds is None else len(bounds) - 1, len(weight), weight.shape[2] - 1, channels]
     if state is not None and list(state.shape) != wanted:
@@ -197,11 +207,6 @@ def _check_convolution(
         "backward": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, state)),
     }
     return Arguments(fields, length, bounds)
-
-
-def _is_valueless(memories: Tensor) -> bool:
-    """Whether nobody can tell where tokens are sent: on meta, and of fake tensors."""
-    return memories.untyped_storage().device.type == "meta"
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
@@ -251,12 +256,18 @@ def _check_shapes(inputs: Inputs, memories: Tensor, count: int, state: Tensor | 
     if len({x.device for x in tensors.values()}) > 1 or not q.dtype == k.dtype == v.dtype:
         told = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in tensors.items())
         raise ValueError(f"q, k, v must share a dtype, and all a device, got {told}")
-    if memories.shape != k.shape[:3] or memories.dtype != torch.int64:
-        raise ValueError(f"memories must be int64 [B, T, n], got {memories.dtype} and {shapes}")
+    _check_memories(memories, k, count)
     if state is not None and (state.dim() != 4 or state.shape[1] != count * k.shape[3]):
         raise ValueError(
             f"initial_state must have a state for each of {count} x {k.shape[3]} heads, got {list(state.shape)}"
         )
+
+
+def _check_memories(memories: Tensor, beside: Tensor, count: int) -> None:
+    """Raises ValueError for what is no choice of memories below `count` for the tokens of `beside` [B, T, n, ...]."""
+    if memories.shape != beside.shape[:3] or memories.dtype != torch.int64:
+        wanted, told = list(beside.shape[:3]), f"{memories.dtype} {list(memories.shape)}"
+        raise ValueError(f"memories must be int64 [B, T, n] = {wanted}, got {told}")
     if may_look_at(memories):
         ordered = memories.sort(-1).values
         apart = (ordered[..., 1:] > ordered[..., :-1]).all() & ((memories >= 0) & (memories < count)).all()

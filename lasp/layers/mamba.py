@@ -48,6 +48,9 @@ class Mamba(RecurrentMixer):
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(channels, 1))
         self.D = nn.Parameter(torch.ones(channels))
 
+    def weights_met(self) -> dict[str, float]:
+        return dict.fromkeys(("A_log",), 0.0)
+
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
         return (self.v_proj,)

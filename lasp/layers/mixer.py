@@ -103,6 +103,11 @@ class Mixer(nn.Module):
         """Of x, all that the short convolution sees."""
         return self.q_proj, self.k_proj, self.v_proj
 
+    def weights_met(self) -> dict[str, float]:
+        """By name, the parameters that are no matrix or filter which a token passes, or that it passes a share of, with
+        that share. What a recurrence's own count of operations has of them is 0 here."""
+        return {}
+
     def project(self, x: Tensor, context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
         """The projections of x after the short convolution, where there is one, its tail, and the context of what
         follows."""

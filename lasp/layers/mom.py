@@ -53,6 +53,12 @@ class MixtureOfMemories(GatedDeltaNet):
         self.A_log = nn.Parameter(torch.linspace(1, 16, states).log())
         self.router = nn.Linear(hidden, num_memories, bias=False)
 
+    def weights_met(self) -> dict[str, float]:
+        assert self.short_conv is not None, "of every DeltaNet"
+        share, channels = (self.top_k + 1) / (self.num_memories + 1), len(self.short_conv.weight)
+        sent = share + (1 - share) * self.q_proj.out_features / channels  # the queries of all tokens are convolved
+        return {"k_proj.weight": share, "v_proj.weight": share, "short_conv.weight": sent}
+
     def project(self, x: Tensor, context: Context) -> tuple[list[Tensor], Tensor | None, Context]:
         conv, memories, before = self.short_conv, self.route(x)[0], self.convolved(context)
         assert conv is not None, "of every DeltaNet"

@@ -44,6 +44,9 @@ class Rwkv7(RecurrentMixer):
         self.write_scale = nn.Parameter(torch.ones(self.num_kv_heads, self.head_dim))
         self.bonus = nn.Parameter(torch.full((self.num_kv_heads, self.head_dim), 0.1))
 
+    def weights_met(self) -> dict[str, float]:
+        return dict.fromkeys(("erase_scale", "write_scale", "bonus"), 0.0)
+
     def log_decay(self, x: Tensor) -> Tensor:
         logits = self._heads(self.decay_proj(x)).to(torch.promote_types(x.dtype, torch.float32))
         return -math.exp(-0.5) * torch.sigmoid(logits)

@@ -47,6 +47,9 @@ class S4D(RecurrentMixer):
         self.C = nn.Parameter(torch.randn(channels, state_size, 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.ones(channels))
 
+    def weights_met(self) -> dict[str, float]:
+        return dict.fromkeys(("A_log", "A_imag", "C"), 0.0)
+
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
         return (self.v_proj,)

@@ -42,6 +42,9 @@ class SLstm(RecurrentMixer):
         with torch.no_grad():
             self.bias[2] = torch.linspace(3, 6, self.head_dim)  # of what is remembered
 
+    def weights_met(self) -> dict[str, float]:
+        return dict.fromkeys(("recurrent", "bias"), 0.0)
+
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
         return (self.v_proj,)

@@ -177,6 +177,10 @@ def _check_plain(index: int, module: nn.Module) -> None:
         raise ValueError(f"layer {index} ({name}) is not known to be plain: it has no {', '.join(missing)}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"layer {index} ({name}) is not causal")
+    if dropout := getattr(module, "attention_dropout", 0):
+        raise ValueError(
+            f"layer {index} ({name}) has attention_dropout {dropout}, a linearised one has none: read it with 0"
+        )
 
 
 def _convert(module: Any, method: str, options: dict[str, Any]) -> None:

@@ -242,8 +242,11 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             lasp.linearize(model, method, **options)
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="layer 1 .LlamaAttention. has attention_dropout 0.1"):
+        lasp.linearize(model, "liger")
     assert not any(isinstance(module, Linearized) for module in model.modules())
-    lasp.linearize(model, "liger")
+    lasp.linearize(model, "liger", layers=[0])
     with pytest.raises(ValueError, match="linearised already"):
         lasp.linearize(model, "liger")
     assert choose_layers("3/4", list(range(8))) == [0, 1, 2, 4, 5, 6]

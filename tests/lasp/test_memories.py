@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize, one_hot
 
 import lasp
 from lasp.functional import routed_delta_rule
 from lasp.functional.memories import Routed, routed_conv1d
 from lasp.kernels import reference
+from lasp.kernels.gathered import shares
 from lasp.launch.threads import run
 from lasp.layers import MixtureOfMemories
 from lasp.parallel.balance import router_balance
 from lasp.parallel.call import ALONE
+from lasp.parallel.work import work
 from tests.ranks import CUTS, DOCUMENTS, assert_same, cut_results, results
 
 MEMORIES, HEADS, KEYS, VALUES = 4, 2, 6, 5
@@ -128,6 +131,50 @@ def test_a_memory_convolves_its_own_tokens(cut: str, packed: bool) -> None:
         return routed_conv1d(Routed(x, memories), **given, output_final_state=True)
 
     assert_same(cut_results(found, tokens, fixed, grad, CUTS[cut], DOCUMENTS if packed else None), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"x": torch.ones(2, 37, 3)}, r"\[B, T, n, C\]"),
+        ({"weight": torch.ones(MEMORIES, 3, 1)}, "at least two taps"),
+        ({"weight": torch.ones(MEMORIES, 4, 3)}, r"x \[2, 37, 2, 3\] on cpu, weight \[4, 4, 3\]"),
+        ({"weight": None}, "weight must be a tensor"),
+        ({"memories": torch.zeros(2, 37, 2, dtype=torch.int64)}, "different memories below 4"),
+        ({"memories": torch.zeros(2, 36, 2, dtype=torch.int64)}, r"\[2, 37, 2\], got torch.int64 \[2, 36, 2\]"),
+        ({"mask": torch.ones(2, 37)}, r"bool \[2, 37\], got torch.float32"),
+        ({"initial_state": torch.ones(2, MEMORIES, 3, 3)}, r"initial_state must be \[2, 4, 2, 3\]"),
+    ],
+)
+def test_every_rank_is_told_what_one_may_not_convolve(wrong: dict[str, Any], words: str) -> None:
+    tokens, fixed, *_ = convolved(False)
+
+    def rank(group: lasp.SequenceGroup) -> str:
+        given = {**tokens, **fixed} | (wrong if group.rank else {})
+        with pytest.raises(ValueError, match=words) as told:
+            routed_conv1d(**given, group=group)
+        return str(told.value)
+
+    first, second = run(2, rank, checks=True)
+    assert first == second
+
+
+def test_without_values_every_memory_has_as_many_rows() -> None:
+    """On meta and of fake tensors: as many rows in all, and what ranks exchange."""
+    assert shares(torch.empty(10, device="meta", dtype=torch.int64), 4) == [2, 3, 2, 3]
+    mixer = MixtureOfMemories(16, 2)
+    x = torch.randn(2, 37, 16)
+
+    def seen(mixer: Any, x: Tensor) -> tuple[Any, float]:
+        with work() as counted:
+            y, state = mixer(x.requires_grad_(), output_final_state=True)
+            y.sum().backward()
+        return [(t.shape, t.dtype) for t in (y, *state, x.grad)], counted.flops
+
+    with_values = seen(mixer, x)
+    assert seen(deepcopy(mixer).to("meta"), x.detach().to("meta")) == with_values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert seen(MixtureOfMemories(16, 2), torch.randn(2, 37, 16)) == with_values
 
 
 def test_what_is_masked_no_memory_convolves() -> None:

@@ -17,6 +17,8 @@ from lasp.layers import MIXERS, Mixer, mixer_class
 from lasp.layers.features import FEATURE_MAPS, Hedgehog, LearnedQuadratic, TransformerToRnn, softmax, taylor
 from lasp.layers.hgrn2 import rising_bounds
 from lasp.layers.recurrent import RecurrentMixer
+from lasp.parallel.work import work
+from lasp.train.flops import weight_flops
 
 HIDDEN, HEADS, LENGTH, DIM = 24, 4, 13, 6
 
@@ -441,3 +443,30 @@ def test_lightnet_bears_logits_of_any_size() -> None:
     reference_y.square().sum().backward()
     assert (y - reference_y).norm() < 1e-4 * reference_y.norm()
     assert (x.grad - z.grad).norm() < 1e-3 * z.grad.norm()
+
+
+# Of a token: weights that it passes, and the recurrence's own operations (lasp/parallel/work.py).
+WIDE = HIDDEN * HIDDEN
+OPERATIONS = {
+    ("gla", 0.5): (4 * WIDE + HIDDEN * (16 + 8), 4 * HEADS * 3 * DIM),
+    ("hgrn2", None): (4 * WIDE, 4 * HEADS * DIM * DIM),
+    ("mamba", None): (3 * WIDE + HIDDEN * (2 * 16 + 2 * 2 + 4), 4 * HIDDEN * 16),
+    ("rwkv7", None): (5 * WIDE + HIDDEN * (4 * 16 + 3 * 4), 6 * HEADS * DIM * DIM),
+    ("mlstm", None): (5 * WIDE + 2 * HIDDEN * HEADS, 4 * HEADS * DIM * (DIM + 1)),
+    ("s4d", None): (3 * WIDE + HIDDEN * 4, 16 * HIDDEN * 32),
+    ("slstm", None): (2 * WIDE + HIDDEN * 4 + 4 * HEADS * DIM * DIM, 2 * 4 * HEADS * DIM * DIM),
+    # Of four memories two, and the shared one: keys, values and their filters; gates of all.
+    ("mom", None): (
+        (3 + 3 * 2) * WIDE + 4 * HIDDEN * (1 + 3 * 2) + HIDDEN * (4 + 2 * 5 * HEADS), 3 * 6 * HEADS * DIM * DIM,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "expand_k"), OPERATIONS)
+def test_operations_are_those_counted_by_hand(name: str, expand_k: float | None) -> None:
+    mixer = make(name, **({} if expand_k is None else {"expand_k": expand_k}))
+    weights, own = OPERATIONS[name, expand_k]
+    with work() as counted:
+        mixer(torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64))
+    assert counted.flops == 2 * LENGTH * own
+    assert weight_flops(mixer) == pytest.approx(6 * weights)
