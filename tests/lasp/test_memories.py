@@ -188,6 +188,27 @@ def test_what_is_masked_no_memory_convolves() -> None:
     assert not found[:, ~mask].any()
 
 
+def dense(mixer: MixtureOfMemories) -> MixtureOfMemories:
+    """The same with the keys and values of all memories, and all of these as heads, for every token (docs/mixers.md)."""
+    made = deepcopy(mixer)
+    made.scan = "heads"
+    for projection in (made.k_proj, made.v_proj):
+        projection.register_forward_hook(lambda *_: None)
+    return made
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_layer_is_its_dense_form(top_k: int) -> None:
+    torch.manual_seed(0)
+    mixer = MixtureOfMemories(24, 4, top_k=top_k).double()
+    x = torch.randn(2, 37, 24, dtype=torch.float64, requires_grad=True)
+    found, wanted = (
+        [y, *torch.autograd.grad(y.cos().sum(), [x, *layer.parameters()])]
+        for layer, (y, _) in ((layer, layer(x)) for layer in (mixer, dense(mixer)))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 def router_gradients(x: Tensor, balance: float, lengths: tuple[int, ...]) -> Tensor:
     """What the router of a layer gets from the sum of its output, over ranks that hold so many tokens of x each."""
 

@@ -19,6 +19,7 @@ PROMPT, NEW = 7, 9
 # Models of every mixer, and hybrids.
 KINDS = {name: {"mixer": name} for name in MIXERS} | {
     "hgrn2, bounds": {"mixer": "hgrn2", "pattern": "LNLL", "mixer_options": {"hgrn2": {"learned_bounds": True}}},
+    "gla, narrow keys": {"mixer": "gla", "mixer_options": {"gla": {"expand_k": 0.5}}},
     "LLLN": {"pattern": "LLLN"},
     "LNLN": {"pattern": ["retention", "softmax"], "mixer_options": {"softmax": {"window": 5}}},
     "NNNN": {"pattern": "NNNN", "num_key_value_heads": 2},
