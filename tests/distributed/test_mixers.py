@@ -1,4 +1,4 @@
-"""Every mixer, as a layer and in a model, with the sequence cut over ranks: what it is on one device."""
+"""Models of every mixer with the sequence cut over real ranks; tests/lasp/test_mixers_over_ranks.py has the layers."""
 
 from __future__ import annotations
 
@@ -19,41 +19,7 @@ pytestmark = pytest.mark.mpi(min_size=4)
 LENGTH, HIDDEN, HEADS = 35, 16, 2
 # Documents of one token, none, on a border of ranks, over three ranks; the third rank's tokens are all of one.
 DOCUMENTS = torch.tensor([0, 1, 9, 9, 30, 35])
-# The first rank of four holds nothing but padding; some is inside the text, and some after it.
-PADDED = torch.tensor([[0] * 11 + [1] * 6 + [0] * 3 + [1] * 11 + [0] * 4]).bool()
 Results = dict[str, Tensor]
-
-
-def layer_results(name: str, kind: str, group: lasp.SequenceGroup | None) -> Results:
-    """Output, final state where there may be one, and the gradients of the input and of every parameter."""
-    torch.manual_seed(0)
-    mixer = mixer_class(name)(HIDDEN, HEADS, layer_idx=1, num_layers=2).double()
-    x, grad = torch.randn(2, 1, LENGTH, HIDDEN, dtype=torch.float64).unbind()
-    positions, mask = torch.arange(LENGTH).unsqueeze(0), PADDED if kind == "padded" else None
-    if mask is not None:
-        grad = grad * mask[..., None]
-    if group is not None:
-        x, grad, positions = (lasp.shard(part, group) for part in (x, grad, positions))
-        mask = None if mask is None else lasp.shard(mask, group)
-    x.requires_grad_()
-    keeps_state = name != "softmax"
-    y, state = mixer(
-        x,
-        position_ids=positions,
-        attention_mask=mask,
-        cu_seqlens=DOCUMENTS if kind == "packed" else None,
-        output_final_state=keeps_state,
-        group=group,
-    )
-    y.backward(grad)
-    if group is not None:
-        lasp.sync_gradients(mixer, group)
-        y, dx = lasp.unshard(y.detach(), group), lasp.unshard(x.grad, group)
-    else:
-        dx = x.grad
-    states = {"state": state} if isinstance(state, Tensor) else {f"state {i}": s for i, s in enumerate(state or ())}
-    found = {"output": y, "input": dx} | states | {n: p.grad for n, p in mixer.named_parameters()}
-    return {name: value.detach() for name, value in found.items()}
 
 
 def model_results(name: str, packed: bool, group: lasp.SequenceGroup | None) -> Results:
@@ -84,36 +50,6 @@ def assert_same(found: Results, wanted: Results, tolerance: float = 1e-9) -> Non
     assert found.keys() == wanted.keys()
     errors = {n: ((found[n] - w).abs().max() / w.abs().max().clamp(min=1e-6)).item() for n, w in wanted.items()}
     assert max(errors.values()) <= tolerance, {n: e for n, e in errors.items() if not e <= tolerance}
-
-
-CUTS = [("contiguous", False), ("contiguous", True), ("zigzag", True)]
-
-
-# Those of which two simulated ranks are tested beside their functions (tests/lasp).
-SIMULATED = ("mamba", "mlstm", "rwkv7", "s4d", "slstm")
-SIZES = [(name, size) for size in (2, 4) for name in MIXERS]
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == 2 and case[0] in SIMULATED)) for case in SIZES],
-)
-@pytest.mark.parametrize(("layout", "packed"), CUTS)
-def test_a_layer_is_what_it_is_on_one_device(group_of, expected, name, size, layout, packed) -> None:
-    kind = "packed" if packed else "plain"
-    wanted = expected(layer_results, name, kind)
-    if (group := group_of(size, layout)) is not None:
-        assert_same(layer_results(name, kind, group), wanted)
-
-
-@pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if mixer.conv_size is None])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_padding_passes_states_through_ranks(group_of, expected, name, layout) -> None:
-    wanted = expected(layer_results, name, "padded")
-    found = layer_results(name, "padded", group_of(4, layout))
-    for results in (found, wanted):  # what comes of padding is nobody's
-        results["output"] = results["output"] * PADDED[..., None]
-    assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("name", MIXERS)

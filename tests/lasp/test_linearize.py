@@ -243,7 +243,7 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ValueError, match=told):
             lasp.linearize(model, method, **options)
     model.model.layers[1].self_attn.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="layer 1 .LlamaAttention. has attention_dropout 0.1"):
+    with pytest.raises(ValueError, match=r"layer 1 .LlamaAttention. has attention_dropout 0.1"):
         lasp.linearize(model, "liger")
     assert not any(isinstance(module, Linearized) for module in model.modules())
     lasp.linearize(model, "liger", layers=[0])

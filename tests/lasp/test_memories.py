@@ -189,7 +189,7 @@ def test_what_is_masked_no_memory_convolves() -> None:
 
 
 def dense(mixer: MixtureOfMemories) -> MixtureOfMemories:
-    """The same with the keys and values of all memories, and all of these as heads, for every token (docs/mixers.md)."""
+    """The same with keys and values of all memories, and these as heads, for every token (docs/mixers.md)."""
     made = deepcopy(mixer)
     made.scan = "heads"
     for projection in (made.k_proj, made.v_proj):
