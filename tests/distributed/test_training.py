@@ -78,6 +78,7 @@ SHARES = [(1, "contiguous"), (2, "zigzag"), (4, "contiguous")]
     [("float64", 1e-9, SHARES), pytest.param("float32", 1e-4, SHARES, marks=pytest.mark.slow)],
 )
 def test_any_share_of_dp_and_sp_has_the_curve_of_a_plain_loop(config, once, dtype, tolerance, shares):
+    config = replace(config, steps=10, optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2))
     expected = None
     for sp, layout in shares:
         dp = WORLD // sp
@@ -137,16 +138,27 @@ def test_a_mesh_that_does_not_fit_is_refused_by_all(config):
         Ranks.join(replace(config, sp=3))
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_named_and_a_drift_is_found(config, world, engine):
-    """Twenty places of four ranks in turn: a weight, an activation, a state, a gradient, a loss."""
-    config = replace(config, sp=2, engine=engine, steps=40, skips=100)
+TWENTY = range(20)
+
+
+@pytest.mark.parametrize(
+    ("engine", "places"),
+    [
+        ("ddp", (0, 5, 10, 15, 17)),
+        pytest.param("ddp", TWENTY, marks=pytest.mark.slow),
+        pytest.param("fsdp2", TWENTY, marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "ddp everywhere", "fsdp2 everywhere"],
+)
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_named_and_a_drift_is_found(config, world, engine, places):
+    """Places of four ranks in turn: a weight, an activation, a state, a gradient, a loss."""
+    config = replace(config, sp=2, engine=engine, steps=2 * len(places), skips=100)
     ranks = Ranks.join(config)
     trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
     model, told = trainer.engine.model, []
     trainer._tell_skipped = lambda loss, norm: told.append(blame(trainer.engine, ranks))
     mixer = model.model.layers[0].mixer
-    for number in range(20):
+    for number in places:
         trainer.step()
         before = [local_part(value).clone() for value in model.parameters()]
         culprit, what = number % WORLD, number // WORLD
@@ -167,17 +179,18 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_named_and_a_drift_
         assert told[-1].startswith("not finite are ")
         if engine == "ddp":
             assert f"rank {culprit} (first " in told[-1], told[-1]
-    assert len(told) == 20
+    assert len(told) == len(places)
     if engine == "fsdp2":
         trainer._compare_replicas()  # it has none
         return
     trainer._compare_replicas()
-    for number in range(20):
+    for number in places:
         name, parameter = list(model.named_parameters())[number % len(list(model.parameters()))]
         kept = parameter.detach().clone()
-        if world.rank == number % WORLD:
+        culprit = number % WORLD
+        if world.rank == culprit:
             flip_bit(parameter, number)
-        told = f"after step 40 the ranks hold other models: {name} differs on rank {number % WORLD} from rank "
+        told = f"after step {config.steps} the ranks hold other models: {name} differs on rank {culprit} from rank "
         with pytest.raises(StepError, match=re.escape(told)):
             trainer._compare_replicas()
         with torch.no_grad():

@@ -22,7 +22,7 @@ PACKED = (0, 1, 10, 10, 21, 37)
 @pytest.mark.parametrize(
     ("decay", "lengths", "scan", "options"),
     [
-        ("none", (5, 32), "gather", {"beta": 2.0}),
+        pytest.param("none", (5, 32), "gather", {"beta": 2.0}, marks=pytest.mark.slow),
         ("head", (37, 0), "gather", {"cu_seqlens": PACKED}),
         pytest.param("token", None, "ring", {"heads": (2, 1, 2, 2), "cu_seqlens": PACKED}, marks=pytest.mark.slow),
         pytest.param("channel", (5, 32), "gather", {"strength": 50.0}, marks=pytest.mark.slow),
