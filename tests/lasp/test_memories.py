@@ -151,8 +151,9 @@ def test_every_rank_is_told_what_one_may_not_convolve(wrong: dict[str, Any], wor
 
     def rank(group: lasp.SequenceGroup) -> str:
         given = {**tokens, **fixed} | (wrong if group.rank else {})
+        sent = Routed(given.pop("x"), given.pop("memories"), given.pop("mask", None))
         with pytest.raises(ValueError, match=words) as told:
-            routed_conv1d(**given, group=group)
+            routed_conv1d(sent, **given, group=group)
         return str(told.value)
 
     first, second = run(2, rank, checks=True)
