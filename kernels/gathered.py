@@ -42,14 +42,14 @@ class Rows(NamedTuple):
         run = torch.arange(len(runs), device=device).repeat_interleave(lengths, output_size=memories.shape[1])
         stretch = (run[:, None] * batch + torch.arange(batch, device=device)[:, None, None]) * count + memories
         source = stretch.flatten().argsort(stable=True)  # a memory reads in the order of time
-        found = shares(stretch.flatten(), len(runs) * batch * count)
+        found = counts_of(stretch.flatten(), len(runs) * batch * count)
         place = torch.empty_like(source)
         place[source] = torch.arange(len(source), device=device)
         starts = accumulate(found, initial=0)
         return cls(source, place.view_as(memories), tuple(zip(starts, found, strict=False)))
 
 
-def shares(index: Tensor, count: int) -> list[int]:
+def counts_of(index: Tensor, count: int) -> list[int]:
     """How often each number below `count` is in index [N]; of fake tensors and on meta, which have no values, all as
     often."""
     if index.untyped_storage().device.type == "meta":

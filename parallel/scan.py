@@ -147,7 +147,7 @@ class Pipeline(Scan):
             check_integer("blocks", self.blocks, 1)
 
     def fitted(self, links: Links, sizes: Sizes, wires: Wires) -> Pipeline:
-        """As many blocks as let the last arrive first, by the model of `cost.py`."""
+        """As many blocks as let the last arrive first, by the overheads of wires."""
         return Pipeline(max(1, min(self.blocks or _best_blocks(links, sizes, wires), sizes.rows)))
 
     def messages(self, links: Links) -> Iterator[Message]:

@@ -16,7 +16,7 @@ from lasp.functional.recurrence import by_document, check_options, check_recurre
 from lasp.kernels.arguments import check_flags, check_integer, check_tensors
 from lasp.kernels.backend import Backend, implementation
 from lasp.kernels.chunks import CHUNK_SIZE
-from lasp.kernels.gathered import Gathered, Rows, shares
+from lasp.kernels.gathered import Gathered, Rows, counts_of
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.precision import compute_dtype
 from lasp.kernels.sent import Sent, SentConvolution
@@ -117,7 +117,7 @@ def routed_linear(x: Tensor, weight: Tensor, memories: Tensor) -> Tensor:
     if x.shape[1] < len(weight):  # in generation
         every = linear(x, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
         return every.take_along_dim(memories.unsqueeze(-1), 2)
-    order, counts = memories.flatten().argsort(stable=True), shares(memories.flatten(), len(weight))
+    order, counts = memories.flatten().argsort(stable=True), counts_of(memories.flatten(), len(weight))
     rows = x.flatten(0, 1).index_select(0, order // memories.shape[2]).split(counts)
     found = torch.cat([linear(own, of_memory) for own, of_memory in zip(rows, weight, strict=True)])
     return found.index_select(0, order.argsort()).view(*memories.shape, -1)

@@ -54,8 +54,8 @@ class MixtureOfMemories(GatedDeltaNet):
         self.router = nn.Linear(hidden, num_memories, bias=False)
 
     def weights_met(self) -> dict[str, float]:
-        assert self.short_conv is not None, "of every DeltaNet"
-        share, channels = (self.top_k + 1) / (self.num_memories + 1), len(self.short_conv.weight)
+        share = (self.top_k + 1) / (self.num_memories + 1)
+        channels = sum(projection.out_features for projection in self.projections)  # also where weights are away (zero3)
         sent = share + (1 - share) * self.q_proj.out_features / channels  # the queries of all tokens are convolved
         return {"k_proj.weight": share, "v_proj.weight": share, "short_conv.weight": sent}
 

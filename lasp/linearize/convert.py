@@ -177,7 +177,8 @@ def _check_plain(index: int, module: nn.Module) -> None:
         raise ValueError(f"layer {index} ({name}) is not known to be plain: it has no {', '.join(missing)}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"layer {index} ({name}) is not causal")
-    if dropout := getattr(module, "attention_dropout", 0):
+    dropout = getattr(module, "attention_dropout", 0)
+    if dropout := getattr(dropout, "p", dropout):
         raise ValueError(
             f"layer {index} ({name}) has attention_dropout {dropout}, a linearised one has none: read it with 0"
         )

@@ -99,13 +99,16 @@ def foreign(config: TrainConfig, world: MPI.Comm, kind: str) -> TrainConfig:
     return replace(config, model={"name": str(folder), "from_scratch": True, "vocab_size": 300})
 
 
+def local_rank(world: MPI.Comm) -> str:
+    """What DeepSpeed looks for, as mpirun has numbered the ranks of a machine, which is in an order of its own."""
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(world.rank))
+
+
 @pytest.fixture
 def groups(engine: str, world: MPI.Comm, request: pytest.FixtureRequest) -> None:
-    """Process groups end with a test, but for those that DeepSpeed makes and keeps. It looks for what launchers set, as
-    mpirun has numbered the ranks of a machine, which is in an order of its own."""
+    """Process groups end with a test, but for those that DeepSpeed makes and keeps."""
     if engine.startswith("zero"):
-        local = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(world.rank))
-        request.getfixturevalue("monkeypatch").setenv("LOCAL_RANK", local)
+        request.getfixturevalue("monkeypatch").setenv("LOCAL_RANK", local_rank(world))
     else:
         request.getfixturevalue("own_groups")
 
@@ -175,7 +178,7 @@ def test_what_2_x_2_ranks_saved_goes_on_on_any_ranks_and_engine(config, once, su
 )
 def test_a_run_that_changes_its_engine_on_the_way_is_the_undisturbed_one(config, world, monkeypatch, engines):
     """Two steps with each, told to stop after the second, in one folder."""
-    monkeypatch.setenv("LOCAL_RANK", str(world.rank))  # which DeepSpeed looks for
+    monkeypatch.setenv("LOCAL_RANK", local_rank(world))
     whole, losses = replace(config, steps=12, output=config.output + "-whole"), []
     ranks = Ranks.join(whole)
     expected = train(Run.prepare_together(whole, ranks.everyone), ranks).losses

@@ -17,7 +17,7 @@ import lasp
 from lasp.functional import routed_delta_rule
 from lasp.functional.memories import Routed, routed_conv1d
 from lasp.kernels import reference
-from lasp.kernels.gathered import shares
+from lasp.kernels.gathered import counts_of
 from lasp.launch.threads import run
 from lasp.layers import MixtureOfMemories
 from lasp.parallel.balance import router_balance
@@ -160,9 +160,18 @@ def test_every_rank_is_told_what_one_may_not_convolve(wrong: dict[str, Any], wor
     assert first == second
 
 
+def test_what_a_token_meets_is_known_where_weights_are_away() -> None:
+    """As under zero3, between the forward passes of modules."""
+    mixer = MixtureOfMemories(16, 2)
+    expected = mixer.weights_met()
+    for parameter in mixer.parameters():
+        parameter.data = torch.empty(0)
+    assert mixer.weights_met() == expected
+
+
 def test_without_values_every_memory_has_as_many_rows() -> None:
     """On meta and of fake tensors: as many rows in all, and what ranks exchange."""
-    assert shares(torch.empty(10, device="meta", dtype=torch.int64), 4) == [2, 3, 2, 3]
+    assert counts_of(torch.empty(10, device="meta", dtype=torch.int64), 4) == [2, 3, 2, 3]
     mixer = MixtureOfMemories(16, 2)
     x = torch.randn(2, 37, 16)
 
