@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from lasp.train.config import TrainConfig
+from lasp.train.ranks import fitted
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,15 @@ class Job:
 
     def elastic(self, least: int) -> Self:
         """The same training such that it goes on by fewer ranks when no more than so many nodes are left. ValueError
-        where that is more than there are."""
+        where that is more than there are, or where a number of nodes in between cannot share the steps out."""
         if not 1 <= least <= self.nodes:
             raise ValueError(f"--least-nodes must lie in 1..{self.nodes}, the number of nodes, got {least}")
         dp = self.nodes * self.gpus // (self.config.sp * self.config.tp)
+        for nodes in range(least, self.nodes):
+            try:
+                fitted(replace(self.config, elastic=True, dp=dp), nodes * self.gpus)
+            except ValueError as error:
+                raise ValueError(f"--least-nodes {least}: with {nodes} of {self.nodes} nodes, {error}") from error
         return replace(self, arguments=(*self.arguments, "--elastic", "true", "--dp", str(dp)))
 
     @property

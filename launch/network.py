@@ -78,7 +78,7 @@ class Network:
         _traffic(space, "class", "parent", "1:", "classid", "1:1", "htb", *shape)
         for name, prio in (("1:10", "0"), ("1:20", "1")):
             _traffic(space, "class", "parent", "1:1", "classid", name, "htb", *shape, "prio", prio)
-        queue = int(self.rate / 8 * _QUEUE)
+        queue = max(int(self.rate / 8 * _QUEUE), 64 << 10)  # or no segment would ever enter it
         _traffic(space, "qdisc", "parent", "1:20", "bfifo", "limit", str(queue))
         short = ("match", "u16", "0x0000", "0xff80", "at", "2")  # IP packets of less than 128 bytes
         _traffic(space, "filter", "parent", "1:", "protocol", "ip", "u32", *short, "flowid", "1:10")

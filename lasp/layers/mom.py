@@ -55,7 +55,7 @@ class MixtureOfMemories(GatedDeltaNet):
 
     def weights_met(self) -> dict[str, float]:
         share = (self.top_k + 1) / (self.num_memories + 1)
-        channels = sum(projection.out_features for projection in self.projections)  # also where weights are away (zero3)
+        channels = sum(each.out_features for each in self.projections)  # known where zero3 has weights away, too
         sent = share + (1 - share) * self.q_proj.out_features / channels  # the queries of all tokens are convolved
         return {"k_proj.weight": share, "v_proj.weight": share, "short_conv.weight": sent}
 

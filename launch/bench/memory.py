@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 peaks = [_peak(ranks, lever, tokens, options.tile) for tokens in options.tokens]
                 found["cells"].append({"ranks": ranks, "lever": lever, "tokens": options.tokens, "peaks": peaks})
                 found["cells"][-1]["longest"] = longest = _longest(options, peaks, ranks)
-                if options.train:
+                if options.train and longest >= 100 * ranks:
                     around = [longest * percent // (100 * ranks) for percent in (98, 103)]
                     found["cells"][-1]["trained"] = [(t, _peak(ranks, lever, t, options.tile)) for t in around]
     return found

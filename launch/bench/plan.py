@@ -157,21 +157,22 @@ def _show_choices(contests: list[dict[str, Any]]) -> None:
     rows, near = [], 0
     for contest in contests:
         chosen, fastest = choice(contest)
+        if chosen is None or fastest is None:
+            continue
         worse = chosen["seconds"] / fastest["seconds"] - 1
-        near += worse <= WORSE
+        near += worse <= WORSE and chosen["bytes"] <= 1e6 * contest["mb"]
         told = [part for one in (chosen, fastest) for part in (one["candidate"], f"{1e3 * one['seconds']:.0f}")]
         model = f"{contest['model']} {contest['pattern']}".strip()
         rows.append([model, contest["ranks"], contest["seq"], f"{contest['mb']:.0f}", *told, f"{100 * worse:.0f}"])
-    print(
-        f"\n{markdown(headings, rows)}\n\nthe choice within {100 * WORSE:.0f} % of the fastest in {near} of {len(rows)}"
-    )
+    print(f"\n{markdown(headings, rows)}")
+    print(f"\nthe choice fits and is within {100 * WORSE:.0f} % of the fastest in {near} of {len(contests)}")
 
 
-def choice(contest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a plan takes, and the fastest of those that were measured to fit."""
+def choice(contest: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What a plan takes, and the fastest of those that were measured to fit; None where nothing does."""
     tried = contest["candidates"]
     fit = [one for one in tried if one["bytes"] <= 1e6 * contest["mb"]]
-    return tried[0], min(fit, key=lambda one: one["seconds"])
+    return next(iter(tried), None), min(fit, key=lambda one: one["seconds"], default=None)
 
 
 def _named(cell: dict[str, Any]) -> list[Any]:

@@ -23,8 +23,8 @@ def begin_peak() -> int:
 
 def give_back_freed() -> None:
     """Freed tensors go back to the system at once, and what this process holds is what is in use."""
-    _thresholds(1 << 16, 1 << 16)
-    ctypes.CDLL(None).malloc_trim(0)
+    if libc := _thresholds(1 << 16, 1 << 16):
+        libc.malloc_trim(0)
 
 
 def keep_freed() -> None:
@@ -33,10 +33,14 @@ def keep_freed() -> None:
     _thresholds(64 << 20, 32 << 20)
 
 
-def _thresholds(trim: int, mmap: int) -> None:
+def _thresholds(trim: int, mmap: int) -> ctypes.CDLL | None:
+    """glibc, with these set; None where it is another library."""
     libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return None
     libc.mallopt(_TRIM, trim)
     libc.mallopt(_MMAP, mmap)
+    return libc
 
 
 class AnonymousPeak(threading.Thread):

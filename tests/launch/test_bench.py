@@ -219,7 +219,11 @@ def test_a_choice_is_held_against_the_fastest_that_fits() -> None:
     tried = [{"candidate": name, "seconds": seconds, "bytes": 1e6 * mb}
              for name, seconds, mb in (("a", 1.0, 90), ("b", 0.9, 100), ("c", 0.5, 101))]  # fmt: skip
     chosen, fastest = plan.choice({"mb": contest.mb, "candidates": tried})
+    assert chosen is not None
+    assert fastest is not None
     assert (chosen["candidate"], fastest["candidate"]) == ("a", "b")
+    assert plan.choice({"mb": 1, "candidates": tried}) == (tried[0], None)
+    assert plan.choice({"mb": 1, "candidates": []}) == (None, None)
 
 
 @pytest.mark.slow
@@ -230,4 +234,4 @@ def test_bench_plan_trains_what_it_chooses_from(tmp_path: Path, capsys: pytest.C
     (contest,) = json.loads(file.read_text())["choices"]
     assert len(contest["candidates"]) == 8, "four levers, and two ways to lay out two ranks"
     assert all(one["bytes"] > 0 and one["seconds"] > 0 for one in contest["candidates"])
-    assert "the choice within 5 % of the fastest in" in capsys.readouterr().out
+    assert "the choice fits and is within 5 % of the fastest in" in capsys.readouterr().out

@@ -73,9 +73,9 @@ def test_torchrun_as_one_node_of_two(capsys, monkeypatch, host, is_host):
 def test_torchrun_with_fewer_nodes_when_others_are_lost(capsys, monkeypatch):
     monkeypatch.setattr(torchrun, "own_address", lambda _: "10.99.7.1")
     monkeypatch.setattr(torchrun, "interface_of", lambda _: None)
-    arguments = ["long.toml", "--nodes", "4", "--gpus", "2", "--least-nodes", "2", "--wait", "60"]
+    arguments = ["long.toml", "--nodes", "2", "--gpus", "4", "--least-nodes", "1", "--wait", "60"]
     said = told(capsys, "torchrun", *arguments, "--endpoint", "127.0.0.1:29400", "--dry-run")
-    assert " --nnodes 2:4 --nproc-per-node 2 " in said
+    assert " --nnodes 1:2 --nproc-per-node 4 " in said
     assert " --rdzv-conf is_host=1,join_timeout=60,last_call_timeout=5 " in said
     assert said.endswith(" long.toml --elastic true --dp 2 --resume latest\n")
 
@@ -145,6 +145,7 @@ def test_the_batch_file_of_the_documentation_is_a_real_one():
         (["torchrun", "long.toml", "--nodes", "2", "--endpoint", "no-such-host.invalid:29500"], "has no address here"),
         (["torchrun", "long.toml", "--least-nodes", "1"], "--nodes is 1"),
         (["torchrun", "long.toml", "--nodes", "2", "--least-nodes", "3"], "--least-nodes must lie in 1..2"),
+        (["torchrun", "long.toml", "--nodes", "4", "--gpus", "2", "--least-nodes", "2"], "with 3 of 4 nodes"),
         (["torchrun", "long.toml", "--nodes", "2", "--wait", "0"], "--wait must be at least 1, got 0"),
         (["torchrun", "long.toml", "--overwrite", "true"], "add --overwrite false"),
         (["torchrun", "long.toml", "--resume", "runs/step-000001"], 'resume = "latest" takes the newest'),

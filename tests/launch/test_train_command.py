@@ -322,6 +322,7 @@ def test_the_readme_fine_tunes_validates_resumes_elsewhere_and_loads_in_plain_pe
     text = section.partition("```toml\n")[2].partition("```")[0]
     Path("tune.toml").write_text(text.replace("seq_len = 4096", "seq_len = 128"))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # ranks of the CPU, of which there are enough
     commands = re.findall(r"^    ((?:lasp|python) .*)$", section.partition("\n## ")[0], re.MULTILINE)
     assert len(commands) == 3
     told = [
