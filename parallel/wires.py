@@ -33,9 +33,10 @@ class Wire(NamedTuple):
         return max(self.latency - self.hop, 0.0) if self.gap is None else self.gap
 
     def rest(self, way: float) -> float:
-        """Seconds that the next message waits behind one whose bytes take so many: an overhead, or what ranks that all
-        send and put to use lose of the bandwidth, where that is more."""
-        return max(self.overhead, way / self.share - way)
+        """Seconds that the next message waits behind one whose bytes take so many: until the gap is over, which bytes
+        hide, or an overhead; or what ranks that all send and put to use lose of the bandwidth, where that is more."""
+        lost = way / self.share - way
+        return max(self.overhead if self.gap is None else self.gap - way, lost)
 
 
 class Wires(NamedTuple):

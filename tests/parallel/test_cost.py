@@ -35,12 +35,12 @@ def test_formulas(ranks: int) -> None:
     assert cost(Ring(), ranks) == (ranks - 1) * (a + state)
     for blocks in (2, 4):
         assert cost(Pipeline(blocks), ranks) == (ranks - 1) * (a + state / blocks) + (blocks - 1) * state / blocks
-    resting = SLOW._replace(gap=3.0, share=0.5)
+    resting = SLOW._replace(gap=5.0, share=0.5)
     wires = Wires(resting, resting)
     assert cost(Gather(), ranks, wires=wires) == (ranks - 1) * (a + 2 * whole)
     assert cost(Ring(), ranks, wires=wires) == cost(Ring(), ranks), "no message follows another"
     for blocks in (2, 4):
-        more = (blocks - 1) * (state / blocks + max(3, state / blocks))  # the gap, or half the bandwidth
+        more = (blocks - 1) * max(5, 2 * state / blocks)  # the gap, or half the bandwidth
         assert cost(Pipeline(blocks), ranks, wires=wires) == (ranks - 1) * (a + state / blocks) + more
     # The first rank sends to 1, 2, 4, ... at once: they share its port, and who is told by them waits for that.
     steps = ranks.bit_length() - 1
