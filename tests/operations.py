@@ -62,7 +62,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "transposed": lambda x: _permuted(x, [*range(x.dim() - 2), *reversed(range(max(x.dim() - 2, 0), x.dim()))]),
     "permuted": lambda x: _permuted(x, [*reversed(range(x.dim()))]),
-    "expanded": lambda x: x[:, :1].expand(x.shape) if x.dim() > 1 else x[:1].expand(x.shape),
+    # The heads, of what has some: attention over values that are all alike has gradients of nothing but rounding.
+    "expanded": lambda x: x.narrow(-2 if x.dim() > 3 else min(x.dim() - 1, 1), 0, 1).expand(x.shape),
     "broadcast": lambda x: x[..., :1].expand(x.shape),
     "sliced": _sliced,
     "offset": _offset,
