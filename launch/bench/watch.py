@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from threading import Thread, get_ident
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -100,10 +101,12 @@ class Work:
             self._error = error
         self.arrived = perf_counter()
 
-    def wait(self) -> None:
+    def wait(self, limit: timedelta | None = None) -> None:
         """As torch's."""
         with self._watch.waiting():
-            self._thread.join()
+            self._thread.join(None if limit is None else limit.total_seconds())
+        if self._thread.is_alive():
+            raise RuntimeError(f"nothing came for {limit}")
         if self._error is not None:
             raise self._error
 
