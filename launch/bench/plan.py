@@ -45,7 +45,7 @@ CASES = (
     Case("lightning", "L", "fused loss", ranks=2, engine="fsdp2", tokens=1024),
     Case("qwen3", levers="checkpoints", ranks=2, tokens=1024),
 )
-LIMITED = (0, 2, 4, 7, 13)  # of the cases, those whose longest sequence is looked for
+LIMITED = (0, 2, 4, 7, 13)  # of the cases, those whose longest sequence is looked for where none are named
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Planned and measured, case by case; the lengths that trained under a limit, and those that did not."""
     on = Machine.named(options.gpu)
     found: dict[str, Any] = {"machine": machine(1), "mb": options.mb, "cells": [], "longest": [], "choices": []}
-    chosen = options.cases or range(len(CASES))
-    for case in (CASES[number] for number in chosen if "cells" in options.part):
+    for case in (CASES[number] for number in options.cases or range(len(CASES)) if "cells" in options.part):
         planned, measured = _plan(case, on), train(case, options.repeat)
         found["cells"].append(asdict(case) | {"planned": planned, "measured": measured})
         _tell(f"{case}: {planned['bytes'] / 1e6:.0f} MB planned, {measured['bytes'] / 1e6:.0f} measured")
-    for case in (CASES[number] for number in chosen if "longest" in options.part and number in LIMITED):
+    for case in (CASES[number] for number in options.cases or LIMITED if "longest" in options.part):
         limited = replace(on, chip=replace(on.chip, memory=1e6 * options.mb))
         tokens = longest(_candidate(case), limited, _footprints(case, on)) // case.ranks
         tries = (tokens, ceil(1.1 * tokens))
