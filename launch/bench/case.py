@@ -24,6 +24,11 @@ import torch.multiprocessing as mp
 import lasp
 from lasp.launch.bench.resident import begin_peak, give_back_freed, keep_freed, status
 from lasp.launch.plan.candidate import LEVERS
+from lasp.launch.plan.footprint import Footprints, Setting
+from lasp.launch.simulate.machine import Machine
+from lasp.parallel.layout import Layout
+from lasp.parallel.methods import Method
+from lasp.parallel.scan import ScanName
 from lasp.train.config import EngineName, LoraConfig, OptimizerConfig, OptimizerName
 from lasp.train.model import ModelPlan, pull
 from lasp.train.optimizer import build_optimizers
@@ -40,6 +45,9 @@ WRAPPED: dict[str, dict[str, Any]] = {  # of a kind of Hugging Face model, besid
     },
     "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1, "expand": 2, "chunk_size": 64},
 }  # fmt: skip
+LAYOUT: Layout = "contiguous"
+SCAN: ScanName = "gather"
+METHOD: Method = "ring"
 WARM = 2  # steps until DDP has its buckets in the order of the gradients
 
 
@@ -62,6 +70,11 @@ class Case:
     def plan(self) -> ModelPlan:
         """The model that is planned, and built."""
         return ModelPlan(_configuration(self.model, self.pattern), None, LoraConfig())
+
+    def footprints(self, on: Machine) -> Footprints:
+        """What a plan reads of the model's steps."""
+        levers = LEVERS[self.levers]
+        return Footprints(Setting(self.plan, levers, LAYOUT, SCAN, METHOD, "float32", on.wires, self.optimizer))
 
 
 def _configuration(model: str, pattern: str) -> Any:
@@ -139,7 +152,7 @@ class Training:
     """Steps of a model over a group."""
 
     def __init__(self, case: Case, group: lasp.SequenceGroup) -> None:
-        model = lasp.parallelize(case.plan.build(0, torch.float32), group, attention="ring", scan="gather")
+        model = lasp.parallelize(case.plan.build(0, torch.float32), group, attention=METHOD, scan=SCAN)
         self.model: Any = pull(model, LEVERS[case.levers])
         self.module: Any = lasp.data_parallel(self.model, group, case.engine)  # type: ignore[arg-type]
         self.optimizers = build_optimizers(self.model, OptimizerConfig(name=case.optimizer))

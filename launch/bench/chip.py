@@ -1,7 +1,7 @@
 """What this machine's CPU reaches, for `lasp plan --gpu FILE`: write it with --json FILE.
 
-Products and passes over memory are measured as such; mixers within each model of `lasp bench plan`, there
-and back by the clock, one rank on one core in fp32. Their projections are taken off at the speed of products.
+Products, passes over memory and mixers are measured within steps of the models of `lasp bench plan`, one rank on one
+core in fp32; mixers there and back by the clock, less their projections at the speed of products.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lasp
-from lasp.launch.bench.case import SIZES, Case, Training, in_ranks
+from lasp.launch.bench.case import SIZES, WARM, Case, Training, in_ranks
 from lasp.launch.bench.options import at_least
 from lasp.launch.bench.plan import CASES
 from lasp.launch.bench.resident import keep_freed
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import interleave
+from lasp.launch.plan.tally import Effort, effort_of
 from lasp.memory.parts import layers_of, mixers_of
 from lasp.parallel.work import work
 
@@ -38,9 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """A file of `lasp plan --gpu`."""
-    torch.set_num_threads(1)
-    keep_freed()
-    chip = _plain(options.tokens, options.repeat)
+    (chip,) = in_ranks(replace(CASES[0], tokens=options.tokens), _plain, options.repeat)
     mixers: dict[str, tuple[float, float]] = {}
     models = {(case.model, case.pattern): case for case in CASES if case.model in options.models}
     for case in (replace(case, levers="none", ranks=1, optimizer="adamw", engine="ddp") for case in models.values()):
@@ -56,24 +56,47 @@ def show(figures: dict[str, Any]) -> None:
     """A line per figure."""
     chip = figures["chip"]
     print(f"{chip['flops'] / 1e9:.1f} Gflop/s of products, {chip['bandwidth'] / 1e9:.1f} GB/s, ", end="")
+    print(f"{100 * chip['half']:.0f} % of them in bf16, ", end="")
     print(f"{1e6 * chip['launch']:.0f} us from one small operation to the next")
     rows = [[kind, f"{100 * share:.1f}", f"{back:.1f}"] for kind, (share, back) in chip["mixers"].items()]
     print(markdown(["mixer", "% of the products' speed", "times as long backward"], rows))
 
 
-def _plain(tokens: int, repeat: int) -> dict[str, float]:
-    """Products and sums of a layer's size, and operations that are too small to take time."""
-    a, b = torch.randn(tokens, SIZES["hidden_size"]), torch.randn(SIZES["hidden_size"], SIZES["intermediate_size"])
-    x, y, small = a @ b, torch.randn(tokens, b.shape[1]), torch.zeros(8)
-    contestants = {
-        "product": lambda: a @ b,
-        "sum": lambda: x + y,
-        "small": lambda: [small.add(1) for _ in range(99)],
-    }
-    seconds = interleave(contestants, max(repeat, 99))  # half a second in all
-    flops, passed = 2 * a.numel() * b.shape[1], 3 * x.nbytes
-    return {"flops": flops / seconds["product"], "bandwidth": passed / seconds["sum"], "launch": seconds["small"] / 99,
-            "matmul": 1.0, "stream": 1.0}  # fmt: skip
+def _plain(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, float]:
+    """Products and passes over memory as they come in steps of a model, and operations too small to take time."""
+    keep_freed()
+    training, clock = Training(case, group), _Within()
+    for _ in range(WARM):
+        training.step(case.tokens)
+    with clock:
+        for _ in range(int(repeat)):
+            training.step(case.tokens)
+    reached = clock.products.flops / clock.multiplying
+    small, half = torch.zeros(8), torch.randn(SIZES["hidden_size"], SIZES["hidden_size"], dtype=torch.bfloat16)
+    seconds = interleave({"small": lambda: [small.add(1) for _ in range(99)], "half": lambda: half @ half}, 9)
+    return {
+        "flops": reached, "bandwidth": clock.passes.bytes / clock.passing, "launch": seconds["small"] / 99,
+        "matmul": 1.0, "stream": 1.0, "half": 2 * len(half) ** 3 / seconds["half"] / reached,
+    }  # fmt: skip
+
+
+class _Within(TorchDispatchMode):
+    """Matrix products, and passes over memory, by what a plan counts as such, and the seconds of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.multiplying = Effort(), 0.0
+        self.passes, self.passing = Effort(), 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begun = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        seconds, effort = time.perf_counter() - begun, effort_of(func, args, kwargs or {}, result)
+        if effort.flops:
+            self.products, self.multiplying = self.products + effort, self.multiplying + seconds
+        elif effort.bytes:
+            self.passes, self.passing = self.passes + effort, self.passing + seconds
+        return result
 
 
 def _mixers(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, tuple[float, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job
@@ -17,7 +17,7 @@ from lasp.parallel.scan import SCANS
 from lasp.parallel.schedule import Sizes
 from lasp.parallel.traffic import Traffic
 
-_LOGITS = "rest"  # what is in no layer, forward: the head, and the loss; backward is counted as a whole
+_LOGITS = "rest"  # what is in no part of a layer: the head, and the loss
 _OPTIMIZER = "optimizer"
 
 
@@ -134,25 +134,28 @@ def _flops(run: Run, direction: str) -> float:
     return sum(e.flops for (place, way), e in run.effort.items() if way == direction and place != _OPTIMIZER)
 
 
-def _tokenwise(run: Run, direction: str, chip: Chip) -> float:
-    """Seconds of a step's products and passes over memory in its layers, or of as many kernels as there are."""
-    others = (_LOGITS, _OPTIMIZER)
-    efforts = [e for (place, way), e in run.effort.items() if way == direction and place not in others]
-    return max(sum(_busy(e, chip) for e in efforts), chip.launch * sum(e.calls for e in efforts))
+def tokenwise(run: Run, direction: str, chip: Chip) -> float:
+    """Seconds of a step's products and passes over memory in its layers, or of as many kernels as there are: of mixers
+    whose time has been measured, only the products that were taken off it."""
+    own = {place: e for (place, way), e in run.effort.items() if way == direction}
+    for place in (_LOGITS, _OPTIMIZER):
+        own.pop(place, None)
+    efforts = [replace(e, bytes=0.0, calls=0.0) if place in chip.mixers else e for place, e in own.items()]
+    return max(sum(busy(e, chip) for e in efforts), chip.launch * sum(e.calls for e in efforts))
 
 
-def _busy(effort: Effort, chip: Chip) -> float:
+def busy(effort: Effort, chip: Chip) -> float:
     """Seconds of products and of passes over memory."""
-    return effort.flops / (chip.matmul * chip.flops) + effort.bytes / (chip.stream * chip.bandwidth)
+    products = effort.flops - effort.half + effort.half / chip.half
+    return products / (chip.matmul * chip.flops) + effort.bytes / (chip.stream * chip.bandwidth)
 
 
 def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Sizes) -> Step:
     chip, count = machine.chip, len(run.kinds)
-    ahead, again = _tokenwise(run, "forward", chip) / count, _tokenwise(run, "again", chip) / count
-    back = _tokenwise(run, "backward", chip) / count + again
-    of_logits, optimizer = (
-        _busy(run.effort.get((place, "forward"), Effort()), chip) for place in (_LOGITS, _OPTIMIZER)
-    )
+    ahead, again = tokenwise(run, "forward", chip) / count, tokenwise(run, "again", chip) / count
+    back = tokenwise(run, "backward", chip) / count + again
+    of_logits = sum(busy(run.effort.get((_LOGITS, way), Effort()), chip) for way in ("forward", "backward"))
+    optimizer = busy(run.effort.get((_OPTIMIZER, "forward"), Effort()), chip)
     repeated = LEVERS[candidate.levers].checkpoint_every is not None
     layers = []
     for kind in run.kinds:

@@ -124,7 +124,7 @@ def _extended(short: Run, long: Run, times: float, square: float | None) -> Run:
     effort = {}
     for place in short.effort.keys() & long.effort.keys():
         a, b = short.effort[place], long.effort[place]
-        effort[place] = Effort(line(a.flops, b.flops), line(a.bytes, b.bytes), a.calls)
+        effort[place] = Effort(line(a.flops, b.flops), line(a.half, b.half), line(a.bytes, b.bytes), a.calls)
     sent = {
         key: (line(short.sent[key][0], long.sent[key][0]), line(short.sent[key][1], long.sent[key][1]))
         for key in short.sent.keys() & long.sent.keys()

@@ -7,7 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -36,18 +36,24 @@ _VIEWS = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Effort:
-    """flops: of matrix products; bytes: that all else reads and writes; calls: how many there are of both."""
+    """flops: of matrix products; half: those of them whose operands are 16 bits wide; bytes: that all else reads and
+    writes; calls: how many there are of both."""
 
     flops: float = 0.0
+    half: float = 0.0
     bytes: float = 0.0
     calls: float = 0.0
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
 @dataclass
 class Tally(TorchDispatchMode):
-    """moments: what was held after each operation, by item. effort: by place and direction."""
+    """moments: what was held after each operation, by item. effort: by place and direction, backward by the place
+    whose forward pass made the node."""
 
     moments: list[tuple[Kind, Items]] = field(default_factory=list)
     effort: dict[tuple[str, str], Effort] = field(default_factory=lambda: defaultdict(Effort))
@@ -59,15 +65,20 @@ class Tally(TorchDispatchMode):
         self._live: Items = defaultdict(int)
         self._items: dict[int, tuple[str, int]] = {}  # of storages, by their ids
         self._places = ["rest"]
+        self._makers: dict[int, str] = {}  # places, by the sequence numbers of the nodes that they made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        place, direction = self._place()
-        outputs = _tensors(result)
-        for tensor in outputs:
-            self._hold(tensor, place)
-        self._work(func, args, kwargs or {}, result, outputs, self.effort[place, direction])
-        self._look(f"{direction} {place}", str(func))
+        node, place, direction = torch._C._current_autograd_node(), self._places[-1], "forward"
+        if node is not None and place == "rest":
+            place, direction = self._makers.get(node._sequence_nr(), place), "backward"
+        elif node is not None:
+            direction = "again"
+        item = node.name() if direction == "backward" else place
+        for tensor in _tensors(result):
+            self._hold(tensor, item)
+        self.effort[place, direction] += effort_of(func, args, kwargs or {}, result)
+        self._look(f"{direction} {item}", str(func))
         return result
 
     def know(self, model: nn.Module) -> None:
@@ -115,25 +126,21 @@ class Tally(TorchDispatchMode):
         counted = ExitStack()
         found: Work = counted.enter_context(work())
         self._places.append(place)
-        self._counts.append((counted, found))
+        self._counts.append((counted, found, torch.autograd._get_sequence_nr()))
 
     def _leave(self, *_: Any) -> None:
-        counted, found = self._counts.pop()
+        counted, found, begun = self._counts.pop()
         counted.close()
         place = self._places.pop()
+        for number in range(begun, torch.autograd._get_sequence_nr()):
+            self._makers.setdefault(number, place)  # what is within another has named its own
         self.mixing[place] += found.flops
         if found.attention:
             self.softmax.add(place)
 
     @property
-    def _counts(self) -> list[tuple[ExitStack, Work]]:
+    def _counts(self) -> list[tuple[ExitStack, Work, int]]:
         return self.__dict__.setdefault("_open_counts", [])
-
-    def _place(self) -> tuple[str, str]:
-        node = torch._C._current_autograd_node()
-        if node is None or self._places[-1] != "rest":
-            return self._places[-1], "forward" if node is None else "again"
-        return node.name(), "backward"
 
     def _hold(self, tensor: Tensor, place: str) -> None:
         storage = tensor.untyped_storage()
@@ -152,15 +159,23 @@ class Tally(TorchDispatchMode):
         held = {item: size for item, size in self._live.items() if size and item}
         self.moments.append(((place, operation), held))
 
-    def _work(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor], effort: Effort) -> None:
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            effort.flops += count(*args, **kwargs, out_val=result)
-        elif func._overloadpacket.__name__ in _VIEWS:
-            return
-        else:
-            effort.bytes += sum(t.numel() * t.itemsize for t in (*_tensors(args), *(outputs or _written(func, args))))
-        effort.calls += 1
+
+def effort_of(func: Any, args: Any, kwargs: Any, result: Any) -> Effort:
+    """What an operation takes: a matrix product its flops, everything else but views its passes over memory."""
+    packet = _out_of_place(func._overloadpacket)
+    count = None if "convolution" in packet.__name__ else flop_registry.get(packet)  # of few taps, those are passes
+    if count is not None:
+        flops = float(count(*args, **kwargs, out_val=result))
+        return Effort(flops, flops if _tensors(args)[0].itemsize == 2 else 0.0, calls=1)
+    if packet.__name__ in _VIEWS:
+        return Effort()
+    outputs = _tensors(result) or _written(func, args)
+    return Effort(bytes=float(sum(t.numel() * t.itemsize for t in (*_tensors(args), *outputs))), calls=1)
+
+
+def _out_of_place(packet: Any) -> Any:
+    """`addmm` for `addmm_`: the registry of operations counts the former alone."""
+    return getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
 
 
 def _written(func: Any, args: Any) -> list[Tensor]:

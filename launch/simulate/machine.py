@@ -17,11 +17,11 @@ class Chip:
     per second of its memory; memory: bytes.
 
     The shares of these that are reached are assumptions, unless a file says what was measured: matmul, of flops, by
-    projections and MLPs; attention, of flops, by softmax attention; mixing, of flops, by a linear mixer; stream, of
-    bandwidth, by what is bound to it: norms, optimizer, mixers. launch: seconds from one small kernel to the next.
-    reserve: bytes that the context and libraries take; fragments: of what changes in a step, what its allocator loses;
-    both assumed too. mixers: of each kind that was measured, the share of flops in the place of mixing or attention,
-    and how many times as long it takes backward.
+    projections and MLPs; half, of that, by products of 16 bits where flops is of fp32; attention, of flops, by softmax
+    attention; mixing, of flops, by a linear mixer; stream, of bandwidth, by what is bound to it: norms, optimizer,
+    mixers. launch: seconds from one small kernel to the next. reserve: bytes that the context and libraries take;
+    fragments: of what changes in a step, what its allocator loses; both assumed too. mixers: of each kind that was
+    measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Chip:
     launch: float = 5e-6
     reserve: float = 1.5e9
     fragments: float = 0.05
+    half: float = 1.0
     mixers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def relay(self, size: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lasp.launch.bench import convergence, main, memory, plan, wrapped
+from lasp.launch.bench import contest, convergence, main, memory, wrapped
 from lasp.launch.bench.kernels import RECURRENCES, Shape
 from lasp.launch.bench.timing import compared
 from lasp.launch.network import lacking
@@ -208,22 +208,19 @@ def test_bench_chip_writes_what_a_plan_reads(tmp_path: Path) -> None:
 
 
 def test_a_choice_is_held_against_the_fastest_that_fits() -> None:
-    contest = plan.Contest("lightning", "L", ranks=2, seq=256, mb=100)
-    made = {
-        one.sp: contest.case(one)
-        for one in candidates(contest.job, "contiguous", ["ring"], ["ring"], ["ddp"], ["none"])
-    }
+    held = contest.Contest("lightning", "L", ranks=2, seq=256, mb=100)
+    made = {one.sp: held.case(one) for one in candidates(held.job, "contiguous", ["ring"], ["ring"], ["ddp"], ["none"])}
     assert {sp: (case.ranks, case.dp, case.batches, case.tokens) for sp, case in made.items()} == {
         1: (1, 2, 1, 256), 2: (2, 1, 2, 128)
     }  # fmt: skip
     tried = [{"candidate": name, "seconds": seconds, "bytes": 1e6 * mb}
              for name, seconds, mb in (("a", 1.0, 90), ("b", 0.9, 100), ("c", 0.5, 101))]  # fmt: skip
-    chosen, fastest = plan.choice({"mb": contest.mb, "candidates": tried})
+    chosen, fastest = contest.choice({"mb": held.mb, "candidates": tried})
     assert chosen is not None
     assert fastest is not None
     assert (chosen["candidate"], fastest["candidate"]) == ("a", "b")
-    assert plan.choice({"mb": 1, "candidates": tried}) == (tried[0], None)
-    assert plan.choice({"mb": 1, "candidates": []}) == (None, None)
+    assert contest.choice({"mb": 1, "candidates": tried}) == (tried[0], None)
+    assert contest.choice({"mb": 1, "candidates": []}) == (None, None)
 
 
 @pytest.mark.slow
@@ -231,7 +228,7 @@ def test_a_choice_is_held_against_the_fastest_that_fits() -> None:
 def test_bench_plan_trains_what_it_chooses_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", "--part", "choice", "--contests", "5", "--repeat", "1", "--json", str(file)]) == 0
-    (contest,) = json.loads(file.read_text())["choices"]
-    assert len(contest["candidates"]) == 8, "four levers, and two ways to lay out two ranks"
-    assert all(one["bytes"] > 0 and one["seconds"] > 0 for one in contest["candidates"])
+    (held,) = json.loads(file.read_text())["choices"]
+    assert len(held["candidates"]) == 8, "four levers, and two ways to lay out two ranks"
+    assert all(one["bytes"] > 0 and one["seconds"] > 0 for one in held["candidates"])
     assert "the choice fits and is within 5 % of the fastest in" in capsys.readouterr().out

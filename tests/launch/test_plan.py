@@ -15,9 +15,10 @@ from lasp.kernels import head
 from lasp.launch.cli import main
 from lasp.launch.plan import report
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
-from lasp.launch.plan.estimate import estimate, memory_of
+from lasp.launch.plan.estimate import busy, estimate, memory_of, tokenwise
 from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
 from lasp.launch.plan.report import longest
+from lasp.launch.plan.tally import Tally
 from lasp.launch.simulate.machine import MACHINES
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.scan import ScanName
@@ -194,6 +195,32 @@ def test_measured_mixers_take_their_own_time() -> None:
     own = replace(cpu, chip=replace(cpu.chip, mixers={kind: (0.6, 3.0)}))
     before, after = (estimate(candidate(sp=1), job, on, footprints).items[kind] for on in (cpu, own))
     assert after / before == pytest.approx(((1 + 3) / 0.6) / ((1 + 2) / cpu.chip.mixing))
+
+
+def test_of_measured_mixers_passes_over_memory_are_not_counted_again() -> None:
+    cpu, run = MACHINES["cpu"].chip, sample(setting("lightning", "L"), 1, 64)
+    (kind,) = set(run.kinds)
+    places = {place for place, way in run.effort if way == "backward"}
+    assert places == {kind, "mlp and norms", "embedding", "rest"}, "backward by the place that made the nodes"
+    there, back = (run.effort[kind, way] for way in ("forward", "backward"))
+    assert back.flops == 2 * there.flops > 0
+    assert min(there.bytes, back.bytes) > 0
+    slow = replace(cpu, launch=0.0)
+    measured = replace(slow, mixers={kind: (0.1, 2.0)})
+    for way, effort in (("forward", there), ("backward", back)):
+        passes = effort.bytes / (slow.stream * slow.bandwidth)
+        assert tokenwise(run, way, slow) - tokenwise(run, way, measured) == pytest.approx(passes)
+
+
+def test_products_are_counted_in_place_too_and_those_of_16_bits_apart() -> None:
+    found, a = Tally(), torch.ones(4, 8)
+    with found:
+        torch.zeros(4, 4).addmm_(a, a.T)
+        a.bfloat16() @ a.T.bfloat16()
+    effort = found.effort["rest", "forward"]
+    assert (effort.flops, effort.half) == (2 * 2 * 4 * 4 * 8, 2 * 4 * 4 * 8)
+    cpu = replace(MACHINES["cpu"].chip, half=0.1)
+    assert busy(replace(effort, bytes=0.0), cpu) == pytest.approx((1 + 10) * effort.half / (cpu.matmul * cpu.flops))
 
 
 def test_what_is_most_in_a_long_run_may_not_be_in_short_ones() -> None:
