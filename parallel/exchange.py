@@ -73,6 +73,7 @@ class Flight:
 
     def __init__(self, steps: Steps, like: Tensor, name: str = "scan") -> None:
         self._steps, self._name = steps, name
+        self._inference = torch.is_inference_mode_enabled()  # which a thread of its own would not be in
         self._arrival: Arrival | None = None
         self._error: BaseException | None = None
         self._thread: Thread | None = None
@@ -106,7 +107,7 @@ class Flight:
 
     def _finish_aside(self) -> None:
         """Take the steps that are left while this rank computes: what they wait for, it does not."""
-        with collectives.aside(), named(self._name, "travels"):
+        with collectives.aside(), named(self._name, "travels"), torch.inference_mode(self._inference):
             self._finish()
 
     def _finish(self) -> None:
