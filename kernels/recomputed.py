@@ -142,10 +142,10 @@ class Recomputed(Recurrence):
             yield slice(start, min(start + self.chunk_size, offset + length))
 
     def part(self, inputs: Any, tokens: slice) -> Any:
-        """What a chunk of these tokens is given: new leaves of a graph."""
-        named = zip(inputs._fields, inputs, strict=True)
+        """What a chunk of these tokens is given: new leaves of a graph, in the compute dtype of the first input."""
+        named, dtype = zip(inputs._fields, inputs, strict=True), compute_dtype(inputs[0])
         parts = (x if name in self.fixed else x[:, tokens] for name, x in named)
-        return type(inputs)(*(x.detach().to(_precise(x)) for x in parts))
+        return type(inputs)(*(x.detach().to(dtype.to_complex() if x.is_complex() else dtype) for x in parts))
 
     def whole_transfer(self, inputs: Any, run: int) -> Tensor:
         """What a run does to the state that enters it."""

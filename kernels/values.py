@@ -9,9 +9,14 @@ from torch import Tensor
 
 
 def may_look_at(x: Tensor) -> bool:
-    """Whether values can be checked: an accelerator would be waited for, and fake tensors and torch.compile's have
-    none."""
-    return not torch.compiler.is_compiling() and x.untyped_storage().device.type == "cpu"
+    """Whether values can be checked: an accelerator would be waited for, and fake tensors, torch.compile's and those
+    that torch.func wraps have none."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return x.untyped_storage().device.type == "cpu"
+    except NotImplementedError:
+        return False
 
 
 def check_values(hold: Tensor, problem: Callable[[], str]) -> None:
