@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasp.kernels.arguments import check_integer
+from lasp.kernels.precision import exact
 from lasp.parallel import collectives
 from lasp.parallel.call import Arguments, begin_call
 from lasp.parallel.gradients import sync_gradients
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.sharding import shard, shard_batch
 from lasp.wrap.parallelize import base_model, parallelize, unparallelize, use_pytorch
-from lasp.wrap.refusal import check_model
+from lasp.wrap.refusal import check_model, check_module
 from lasp.wrap.wiring import WIRING
 
 # fp32 parts by 1e-5 over a few layers; a layer that misses the tokens of another rank by 1e-1.
@@ -64,8 +66,22 @@ def verify(model: Any, group: SequenceGroup | None, seq_len: int = 64) -> Report
     seq_len: tokens of the random sequence over all ranks. Both copies run in fp32, without dropout, and the one device
     in the model's own PyTorch code, whatever kernels are installed. Returns the report. Raises ValueError, on every
     rank, where anything differs by more than 1e-3 of its largest number, naming the first layer; and whatever
-    `parallelize` refuses.
+    `parallelize` refuses. Neither autocast around it matters, nor whether gradients are recorded.
     """
+    begin_call(group, "verify", lambda: _check_arguments(model, seq_len))()
+    with torch.inference_mode(False), torch.enable_grad(), exact(next(model.parameters())):
+        return _verify(model, group, seq_len)
+
+
+def _check_arguments(model: Any, seq_len: int) -> Arguments:
+    check_module(model)
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters")
+    check_integer("seq_len", seq_len, 2)  # a loss needs a token and the next
+    return Arguments({"seq_len": seq_len}, 1)
+
+
+def _verify(model: Any, group: SequenceGroup | None, seq_len: int) -> Report:
     plain, own = copy.deepcopy(model).float(), copy.deepcopy(model).float()
     if hasattr(base_model(model), WIRING):
         unparallelize(plain)
@@ -138,7 +154,8 @@ def _step(model: Any, batch: dict[str, Any], length: int) -> Step:
     balance = {"output_router_logits": True} if hasattr(model.config, "output_router_logits") else {}
     with _recorded(model, length) as outputs:
         result = model(**batch, **balance)
-    result.loss.backward()
+    if result.loss.requires_grad:
+        result.loss.backward()
     return Step(result.loss.detach(), result.logits.detach(), outputs)
 
 

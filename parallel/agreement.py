@@ -110,7 +110,7 @@ class Agreement:
         self.call, self._channel = call, channel
         said = {"call": call, "of": channel.identity, "tokens": tokens, "error": error}
         packed = _pack(said | {"fields": fields if error is None else {}})
-        sent = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        sent = torch.zeros(HEADER_BYTES, dtype=torch.uint8, device="cpu")
         sent[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         channel.open = self
         self._pending = collectives.swap_headers(sent, channel.ranks, channel.process_group)

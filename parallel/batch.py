@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.kernels.arguments import told
 from lasp.kernels.documents import document_bounds
 from lasp.parallel.cut import Cut
 
@@ -75,6 +76,17 @@ def id_range(whole: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return least, largest
 
 
+def check_tokens(tokens: Any) -> None:
+    """Raises ValueError for what is neither input_ids [B, T] nor inputs_embeds [B, T, D], of a sequence at least."""
+    given = list(tokens.shape) if isinstance(tokens, Tensor) else told(tokens)
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.dim() != (3 if tokens.is_floating_point() else 2)
+        or not tokens.shape[0]
+    ):
+        raise ValueError(f"a model takes input_ids [B, T], integers, or inputs_embeds [B, T, D], got {given}")
+
+
 def check_ids(tokens: Tensor, vocabulary: int | None, cut: Cut | None) -> None:
     """Raises ValueError for ids that an embedding of so many does not have, of a cut's batch where they are known.
 
@@ -107,7 +119,7 @@ def as_tensor(key: str, value: Any) -> Tensor:
     """A value of a batch or a sample, ids and labels as 64-bit integers. Raises ValueError where they are none."""
     rows = isinstance(value, (list, tuple)) and len(value) > 0 and hasattr(value[0], "shape")
     try:
-        x = torch.stack([torch.as_tensor(row) for row in value]) if rows else torch.as_tensor(value)
+        x = torch.stack([_as_given(row) for row in value]) if rows else _as_given(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{key} is no tensor and cannot be made one; samples that differ in length: pack (lasp.PackingCollator) or "
@@ -120,6 +132,11 @@ def as_tensor(key: str, value: Any) -> Tensor:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f"{key} must be integers, got {_name(x.dtype)}")
     return x if key in _BOUNDS else x.long()  # tables of embeddings take no uint16, losses no int32
+
+
+def _as_given(value: Any) -> Tensor:
+    """A tensor where it lies, whatever torch's default device is."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def _check_together(given: Mapping[str, Tensor], tokens: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lasp.parallel.agreement import Call
-from lasp.parallel.cut import Cut, check_cut, even_lengths
+from lasp.parallel.cut import Cut, check_cut, check_group, even_lengths
 
 if TYPE_CHECKING:
     from lasp.parallel.group import SequenceGroup
@@ -112,6 +112,7 @@ def begin_call(
     """
     if cut is not None:
         return _follow(cut, group, operation, check)
+    check_group(group)
     if group is None or group.size == 1:
         arguments = _found(check)
         alone = Cut(group, (arguments.tokens,), arguments.bounds)
@@ -137,6 +138,7 @@ def _follow(cut: Cut, group: SequenceGroup | None, operation: str, check: Callab
 def together(group: SequenceGroup | None, operation: str, work: Callable[[], T]) -> T:
     """What `work` returns. What it raises is told to the other ranks, which wait for this one's header, and raised on
     all of them as ValueError."""
+    check_group(group)
     try:
         return _found(work)
     except ValueError as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from lasp.parallel.batch import AGREEMENT, as_tensor, complete, fingerprint, write_agreement
+from lasp.parallel.cut import check_group
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import even_slices
 from lasp.parallel.sharding import agree_and_cut, cut_batch
@@ -49,6 +50,7 @@ class ShardedCollator:
     """
 
     def __init__(self, group: SequenceGroup | None, collator: Collator | None = None, shift: bool = True) -> None:
+        check_group(group)
         self.group: SequenceGroup | Place | None = group
         self.collator, self.shift = collator or stack_samples, shift
 

@@ -104,12 +104,12 @@ _followers: list[Last] = []
 
 
 @contextmanager
-def traffic(device: torch.device | None = None) -> Iterator[Ledger]:
+def traffic(device: torch.device | str | None = None) -> Iterator[Ledger]:
     """Count every exchange of this process while the block runs: `with lasp.traffic() as ledger: ...`.
 
     device: where this rank computes; by default a CPU. Only what is waited for there is timed.
     """
-    ledger = Ledger(device=device)
+    ledger = Ledger(device=None if device is None else torch.device(device))
     _open_ledgers.append(ledger)
     try:
         yield ledger
@@ -202,7 +202,7 @@ def gather(tensor: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
         return Pending([], tensor.unsqueeze(0))
     result = tensor.new_empty(size, *tensor.shape)
     # Flat on both sides: gloo wants the input's dims to match the output's.
-    work = _all_gather(_numbers(result).view(-1), _numbers(tensor).view(-1), group=group, async_op=True)
+    work = _all_gather(_words(result), _words(tensor), group=group, async_op=True)
     return Pending([work], result, sent=[tensor])
 
 
@@ -211,10 +211,20 @@ def _numbers(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+# What every backend sends. gloo has no word for int16, NCCL for uint16.
+_SENT = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8}
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The same, flat, where nothing is added up: bytes of what a backend does not know."""
+    flat = _numbers(tensor).view(-1)
+    return flat if flat.dtype in _SENT else flat.view(torch.uint8)
+
+
 def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> Pending[Tensor]:
     """Start sending a tensor of one rank to all others, which receive it in place. The caller counts."""
     tensor = tensor.contiguous().resolve_conj()
-    return Pending([dist.broadcast(_numbers(tensor), group=group, group_src=source, async_op=True)], tensor)
+    return Pending([dist.broadcast(_words(tensor), group=group, group_src=source, async_op=True)], tensor)
 
 
 def swap_headers(header: Tensor, ranks: Sequence[int], group: dist.ProcessGroup) -> Pending[Tensor]:

@@ -59,15 +59,13 @@ class Cut:
         facts: dict[str, Any] = {
             "group": group,
             "lengths": lengths,
-            "bounds": bounds,
+            "bounds": None if bounds is None else document_bounds(bounds, sum(lengths)),
             "keys": keys,
             "ids": ids,
             "_kept": {},
         }
         for name, fact in facts.items():
             object.__setattr__(self, name, fact)
-        if bounds is not None:
-            document_bounds(bounds, self.total)
         if ranks > 1 and self.total:
             pieces_of(lengths, self.layout)
 
@@ -145,7 +143,7 @@ class Cut:
     @torch.inference_mode(False)  # kept for later calls, which may record gradients
     def _positions(self, device: torch.device | None) -> Tensor:
         bounds = (0, self.total) if self.bounds is None else self.bounds
-        counts = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
+        counts = torch.cat([torch.arange(stop - start, device="cpu") for start, stop in pairwise(bounds)])
         return torch.cat([counts[:0], *(counts[start:stop] for start, stop in self.parts)]).to(device)
 
     def cu_seqlens(self, device: torch.device | None = None) -> Tensor | None:
@@ -154,12 +152,12 @@ class Cut:
 
     @torch.inference_mode(False)
     def _cu_seqlens(self, device: torch.device | None) -> Tensor:
-        return torch.tensor(self.bounds, dtype=torch.int32).to(device)
+        return torch.tensor(self.bounds, dtype=torch.int32, device="cpu").to(device)
 
     def check_documents(self, cu_seqlens: Tensor | Sequence[int]) -> None:
         """Raises ValueError for other bounds of documents than the cut's. An accelerator is not waited for."""
         own = self.cu_seqlens(cu_seqlens.device if isinstance(cu_seqlens, Tensor) else None)
-        given = torch.as_tensor(cu_seqlens)
+        given = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens)
         wrong = "cu_seqlens are others than those of the batch's cut"
         if own is None or given.shape != own.shape:
             raise ValueError(f"{wrong}: {list(given.shape)}, not {None if own is None else list(own.shape)}")
@@ -186,6 +184,15 @@ class Cut:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
         return self
+
+
+def check_group(group: Any) -> None:
+    """Raises ValueError for what is no SequenceGroup, nor None: a mesh, say, or a process group."""
+    if group is not None and not hasattr(group, "cuts_as"):
+        raise ValueError(
+            f"group must be a lasp.SequenceGroup or None, got {told(group)}: SequenceGroup.from_mesh makes one of a "
+            "mesh, from_group of a process group"
+        )
 
 
 def check_cut(cut: Any, tokens: int, what: str) -> None:

@@ -47,7 +47,8 @@ def sync_gradients(model: nn.Module, group: SequenceGroup) -> None:
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     unknown = [parameter for parameter in trained.values() if not hooks_of(parameter, _Watch)]
     asked = [bool(unknown), *(parameter.grad is not None for parameter in trained.values())]
-    counts = collectives.all_reduce(torch.tensor(asked, dtype=torch.int32), ranks.control, "control").wait().tolist()
+    told = torch.tensor(asked, dtype=torch.int32, device="cpu")
+    counts = collectives.all_reduce(told, ranks.control, "control").wait().tolist()
     if counts[0] and ranks.checks:
         compare_values(ranks, named)
     for parameter in unknown:
@@ -78,7 +79,8 @@ def _warn_of_unfinite(parts: dict[str, Tensor], ranks: SequenceGroup) -> None:
     """Warn, on every rank, of the ranks that have gradients with nan or inf, and of each one's first."""
     names = list(parts)
     first = next((i for i, part in enumerate(parts.values()) if not part.isfinite().all()), len(names))
-    found = collectives.all_gather(torch.tensor([first]), ranks.control, "control").wait().flatten().tolist()
+    own = torch.tensor([first], device="cpu")
+    found = collectives.all_gather(own, ranks.control, "control").wait().flatten().tolist()
     told = [f"rank {rank} (first {names[i]})" for rank, i in enumerate(found) if i < len(names)]
     whose = f"of {some(told)} are" if told else "of every rank are finite, and their sum is"
     warnings.warn(f"the gradients {whose} nan or inf; after the sum they are so on every rank", RuntimeWarning, 4)

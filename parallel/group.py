@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lasp.kernels.arguments import check_integer
+from lasp.kernels.arguments import check_integer, told
 from lasp.kernels.documents import document_bounds
 from lasp.parallel import collectives
 from lasp.parallel.agreement import Agreement, Call, Channel, Refused, part
@@ -81,6 +81,8 @@ class SequenceGroup:
         --probe`, or a value of `lasp.parallel.wires`; by default what its backend usually runs on. Raises ValueError,
         on every rank of the mesh, for an unknown axis or layout, or where the ranks differ.
         """
+        if not isinstance(mesh, DeviceMesh):
+            raise ValueError(f"mesh must be a DeviceMesh, which lasp.init_mesh makes, got {told(mesh)}")
         error = None
         if axis not in (mesh.mesh_dim_names or ()):
             error = f"the mesh has axes {', '.join(mesh.mesh_dim_names or ())}, not {axis!r}"
@@ -117,6 +119,8 @@ class SequenceGroup:
         process_group = process_group or dist.group.WORLD
         if process_group is None:
             raise ValueError("there is no process group yet: lasp.init_mesh makes one")
+        if not isinstance(process_group, dist.ProcessGroup) and process_group is not dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"process_group must be one of torch.distributed, got {told(process_group)}")
         rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
         if rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
@@ -138,8 +142,8 @@ class SequenceGroup:
         # Groups of the same ranks are told apart by what the first of these draws.
         drawn = secrets.randbelow(_DRAWN)
         fields = _said(layout, heads, checks) | {"wires": [list(wire) for wire in known]}
-        told = drawn + _DRAWN * _host()
-        numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, told).wait()
+        own = drawn + _DRAWN * _host()
+        numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, own).wait()
         _controls[control] = None
         channel.identity = {"layout": layout, "the group (by a random number)": numbers[0] % _DRAWN}
         neighbours = node_size([number // _DRAWN for number in numbers])
@@ -293,7 +297,8 @@ def _said(layout: str, heads: int, checks: bool | str) -> dict[str, Any]:
 def _agree_on_mesh(operation: str, ranks: list[int], fields: dict[str, Any], error: str | None) -> None:
     """Raise the same ValueError on all of some ranks of the world where one has an error, or they differ."""
     world = dist.group.WORLD
-    assert world is not None, "whoever has a mesh has a world"
+    if world is None:
+        raise ValueError(f"{operation}: the process group that the mesh is of is no more")
     if len(ranks) > 1 and "cpu" in dist.get_backend_config(world):
         Agreement(Channel(world, ranks), Call(operation, 0), fields, error).wait()
     if error is not None:
@@ -309,21 +314,31 @@ def init_mesh(
     rendezvous, or of this process alone where no launcher set one up. device: "cuda" when there is one, else "cpu".
     Raises ValueError, on every rank, when the sizes do not multiply to the world size, or differ between ranks.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    kind, error = _device_kind(device)
     if not dist.is_initialized():
         _init_process_group()
     world = dist.get_world_size()
     sizes = {"dp": dp, "sp": sp, "tp": tp}
-    error = None
     if any(size is not None and (not isinstance(size, int) or size < 1) for size in sizes.values()):
-        replicas, error = 1, f"the axes of a mesh must be at least 1, got {sizes}"
+        replicas, error = 1, error or f"the axes of a mesh must be at least 1, got {sizes}"
     else:
         replicas = max(1, world // (sp * tp)) if dp is None else dp
         if (ranks := replicas * sp * tp) != world:
             alone = f": start it with torchrun --nproc-per-node {ranks}" if world == 1 else ""
-            error = f"dp x sp x tp = {replicas} x {sp} x {tp} = {ranks} ranks, but the world has {world}{alone}"
+            error = (
+                error or f"dp x sp x tp = {replicas} x {sp} x {tp} = {ranks} ranks, but the world has {world}{alone}"
+            )
     _agree_on_mesh("init_mesh", list(range(world)), {"dp": replicas, "sp": sp, "tp": tp, "device": kind}, error)
     return init_device_mesh(kind, (replicas, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
+
+
+def _device_kind(device: str | torch.device | None) -> tuple[str, str | None]:
+    """The type of a device, by default the GPU's if there is one; and what is wrong with it."""
+    try:
+        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    except (RuntimeError, TypeError):
+        return told(device), f"device must be one of torch's, such as cpu or cuda, got {told(device)}"
+    return kind, "there is no GPU here that torch can use" if kind == "cuda" and not torch.cuda.is_available() else None
 
 
 def join_world() -> SequenceGroup:

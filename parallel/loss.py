@@ -162,7 +162,8 @@ def _arguments(
             check_number("num_items", num_items)
         if cut is None:
             fields["num_items"] = None if num_items is None else float(num_items)
-        return Arguments(fields, labels.shape[-1] if labels.dim() else 1)
+        # Over a group no matter how the rows lie: [B·T] of a zigzag batch is no even cut of anything.
+        return Arguments(fields, labels.shape[-1] if cut is not None and labels.dim() else 1)
 
     return found
 

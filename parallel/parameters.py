@@ -192,10 +192,10 @@ def _describe(name: str, parameter: Tensor) -> str:
 
 def _tell_first_difference(ranks: SequenceGroup, lines: list[str]) -> None:
     """Raise ValueError with what each rank has in the first place where they differ."""
-    count = torch.tensor([len(lines)])
+    count = torch.tensor([len(lines)], device="cpu")
     most = int(collectives.all_gather(count, ranks.control, "control").wait().max())
     hashes = [hashlib.sha256(line.encode()).digest()[:8] for line in lines] + [bytes(8)] * (most - len(lines))
-    own = torch.tensor([int.from_bytes(value, "big", signed=True) for value in hashes])
+    own = torch.tensor([int.from_bytes(value, "big", signed=True) for value in hashes], device="cpu")
     rows = collectives.all_gather(own, ranks.control, "control").wait()
     first = int((rows != rows[0]).any(0).nonzero()[0])
     own_line = lines[first] if first < len(lines) else "none"
@@ -207,6 +207,6 @@ def _checksum(parameter: Tensor) -> Tensor:
     """The sum of a parameter's bits, as int64: whatever order it is taken in, the same."""
     values = local_part(parameter)
     if values.is_meta:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     values = torch.view_as_real(values) if values.is_complex() else values
     return values.view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)

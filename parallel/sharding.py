@@ -15,7 +15,7 @@ from lasp.kernels.values import may_look_at
 from lasp.parallel import collectives
 from lasp.parallel.batch import CUT, complete, fingerprint, id_range, read_agreement, token_dim
 from lasp.parallel.call import Arguments, Turn, begin_call, modes
-from lasp.parallel.cut import Cut
+from lasp.parallel.cut import Cut, check_group
 from lasp.parallel.group import SequenceGroup
 from lasp.parallel.layout import Piece
 from lasp.parallel.untraced import untraced
@@ -36,6 +36,7 @@ def shard(x: Tensor, group: SequenceGroup | None = None, dim: int = 1, *, cut: C
     """
     _check_dim(x, dim)
     if cut is None:
+        check_group(group)
         return _own_tokens(x, group, dim)
     if not isinstance(cut, Cut) or group is not None or x.shape[dim] != cut.total:
         wanted = f"the {cut.total} tokens of its cut" if isinstance(cut, Cut) else "a lasp.Cut"

@@ -50,7 +50,7 @@ class Context:
             return cut.positions(x.device).unsqueeze(0)
         positions = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is not None:
-            ends = cu_seqlens.to(positions)
+            ends = torch.as_tensor(cu_seqlens).to(positions)
             positions = positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
         return positions.unsqueeze(0)
 

@@ -14,7 +14,7 @@ from lasp.layers.hgrn2 import Hgrn2, rising_bounds
 from lasp.layers.recurrent import RecurrentMixer
 from lasp.layers.softmax import SoftmaxAttention
 from lasp.models.config import MixerConfig
-from lasp.parallel.batch import AGREEMENT, check_ids, read_agreement
+from lasp.parallel.batch import AGREEMENT, check_ids, check_tokens, read_agreement
 from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -148,6 +148,7 @@ def take_cut(
     """
 
     def check() -> Arguments:
+        check_tokens(tokens)
         if isinstance(cut, Cut):
             cut.check_mask(told.get("attention_mask"))
             if cu_seqlens is not None:

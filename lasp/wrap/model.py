@@ -14,7 +14,7 @@ from lasp.kernels.arguments import told
 from lasp.kernels.documents import document_bounds
 from lasp.kernels.values import check_values, may_look_at
 from lasp.parallel import collectives
-from lasp.parallel.batch import AGREEMENT, CUT, check_ids, read_agreement
+from lasp.parallel.batch import AGREEMENT, CUT, check_ids, check_tokens, read_agreement
 from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut
 from lasp.parallel.group import SequenceGroup
@@ -147,6 +147,7 @@ def _check_cut(
 def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> None:
     if tokens is None or len(args) > 1:
         raise ValueError("a parallelised model needs input_ids or inputs_embeds, and all else by name")
+    check_tokens(tokens)
     if kwargs.get("group") not in (None, getattr(model, WIRING).group):
         raise ValueError("the model is parallelised over another group than the one given: lasp.unparallelize it first")
     if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:

@@ -24,7 +24,7 @@ from lasp.wrap.families import family_of
 from lasp.wrap.family import Family
 from lasp.wrap.guard import check_unchanged
 from lasp.wrap.model import balance, check_loss, loss, prepare
-from lasp.wrap.refusal import check_adapters, check_model, takes_group
+from lasp.wrap.refusal import check_adapters, check_model, check_module, takes_group
 from lasp.wrap.rotation import swap_rotation
 from lasp.wrap.swap import Function, calling_undecorated, calls, rebind_telling, restore, swap
 from lasp.wrap.wiring import WIRING, Forward, LayerCall, Wiring
@@ -47,6 +47,7 @@ def parallelize(
     target = base_model(model)
 
     def check() -> Arguments:
+        check_module(target)
         if hasattr(target, WIRING):
             raise ValueError("the model is parallelised already; lasp.unparallelize(model) first")
         check_scan(scan, group)

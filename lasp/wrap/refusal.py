@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lasp.kernels.arguments import told
 from lasp.wrap.families import RECURRENCES, family_of
 from lasp.wrap.family import ENTRY, Family, folder_of
 from lasp.wrap.swap import calls
@@ -30,6 +31,12 @@ _MIXING = {nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Soft
 def takes_group(model: Any) -> bool:
     """Whether a model is of our own kind: its class says so, its forward has a `group`, and its mixers exchange."""
     return bool(getattr(type(model), "takes_group", False))
+
+
+def check_module(model: Any) -> None:
+    """Raises ValueError for what is no model at all."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {told(model)}")
 
 
 def check_model(model: Any) -> None:

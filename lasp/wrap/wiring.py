@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,12 @@ class Wiring:
         copied = Wiring(self.group, self.method, self.scan, self.before, whole, self.family)
         memo[id(self)] = copied
         return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a parallelised model cannot be saved as an object: save model.state_dict(), or the whole model after "
+            "lasp.unparallelize(model)"
+        )
 
     @property
     def model(self) -> nn.Module | None:

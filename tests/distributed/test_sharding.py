@@ -26,6 +26,12 @@ def test_unshard_undoes_shard(group_of, layout: str, length: int, dim: int) -> N
     assert torch.equal(lasp.unshard(part, group, dim), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.bool, torch.float8_e5m2], ids=str)
+def test_any_dtype_travels(group_of, dtype: torch.dtype) -> None:
+    group, x = group_of(4), torch.arange(9).view(1, 9).to(dtype)
+    assert torch.equal(lasp.unshard(lasp.shard(x, group), group).float(), x.float())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_follow_the_convention(world, group_of, layout: str) -> None:
     """shard backward is this rank's part of a sum over ranks; unshard backward is the sum over the ranks."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -179,6 +180,12 @@ HALF = lasp.Cut(ONE_OF_TWO, (PROMPT, 3))
 def test_mistakes_in_calling_are_value_errors(keywords: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         small()(text(), **keywords)
+
+
+@pytest.mark.parametrize("ids", [text().tolist(), text()[0], text().float(), text()[:0]])
+def test_what_are_no_tokens(ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"takes input_ids \[B, T\], integers"):
+        small()(ids)
 
 
 def test_unknown_arguments_are_not_swallowed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
@@ -70,6 +72,38 @@ def test_bad_inputs(config: Any, inputs: dict[str, Any], message: str) -> None:
     model = lasp.parallelize(transformers.LlamaForCausalLM(config), None)
     with pytest.raises(ValueError, match=message):
         model(IDS, **inputs)
+
+
+@pytest.mark.parametrize("ids", [IDS.tolist(), IDS[0], IDS.float(), IDS[:0]], ids=["list", "row", "floats", "no row"])
+def test_what_are_no_tokens(config: Any, ids: Any) -> None:
+    model = lasp.parallelize(transformers.LlamaForCausalLM(config), None)
+    with pytest.raises(ValueError, match=r"takes input_ids \[B, T\], integers"):
+        model(input_ids=ids)
+
+
+@pytest.mark.parametrize("model", [None, "llama", 3])
+def test_what_is_no_model(model: Any) -> None:
+    for call in (lasp.parallelize, lasp.verify):
+        with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module"):
+            call(model, None)
+
+
+def test_it_is_saved_after_it_is_restored(config: Any) -> None:
+    model = lasp.parallelize(transformers.LlamaForCausalLM(config), None)
+    with pytest.raises(TypeError, match=r"after lasp.unparallelize\(model\)"):
+        torch.save(model, BytesIO())
+    torch.save(lasp.unparallelize(model), BytesIO())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_verify_in_any_mode(config: Any, mode: Callable[[], Any]) -> None:
+    model = transformers.LlamaForCausalLM(config)
+    with mode():
+        assert lasp.verify(model, None, seq_len=9).exact
+        assert lasp.verify(model.requires_grad_(False), None, seq_len=2).gradients == {}
+    for length in (1, 0, 2.0):
+        with pytest.raises(ValueError, match="seq_len must be a whole number of at least 2"):
+            lasp.verify(model, None, length)
 
 
 class Mean(torch.nn.Module):

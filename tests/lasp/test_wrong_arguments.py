@@ -104,6 +104,36 @@ def test_a_wrong_argument_is_one_line_with_its_name(operation: str, name: str) -
         assert "Error" not in message, "a mistake that was foreseen"
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_group_of_another_kind(operation: str) -> None:
+    inputs = Case(operation, "contiguous", torch.float32).inputs(0)
+    for wrong in ("sp", 2, torch.ones(2), [0, 1]):
+        with pytest.raises(ValueError, match=r"group must be a lasp\.SequenceGroup or None"):
+            OPERATIONS[operation].run(**inputs, group=wrong)
+
+
+def test_gates_of_more_digits_than_what_they_gate() -> None:
+    """fp64 beside fp32: they are rounded, in every operation, and their gradients are fp64."""
+    for operation, own in OPERATIONS.items():
+        names = {"log_decay", "beta", "step", "rates", "recurrent", "initial_state"} & own.shapes.keys() - {
+            *own.complex
+        }
+        if not own.differentiable or not names:
+            continue
+        inputs = Case(operation, "contiguous", torch.float32).inputs(0)
+        precise = {n: (x.double() if n in names else x) for n, x in inputs.items()}
+        found = []
+        for given in (inputs, precise):
+            leaves = {n: x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for n, x in given.items()}
+            output = own.run(**leaves, group=None)
+            output = output[0] if isinstance(output, tuple) else output
+            output.sum().backward()
+            found.append([output.detach(), *(leaves[n].grad for n in sorted(names))])
+        assert [x.dtype for x in found[1]] == [torch.float32, *[torch.float64] * len(names)], operation
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, one.to(other.dtype), rtol=1e-5, atol=1e-5)
+
+
 def test_did_you_mean() -> None:
     x = torch.zeros(1, 4, 2, 8)
     for call, meant in (

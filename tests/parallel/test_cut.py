@@ -103,6 +103,21 @@ def test_torch_hands_a_cut_on_as_it_is() -> None:
         cut.lengths = (9,)
 
 
+def test_bounds_of_any_kind() -> None:
+    cut = lasp.Cut(None, (8,), (0, 3, 8))
+    for bounds in ([0, 3, 8], torch.tensor([0, 3, 8])):
+        assert lasp.Cut(None, (8,), bounds) == cut
+        assert hash(lasp.Cut(None, (8,), bounds)) == hash(cut)
+
+
+def test_torchs_default_device_does_not_matter() -> None:
+    cut, ids = lasp.Cut(None, (8,), (0, 3, 8)), torch.arange(8).view(1, 8)
+    with torch.device("meta"):
+        assert cut.positions().tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+        cut.check_documents(cut.cu_seqlens())
+        assert torch.equal(lasp.shard_batch({"input_ids": ids}, None)["input_ids"], ids)
+
+
 def test_what_is_kept_outlives_the_mode_of_who_asked_first() -> None:
     cut = lasp.Cut(None, (8,), (0, 3, 8))
     with torch.inference_mode():

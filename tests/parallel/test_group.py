@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import lasp
@@ -94,3 +96,24 @@ def test_a_mesh_for_more_ranks_than_one_says_how_they_are_started(sizes: dict[st
     with pytest.raises(ValueError, match=f"the world has 1: start it with torchrun --nproc-per-node {ranks}$"):
         lasp.init_mesh(**sizes, device="cpu")
     lasp.shutdown()
+
+
+@pytest.mark.parametrize("device", ["gpu", 2.5, "cuda"])
+def test_a_device_that_is_not_there(device: Any) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        return
+    with pytest.raises(ValueError, match=r"device must be one of torch|there is no GPU here"):
+        lasp.init_mesh(device=device)
+    lasp.shutdown()
+
+
+def test_what_is_no_mesh_and_no_process_group() -> None:
+    for wrong in (None, "sp", 2):
+        with pytest.raises(ValueError, match="mesh must be a DeviceMesh"):
+            lasp.SequenceGroup.from_mesh(wrong)
+    mesh = lasp.init_mesh(device="cpu")
+    with pytest.raises(ValueError, match=r"process_group must be one of torch\.distributed, got DeviceMesh"):
+        lasp.SequenceGroup.from_group(mesh)
+    lasp.shutdown()
+    with pytest.raises(ValueError, match="the process group that the mesh is of is no more"):
+        lasp.SequenceGroup.from_mesh(mesh)

@@ -12,7 +12,7 @@ from torch import Tensor
 import lasp
 from lasp.launch.threads import run
 from lasp.parallel.cut import even_lengths
-from lasp.parallel.layout import pieces_of
+from lasp.parallel.layout import even_slices, pieces_of
 from lasp.parallel.scan import SCANS, Gather, Scan, TwoLevel
 from tests.distributed.cutting import cut_problem
 from tests.oracle import DECAYS, Problem, assert_close, errors, make_problem, solve
@@ -101,3 +101,38 @@ def test_bf16_on_the_wire_is_as_far_off_on_any_number_of_ranks(ranks: int) -> No
     lengths = even_lengths(130, ranks, "contiguous")
     rounded = errors(solve_cut(problem, lengths, "contiguous", Gather(wire=torch.bfloat16)), expected, problem)
     assert 1e-4 < max(rounded.values()) < 3e-3
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_inference_mode_holds_where_a_thread_passes_states_on(scan: str) -> None:
+    problem, expected = case("delta", 60, None)
+
+    def rank(group: lasp.SequenceGroup) -> Tensor:
+        own = cut_problem(problem, group, LENGTHS)
+        given = {"initial_state": own.initial_state, "cut": lasp.Cut(group, LENGTHS), "scan": scan}
+        with torch.inference_mode():
+            return lasp.delta_rule(own.q, own.k, own.v, own.beta, own.log_decay, **given)
+
+    output = torch.cat(run(8, rank, "contiguous", 2), 1)
+    torch.testing.assert_close(output, expected["output"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_losses_ask_not_how_rows_lie(layout: Any) -> None:
+    """Rows laid flat, [B·T] of which are no even cut; a rank may hold none of them."""
+    logits, labels = torch.randn(3, 13, 7, dtype=torch.float64), torch.randint(7, (3, 13))
+
+    def rank(group: lasp.SequenceGroup) -> Tensor:
+        part, targets = lasp.shard(logits, group), lasp.shard(labels, group)
+        none = slice(0) if group.rank == 1 else slice(None)
+        log_probs = lasp.token_log_probs(part.flatten(0, 1), None, targets.flatten(), group=group).sum()
+        whole = lasp.cross_entropy(part.flatten(0, 1), targets.flatten(), group=group)
+        return torch.stack([whole, log_probs, lasp.cross_entropy(part[:, none], targets[:, none], group=group)])
+
+    found = torch.stack(run(2, rank, layout, checks=True))
+    whole = lasp.cross_entropy(logits, labels)
+    own = torch.cat([torch.arange(13)[part] for part in even_slices(13, 0, 2, layout)])
+    alone = lasp.cross_entropy(logits[:, own], labels[:, own])
+    torch.testing.assert_close(found[:, 0], whole.expand(2))
+    torch.testing.assert_close(found[:, 1].sum(), -whole * labels.numel())
+    torch.testing.assert_close(found[:, 2], alone.expand(2))
