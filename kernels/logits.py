@@ -17,8 +17,9 @@ from lasp.kernels.precision import compute_dtype, exact, product_dtype
 _STEPS = {"mul", "div", "tanh", "to", "float", "double", "bfloat16", "half", "contiguous"}
 _FACTS = {"shape", "dtype", "layout", "ndim", "dim", "size", "numel", "is_floating_point", "is_nested"}
 _OPERATORS = (
-    "add", "radd", "sub", "rsub", "rtruediv", "pow", "matmul", "rmatmul", "neg", "abs", "lt", "le", "gt", "ge",
-    "getitem", "setitem", "iter", "repr", "format", "float", "array",
+    "add", "radd", "sub", "rsub", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul",
+    "rmatmul", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "contains", "iter",
+    "repr", "format", "bool", "int", "float", "array",
 )  # fmt: skip
 
 

@@ -140,6 +140,8 @@ def test_logits_are_a_tensor_when_looked_at() -> None:
     assert (logits.shape, logits.dtype, logits.dim()) == (plain.shape, plain.dtype, 3)
     assert lasp.token_log_probs(logits, None, labels).shape == labels.shape
     assert_same(logits + 0, plain, [hidden, *layer.parameters()], atol=1e-6)
+    for use in (lambda x: x == 0.5, lambda x: x != x, lambda x: x % 2, lambda x: 2**x, lambda x: x // 2, lambda x: +x):
+        torch.testing.assert_close(use(logits), use(plain), atol=1e-6, rtol=0)
     with torch.no_grad():
         logits[:, :, 3] = 0
         plain[:, :, 3] = 0

@@ -32,6 +32,13 @@ def test_compiled_for_several_lengths(name: str) -> None:
         assert largest_error(solve_attention(problem, compiled), expected) < 1e-12
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.5])
+@pytest.mark.parametrize("name", [*OPTIONS, "unmasked"])
+def test_scales_that_are_not_positive(name: str, scale: float) -> None:
+    problem = make_attention(20, **OPTIONS.get(name, {"causal": False}), scale=scale)
+    assert largest_error(solve_attention(problem, lasp.softmax_attention), solve_attention(problem)) < 1e-12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compiled_to_machine_code(name: str) -> None:
