@@ -9,9 +9,11 @@ from lasp.launch.address import interface_of, is_here, own_address
 from lasp.launch.job import Job, Plan
 from lasp.launch.ranks import cores, loopback
 
+_WAIT = 600
+"""Seconds that a node waits for others, where nothing else is said."""
+
 _LAST_CALL = 5
 """Seconds in which further nodes may join when as many have come as are needed."""
-
 
 _EXPOSED = (
     "torchrun's store listens on every interface of this machine, and whoever reaches it runs code as you; "
@@ -22,7 +24,7 @@ _EXPOSED = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=3, help="how often all ranks are started again after a failure")
     parser.add_argument("--endpoint", help="HOST:PORT where the nodes meet, HOST being one of them; for several nodes")
-    parser.add_argument("--wait", type=int, default=600, help="seconds that a node waits for others, to begin or go on")
+    parser.add_argument("--wait", type=int, help=f"seconds that a node waits for others, to begin or go on ({_WAIT})")
     parser.add_argument("--least-nodes", type=int, help="go on with as few nodes, by fewer ranks, when others are lost")
 
 
@@ -38,14 +40,15 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, cores() // job.gpus))
     if job.nodes == 1:
-        if options.endpoint or options.least_nodes is not None:
-            raise ValueError("--endpoint and --least-nodes are of several nodes, and --nodes is 1")
+        if options.endpoint or options.wait is not None or options.least_nodes is not None:
+            raise ValueError("--endpoint, --wait and --least-nodes are of several nodes, and --nodes is 1")
         where = ["--standalone", "--local-addr", "127.0.0.1"]
         environment |= loopback()
     else:
-        if options.wait < 1:
-            raise ValueError(f"--wait must be at least 1, got {options.wait}")
-        conf = f"join_timeout={options.wait}"
+        wait = _WAIT if options.wait is None else options.wait
+        if wait < 1:
+            raise ValueError(f"--wait must be at least 1, got {wait}")
+        conf = f"join_timeout={wait}"
         if options.least_nodes is not None:
             job = job.elastic(options.least_nodes)
             conf += f",last_call_timeout={_LAST_CALL}"

@@ -144,6 +144,7 @@ def test_the_batch_file_of_the_documentation_is_a_real_one():
         (["torchrun", "long.toml", "--nodes", "2", "--endpoint", "first"], "--endpoint HOST:PORT"),
         (["torchrun", "long.toml", "--nodes", "2", "--endpoint", "no-such-host.invalid:29500"], "has no address here"),
         (["torchrun", "long.toml", "--least-nodes", "1"], "--nodes is 1"),
+        (["torchrun", "long.toml", "--wait", "60"], "--nodes is 1"),
         (["torchrun", "long.toml", "--nodes", "2", "--least-nodes", "3"], "--least-nodes must lie in 1..2"),
         (["torchrun", "long.toml", "--nodes", "4", "--gpus", "2", "--least-nodes", "2"], "with 3 of 4 nodes"),
         (["torchrun", "long.toml", "--nodes", "2", "--wait", "0"], "--wait must be at least 1, got 0"),
