@@ -65,6 +65,10 @@ def _check_own(model: Any) -> None:
 
 def _check_foreign(model: Any) -> None:
     name, family = type(model).__name__, family_of(model)
+    inside = list(model.children())
+    if family is None and len(inside) == 1 and (takes_group(inside[0]) or family_of(inside[0]) is not None):
+        within = type(inside[0]).__name__
+        raise ValueError(f"{name} is around a {within}: parallelize that, and put {name} around it afterwards")
     if family is None:
         own = sorted({type(m).__name__ for m in model.modules() if not _tokenwise(type(m))} - {name})
         raise ValueError(

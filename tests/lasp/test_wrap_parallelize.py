@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from typing import Any
@@ -79,6 +80,12 @@ def test_what_are_no_tokens(config: Any, ids: Any) -> None:
     model = lasp.parallelize(transformers.LlamaForCausalLM(config), None)
     with pytest.raises(ValueError, match=r"takes input_ids \[B, T\], integers"):
         model(input_ids=ids)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, partial(torch.compile, backend="eager"), torch.nn.Sequential])
+def test_what_is_around_a_model_comes_afterwards(config: Any, wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match="is around a LlamaForCausalLM: parallelize that"):
+        lasp.parallelize(wrap(transformers.LlamaForCausalLM(config)), None)
 
 
 @pytest.mark.parametrize("model", [None, "llama", 3])
