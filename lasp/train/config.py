@@ -257,7 +257,7 @@ class TrainConfig:
     """Checkpoints of every so many steps stay for good."""
 
     async_save: bool = False
-    """Write checkpoints while training goes on, from a copy in the CPU's memory."""
+    """Write checkpoints while training goes on, from a copy in the CPU's memory, which is kept for the next one."""
 
     time_limit: float | None = None
     """Seconds of training after which the run saves and ends, to be resumed; by default it ends with its steps."""
