@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lasp.kernels.inputs import Gradients
 from lasp.kernels.portable.chain import ChunkChain
-from lasp.kernels.portable.tiles import Tiles, add, each
+from lasp.kernels.portable.tiles import Tiles, each
 
 
 class Decay:
@@ -28,11 +28,6 @@ class Decay:
     def v(self) -> Tensor:
         """What the tokens write, [N, C, V]."""
         return self.tiles.v if self._written is None else self._written
-
-    @cached_property
-    def v_columns(self) -> Tensor:
-        """The same as [N, V, C]."""
-        return self.tiles.v_columns if self._written is None else self._written.mT.contiguous()
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -89,7 +84,7 @@ class Decay:
             return Gradients(dq, dk, dv, dgates)
         p = tiles.scores
         dv = tiles.product(p.values.mT, tiles.grad, dv) if values else dv
-        dq, dk, within = p.backward(tiles.product(tiles.grad, self.v_columns), tiles.geometry.trained, dq, dk)
+        dq, dk, within = p.backward(tiles.product(tiles.grad, self.v.mT), tiles.geometry.trained, dq, dk)
         if dgates is not None and within is not None:
             dgates.add_(within.view_as(dgates))
         return Gradients(dq, dk, dv, dgates)
@@ -97,7 +92,7 @@ class Decay:
     def grad_chunk_states(self, entered: ChunkChain, adjoint: ChunkChain, dv: Tensor | None = None) -> Gradients:
         """Gradients of what the chunks carry to their ends. dv: where that is known, of all that v does."""
         tiles, dstate = self.tiles, adjoint.at_ends(self.tiles.block)
-        dk = tiles.product(self.v_columns.mT, dstate.mT)
+        dk = tiles.product(self.v, dstate.mT)
         dk = tiles.scaled(dk, tiles.to_end, out=dk)
         dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate) if dv is None else dv
         dgates = None
@@ -121,4 +116,4 @@ class Decay:
 
     def add_gradients(self, entered: ChunkChain, adjoint: ChunkChain, before: Gradients, total: Gradients) -> None:
         """Put into the block of `total` what stands in `before`, of grad_outputs, and grad_chunk_states."""
-        each(add, self.grad_chunk_states(entered, adjoint), self.tiles.block, before, total)
+        each(self.tiles.add, self.grad_chunk_states(entered, adjoint), before, total)

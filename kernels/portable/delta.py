@@ -25,7 +25,7 @@ from lasp.kernels.inputs import Gradients
 from lasp.kernels.portable.chain import ChunkChain
 from lasp.kernels.portable.decay import Decay
 from lasp.kernels.portable.scores import Scores
-from lasp.kernels.portable.tiles import Tiles, add, each, put
+from lasp.kernels.portable.tiles import Tiles, each
 
 
 class Delta:
@@ -46,7 +46,7 @@ class Delta:
         """How much of what the key held is erased, [N, C, 1]."""
         beta = self.tiles.inputs.beta
         assert beta is not None, "it is what makes a call one of this family"
-        return self.tiles.read(beta.unsqueeze(-1))
+        return self.tiles.read(beta)
 
     @cached_property
     def k_scores(self) -> Scores:
@@ -145,13 +145,13 @@ class Delta:
 
     def add_gradients(self, entered: ChunkChain, adjoint: ChunkChain, before: Gradients, total: Gradients) -> None:
         """`before.v` holds gradients of what the tokens write, `total.v` those of v."""
-        memory, block = self.memory(entered), self.tiles.block
+        memory = self.memory(entered)
         found = memory.grad_chunk_states(entered, adjoint)
         assert found.v is not None, "every chunk has values"
         assert before.v is not None, "grad_outputs has found it"
         found = self._grad_written(memory, found._replace(v=found.v.add_(self.tiles.read(before.v))), entered)
-        each(put, Gradients(v=found.v), block, total)
-        each(add, found._replace(v=None), block, before, total)
+        each(self.tiles.put, Gradients(v=found.v), total)
+        each(self.tiles.add, found._replace(v=None), before, total)
 
     def _over_chunk(self, i: int, state: Tensor) -> Tensor:
         """A state [B·H, K, V] decayed over the block's i-th chunk."""
@@ -186,7 +186,7 @@ class Delta:
         dgates = found.log_decay
         if tiles.geometry.trained:
             dgates = tiles.passed_from_start(tiles.k, dk, dgates)
-        da = tiles.product(dv, memory.v_columns).neg_().tril_(-1)
+        da = tiles.product(dv, memory.v.mT).neg_().tril_(-1)
         dk.add_(found.k)
         _, _, within = self.k_scores.backward(da, tiles.geometry.trained, dk, dk)  # k stands on both sides
         if dgates is not None and within is not None:

@@ -19,7 +19,6 @@ only. States, decays and sums are in the compute dtype (fp32, or fp64 for fp64 i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -33,7 +32,8 @@ from lasp.kernels.portable.chain import ChunkChain
 from lasp.kernels.portable.decay import Decay
 from lasp.kernels.portable.delta import Delta
 from lasp.kernels.portable.scratch import Scratch
-from lasp.kernels.portable.tiles import Geometry, Tiles, add, each, put, stretch_gates
+from lasp.kernels.portable.stretch import Stretch
+from lasp.kernels.portable.tiles import Geometry, Tiles, each
 from lasp.kernels.precision import compute_dtype
 
 
@@ -94,7 +94,7 @@ def inside(inputs: Inputs, numbers: Numbers) -> Filled:
         return
     for block in _blocks(inputs, geometry):
         for tile, total in zip(block.ahead(), seen, strict=True):
-            put(tile, block.tiles.block, total)
+            block.tiles.put(tile, total)
 
 
 @operator
@@ -107,7 +107,7 @@ def read_out(inputs: Inputs, numbers: Numbers, chain: Sequence[Tensor], seen: Se
     for block in _blocks(inputs, geometry):
         tiles = block.tiles
         read = block.read_out(entered) if isinstance(block, Decay) else block.read_out(entered, tiles.read(seen[1]))
-        add(read, tiles.block, seen[0], output)
+        tiles.add(read, seen[0], output)
 
 
 @operator
@@ -132,7 +132,7 @@ def grad_outputs(inputs: Inputs, numbers: Numbers, grad: Tensor, chain: Sequence
     yield memory
     total, entered = gradients_of(memory, geometry.trained), ChunkChain(geometry.slots, *chain)
     for block in _blocks(inputs, geometry, grad):
-        each(put, block.grad_outputs(entered), block.tiles.block, total)
+        each(block.tiles.put, block.grad_outputs(entered), total)
     if not geometry.masked:
         for x in memory[1:3]:
             x.zero_()
@@ -169,7 +169,7 @@ def forward(inputs: Inputs, numbers: Numbers, incoming: Sequence[Tensor | None])
     yield [output, *chain]
     entered = _begun(chain, incoming, geometry)
     for block in _blocks(inputs, geometry):
-        put(block.forward(entered), block.tiles.block, output)
+        block.tiles.put(block.forward(entered), output)
 
 
 @operator
@@ -189,7 +189,7 @@ def backward(
         own = block.tiles.block
         adjoint = ChunkChain(geometry.slots, window, entered.transfers, reverse=True, base=own.slot)
         window[own.chunks] = starts[own.run]
-        each(put, block.backward(entered, adjoint), own, total)
+        each(block.tiles.put, block.backward(entered, adjoint), total)
         starts[own.run].copy_(window[0])
 
 
@@ -204,11 +204,10 @@ def _blocks(
     family = Decay if inputs.beta is None else Delta
     blocks = geometry.table.blocks
     for stretch in _stretches(blocks[::-1] if reverse else blocks, inputs):
-        whole = replace(min(stretch, key=lambda block: block.start), chunks=sum(block.chunks for block in stretch))
-        gates = stretch_gates(inputs, whole, geometry)
+        shared = Stretch(inputs, stretch, geometry.heads, geometry.scale)
         for block in stretch:
             scratch.rewind()
-            yield family(Tiles(inputs, block, geometry, scratch, gates, grad))
+            yield family(Tiles(inputs, block, geometry, scratch, shared, grad))
 
 
 def _stretches(blocks: Sequence[Block], inputs: Inputs) -> Iterator[list[Block]]:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.chunks import Block, ChunkTable, chunk_table, state_slots
-from lasp.kernels.decays import finite
 from lasp.kernels.inputs import Gradients, Inputs
 from lasp.kernels.portable.cache import cache_bytes
-from lasp.kernels.portable.gates import Gates
 from lasp.kernels.portable.scores import DyadicScores, MaskedScores, Scores, causal_mask, decay_mask
 from lasp.kernels.portable.scratch import Scratch
+from lasp.kernels.portable.stretch import Stretch
 
 FEWEST_ROWS, MOST_ROWS = 1024, 8192
 """Tokens x states to a block: fewer cost more in calls than they save in cache misses, more save no calls worth it."""
@@ -47,16 +46,11 @@ class Geometry:
 
     @cached_property
     def table(self) -> ChunkTable:
-        """The chunks, in blocks."""
-        rows = max(FEWEST_ROWS, min(cache_bytes() // self._row_bytes, MOST_ROWS))
+        """The chunks, in blocks whose keys and values fill the caches of the cores at work: what one operator leaves
+        there the next one finds."""
+        row = (self.key_dim + self.value_dim) * self.dtype.itemsize
+        rows = max(FEWEST_ROWS, min(torch.get_num_threads() * cache_bytes() // row, MOST_ROWS))
         return chunk_table(self.runs, self.size, max(1, rows // (self.size * self.batch * self.heads)))
-
-    @property
-    def _row_bytes(self) -> int:
-        """What a row of a block takes in backward: of keys and of values six tiles, of states two, of scores three."""
-        key, value = self.key_dim, self.value_dim
-        numbers = 6 * (key + value) + 2 * key * value // self.size + (3 * self.size if self.masked else 0)
-        return numbers * self.dtype.itemsize
 
     @property
     def slots(self) -> tuple[tuple[int, int], ...]:
@@ -77,7 +71,7 @@ class Geometry:
 class Tiles:
     """The tiles of one block, each read when it is first asked for, and the decays of their rows, None for no decay.
 
-    gates: those of the stretch that the block is a part of.
+    stretch: that the block is a part of.
     """
 
     def __init__(
@@ -86,11 +80,12 @@ class Tiles:
         block: Block,
         geometry: Geometry,
         scratch: Scratch,
-        gates: Gates | None,
+        stretch: Stretch,
         grad: Tensor | None = None,
     ) -> None:
         self.inputs, self._grad = inputs, grad
-        self.block, self.geometry, self.scratch, self.gates = block, geometry, scratch, gates
+        self.block, self.geometry, self.scratch = block, geometry, scratch
+        self._stretch, self._index, self.gates = stretch, stretch.index(block), stretch.gates
 
     @cached_property
     def q(self) -> Tensor:
@@ -108,12 +103,6 @@ class Tiles:
         return self.read(self.inputs.v)
 
     @cached_property
-    def v_columns(self) -> Tensor:
-        """Values [N, V, C]: a product with the transpose of short rows takes twice as long as copying them so."""
-        view = block_view(self.inputs.v, self.block, self.geometry.heads).mT
-        return self.scratch(*view.shape).copy_(view).flatten(0, 3)
-
-    @cached_property
     def grad(self) -> Tensor:
         """Gradients of the output [N, R, V]."""
         assert self._grad is not None, "the backward stages are given the output's gradient"
@@ -128,15 +117,15 @@ class Tiles:
         """Those of other rows with the keys. One factor per token is a mask; one per channel needs the dyadic form."""
         if self.gates is None or not self.gates.per_channel:
             return MaskedScores(q, self.k, self.mask, scale, self.scratch)
-        return DyadicScores(q, self.k, self.gates.of(self.block, self.gates.log_decay), scale)
+        return DyadicScores(q, self.k, self.gates.log_decay[self._index], scale)
 
     @cached_property
     def mask(self) -> Tensor:
         """Between the tokens of a chunk, where the channels decay alike."""
         if self.gates is None:
             return causal_mask(self.k)
-        high, low = (self.gates.of(self.block, sums) for sums in self.gates.sums)
-        return decay_mask(high, low, self.scratch)
+        high, low = self.gates.sums
+        return decay_mask(high[self._index], low[self._index], self.scratch)
 
     @cached_property
     def from_start(self) -> Tensor:
@@ -144,29 +133,24 @@ class Tiles:
         without decay."""
         if self.gates is None:
             return torch.full((1,), self.geometry.scale, dtype=self.geometry.dtype, device=self.inputs.q.device)
-        factor = self._by_row(self.gates.from_start) * self.geometry.scale
+        factor = self.gates.to_query[self._index]
         sharing = self.q.shape[1] // self.block.length
         return factor if sharing == 1 else factor.repeat(1, sharing, 1)
 
     @cached_property
     def key_from_start(self) -> Tensor | None:
         """The decay between the chunk's start and each key, its own included, [N, C, 1 or K]."""
-        return None if self.gates is None else self._by_row(self.gates.from_start)
+        return None if self.gates is None else self.gates.from_start[self._index]
 
     @cached_property
     def to_end(self) -> Tensor | None:
         """The decay between each key and the chunk's end, [N, C, 1 or K]."""
-        return None if self.gates is None else self._by_row(self.gates.to_end)
+        return None if self.gates is None else self.gates.to_end[self._index]
 
     @property
     def whole(self) -> Tensor | None:
         """The decay over the whole chunk, [n or 1, B or 1, H, 1, 1 or K]."""
-        return None if self.gates is None else self.gates.of(self.block, self.gates.whole)
-
-    def _by_row(self, decays: Tensor) -> Tensor:
-        assert self.gates is not None, "only where there are gates"
-        own = self.gates.of(self.block, decays)
-        return own.expand(self.block.chunks, self.geometry.batch, -1, -1, -1).flatten(0, 2)
+        return None if self.gates is None else self.gates.whole[self._index]
 
     def passed_from_start(self, rows: Tensor, grad: Tensor, onto: Tensor | None) -> Tensor:
         """Gradients of the gates from those of `rows` [N, R, K] decayed from the chunk's start, added to `onto`.
@@ -213,60 +197,35 @@ class Tiles:
         return tile.unflatten(0, (self.block.chunks, -1)).unbind()
 
     def read(self, x: Tensor) -> Tensor:
-        """The block's part of [B, T, h, D] as a tile [N, C or R, D]."""
-        view = block_view(x, self.block, self.geometry.heads)
-        matrices = self.block.chunks * self.geometry.batch * self.geometry.heads
-        tile = self.scratch(matrices, view.numel() // (matrices * x.shape[-1]), x.shape[-1])
-        tile.view(view.shape).copy_(view)
-        return tile
+        """The block's part of [B, T, h, D] or [B, T, h] as a tile [N, C or R, D or 1]."""
+        view = self._view(x, self.geometry.heads)
+        tile = self.scratch(*view.shape).copy_(view)
+        return tile.view(self.block.chunks * self.geometry.batch * self.geometry.heads, -1, view.shape[-1])
+
+    def put(self, tile: Tensor, total: Tensor) -> None:
+        """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
+        target = self._view(total, total.shape[2])
+        target.copy_(_like(tile, target))
+
+    def add(self, tile: Tensor, before: Tensor, total: Tensor) -> None:
+        """Put a tile likewise, added to what stands in that block of `before`."""
+        target = self._view(total, total.shape[2])
+        torch.add(self._view(before, total.shape[2]), _like(tile, target), out=target)
+
+    def _view(self, x: Tensor, states: int) -> Tensor:
+        return self._stretch.views(x, states)[self._index]
 
 
-def stretch_gates(inputs: Inputs, stretch: Block, geometry: Geometry) -> Gates | None:
-    """The gates of neighbouring chunks, given as one block."""
-    log_decay = inputs.log_decay
-    if log_decay is None:
-        return None
-    if log_decay.dim() == 1:
-        per_head = finite(log_decay.to(geometry.dtype)).repeat_interleave(geometry.heads // log_decay.shape[0])
-        return Gates(per_head.view(1, 1, -1, 1, 1).expand(-1, -1, -1, stretch.length, -1), stretch.start)
-    view = block_view(log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay, stretch, geometry.heads)
-    return Gates(finite(view.to(geometry.dtype).flatten(2, 3)), stretch.start)
-
-
-def block_view(x: Tensor, block: Block, states: int) -> Tensor:
-    """A block of [B, T, h, D] as [n, B, a, b, C, D]: a·b heads, or states when fewer heads than states are given."""
-    batch, _, heads, dim = x.shape
-    over_batch, over_tokens, over_heads, over_dim = x.stride()
-    shared = heads // states if heads > states else 1  # heads that share a state
-    size = (block.chunks, batch, heads // shared, shared if shared > 1 else states // heads, block.length, dim)
-    inner = over_heads if shared > 1 else 0
-    stride = (block.length * over_tokens, over_batch, shared * over_heads, inner, over_tokens, over_dim)
-    return x.as_strided(size, stride, x.storage_offset() + block.start * over_tokens)
-
-
-def put(tile: Tensor, block: Block, total: Tensor) -> None:
-    """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
-    _target(total, block).copy_(_by_head(tile, total, block))
-
-
-def add(tile: Tensor, block: Block, before: Tensor, total: Tensor) -> None:
-    """Put a tile likewise, added to what stands in that block of `before`."""
-    torch.add(_target(before, block), _by_head(tile, total, block), out=_target(total, block))
-
-
-def each(how: Callable[..., None], tiles: Gradients, block: Block, *totals: Gradients) -> None:
-    """Put or add each tile that there is into its block of its gradient."""
+def each(how: Callable[..., None], tiles: Gradients, *totals: Gradients) -> None:
+    """Put or add each tile that there is to its gradient."""
     for tile, *targets in zip(tiles, *totals, strict=True):
         if tile is not None and targets[0] is not None:
-            how(tile, block, *targets)
+            how(tile, *targets)
 
 
-def _target(total: Tensor, block: Block) -> Tensor:
-    return block_view(total, block, total.shape[2])[:, :, :, 0]
-
-
-def _by_head(tile: Tensor, total: Tensor, block: Block) -> Tensor:
-    """A tile as [n, B, h, C, D]."""
-    heads = total.shape[2]
-    tile = tile.reshape(block.chunks, total.shape[0], -1, block.length, tile.shape[-1])
-    return tile if tile.shape[2] == heads else tile.unflatten(2, (heads, -1)).sum(3)
+def _like(tile: Tensor, target: Tensor) -> Tensor:
+    """A tile in the shape of its target [n, B, h, 1, C, D], summed over the states that share one of the h heads."""
+    if tile.numel() == target.numel():
+        return tile.reshape(target.shape)
+    chunks, batch, heads, _, length, dim = target.shape
+    return tile.reshape(chunks, batch, heads, -1, length, dim).sum(3, keepdim=True)

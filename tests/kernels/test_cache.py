@@ -18,15 +18,13 @@ def write(folder: Path, **files: str) -> None:
         (folder / name).write_text(f"{text}\n", encoding="ascii")
 
 
-def test_the_largest_cache_that_holds_data_counts(tmp_path: Path) -> None:
-    write(tmp_path / "index0", type="Data", size="32K")
-    write(tmp_path / "index1", type="Instruction", size="99999K")
-    write(tmp_path / "index2", type="Unified", size="512K")
-    write(tmp_path / "index3", type="Unified", size="16384K")
-    assert cache_bytes(tmp_path) == 16 << 20
+def test_the_second_level_counts(tmp_path: Path) -> None:
+    for i, (level, size) in enumerate([("1", "32K"), ("1", "32K"), ("2", "512K"), ("3", "16384K")]):
+        write(tmp_path / f"index{i}", level=level, size=size)
+    assert cache_bytes(tmp_path) == 512 << 10
 
 
-@pytest.mark.parametrize("files", [{}, {"type": "Unified"}, {"type": "Unified", "size": "?"}], ids=str)
+@pytest.mark.parametrize("files", [{}, {"level": "2"}, {"level": "2", "size": "?"}], ids=str)
 def test_a_system_that_does_not_tell(files: dict[str, str], tmp_path: Path) -> None:
     write(tmp_path / "index3", **files)
     assert cache_bytes(tmp_path) == cache_bytes(tmp_path / "missing") == UNTOLD
@@ -38,10 +36,11 @@ def geometry(heads: int = 4, dim: int = 128) -> Geometry:
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "chunks"),
-    [(1, 4), (32, 14), (500, 32)],  # of 4 x 64 rows each: the fewest, what fits, the most
+    ("kilobytes", "threads", "chunks"),
+    [(256, 2, 4), (512, 2, 4), (2048, 1, 8), (2048, 2, 16), (2048, 64, 32)],  # of 4 x 64 rows each
 )
-def test_blocks_fit_the_cache(megabytes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "cache_bytes", lambda: megabytes << 20)
+def test_blocks_fit_the_caches(kilobytes: int, threads: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "cache_bytes", lambda: kilobytes << 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert geometry().table.blocks[0].chunks == chunks
-    assert geometry(heads=64, dim=256).table.blocks[0].chunks == 1 + (megabytes > 100)
+    assert geometry(heads=64, dim=256).table.blocks[0].chunks == (2 if threads == 64 else 1)
