@@ -198,7 +198,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
         archive.extractall(site)
     packed = {str(file.relative_to(site / "lasp")) for file in (site / "lasp").rglob("*") if file.is_file()}
     assert {"py.typed", "kernels/segment.py", "parallel/scan.py", "launch/configs/demo.toml"} <= packed
-    assert not any("test" in name for name in packed)
+    assert not any(re.match(r"(.*_)?tests?([_.]|$)", part) for name in packed for part in Path(name).parts)
     metadata = next(site.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
     assert metadata.startswith(f"Metadata-Version: 2.4\nName: lasp2\nVersion: {lasp.__version__}\n")
     for field in ("Author", "Keywords", "Classifier", "Project-URL", "License-Expression", "Requires-Python"):

@@ -20,7 +20,7 @@ from lasp.kernels.portable.scores import DyadicScores, MaskedScores, Scores, cau
 from lasp.kernels.portable.scratch import Scratch
 from lasp.kernels.portable.stretch import Stretch
 
-FEWEST_ROWS, MOST_ROWS = 1024, 8192
+FEWEST_ROWS, MOST_ROWS = 2048, 8192
 """Tokens x states to a block: fewer cost more in calls than they save in cache misses, more save no calls worth it."""
 
 

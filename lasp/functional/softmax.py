@@ -75,7 +75,7 @@ def softmax_attention(
     lies = turn()
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:  # flash kernels hide scores by -inf before they scale them
-        q, scale = q * scale, 1.0
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     mask = Mask(lies.bounds or (0, lies.total), causal, window)
     attention = BlockAttention(mask, scale, None if softcap is None else float(softcap))
     heads, key_heads = _attention_heads(q, k, v)

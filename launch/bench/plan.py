@@ -16,7 +16,6 @@ from typing import Any
 
 from lasp.launch.bench import contest
 from lasp.launch.bench.case import LAYOUT, METHOD, SCAN, Case, train, trains
-from lasp.launch.bench.contest import CONTESTS
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import machine
 from lasp.launch.plan.candidate import Candidate, Job
@@ -56,7 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--cases", type=int, choices=range(len(CASES)), nargs="+", metavar="N", help="by number, from 0"
     )
     parser.add_argument("--mb", type=float, default=300.0, help="limit of --part longest, of each rank")
-    parser.add_argument("--contests", type=int, choices=range(len(CONTESTS)), nargs="+", metavar="N", help="of choices")
+    parser.add_argument(
+        "--contests", type=int, choices=range(len(contest.CONTESTS)), nargs="+", metavar="N", help="of choices"
+    )
     parser.add_argument("--gpu", default="cpu", help="what `lasp plan --gpu` takes, for the times")
 
 
@@ -75,7 +76,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         trained = [trains(replace(case, tokens=number), 1e6 * options.mb) for number in tries]
         found["longest"].append(asdict(case) | {"tokens": tries, "trained": trained})
         _tell(f"{case}: {tries} tokens train: {trained}")
-    for held in (CONTESTS[n] for n in options.contests or range(len(CONTESTS)) if "choice" in options.part):
+    for held in (
+        contest.CONTESTS[n] for n in options.contests or range(len(contest.CONTESTS)) if "choice" in options.part
+    ):
         found["choices"].append(asdict(held) | {"candidates": held.candidates(on, options.repeat)})
         _tell(f"{held}: {contest.choice(found['choices'][-1])}")
     return found

@@ -53,7 +53,7 @@ class Effort:
 @dataclass
 class Tally(TorchDispatchMode):
     """moments: what was held after each operation, by item. effort: by place and direction, backward by the place
-    whose forward pass made the node."""
+    whose forward pass made the node ("rest" for a pass within a pass, as of a recurrence that is computed again)."""
 
     moments: list[tuple[Kind, Items]] = field(default_factory=list)
     effort: dict[tuple[str, str], Effort] = field(default_factory=lambda: defaultdict(Effort))

@@ -29,9 +29,8 @@ networked = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 LASP = [sys.executable, "-m", "lasp.launch.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "12"]
 PATIENT = ["--timeout", "100"]  # where no watchdog is wanted
-KILLED = (
-    200  # steps of a run that is killed at every tenth up to the hundredth: it is far from its end at the last kill
-)
+KILLED = 200
+"""Steps of a run that is killed at every tenth up to the hundredth: it is far from its end at the last kill."""
 STATIC = ["--nnodes", "1", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", "29533"]
 
 

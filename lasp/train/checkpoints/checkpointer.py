@@ -87,13 +87,20 @@ class Folders:
                 dcp.save(state, process_group=self.ranks.everyone.control, **options)
         if last:
             self._wait()
+            if stager := self.__dict__.pop("_stager", None):
+                stager.close()
 
     def _wait(self) -> None:
         """See that what is written in the background is complete."""
-        pending, self._pending = self._pending, None
-        if pending is not None and self._writing is not None:
+        pending = self._pending
+        if pending is None or self._writing is None:
+            return
+        try:
             with self._saving(self._writing):
                 pending.result()
+        finally:
+            if pending.done():  # where an interrupt ends the wait, the copy is still being written
+                self._pending = None
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
