@@ -49,7 +49,8 @@ def test_four_ranks_tell_what_a_step_took(config, world, monkeypatch, engine):
     trainer = Trainer.start(Run.prepare_together(config, ranks.everyone), ranks)
     if world.rank == 2:
         read = trainer.source.read
-        object.__setattr__(trainer.source, "read", lambda step: (time.sleep(0.2), read(step))[1])
+        slow = 0.5  # seconds: more than other work on the machine holds up the others
+        object.__setattr__(trainer.source, "read", lambda step: (time.sleep(slow), read(step))[1])
     trainer.step()
     trainer.meter.totals(1)
     trainer.step()
@@ -67,7 +68,7 @@ def test_four_ranks_tell_what_a_step_took(config, world, monkeypatch, engine):
     assert found["tokens"] == 2 * 128
     assert found["slowest_rank"] == 2
     assert found["slowest_by"] > 0.1
-    assert 0.2 <= found["data"] <= found["seconds"]
+    assert 0.5 <= found["data"] <= found["seconds"]
     assert found["waited"] > 0.1
     trace = Path(config.output) / "profile" / f"steps-2-2-rank-{world.rank}.json"
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
