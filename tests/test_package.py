@@ -239,8 +239,8 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example is not None
     (tmp_path / "example.py").write_text(example[1], encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "example.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run_ranks = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    done = subprocess.run([*run_ranks, "--standalone", "example.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bytes_of_a_state = 4 * 32 * 32 * 4
     for rank in range(2):
