@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,6 +20,12 @@ def decay_factor(log_decay: Tensor) -> Tensor:
     Denormal numbers slow a matrix product on CPU a hundredfold, and are far below the resolution of the sums they
     would join.
     """
-    lowest = math.log(torch.finfo(log_decay.dtype).tiny) + 8
-    factor = log_decay.clamp_(min=lowest, max=0).exp_()
-    return F.threshold(factor, math.exp(lowest + 1), 0.0, inplace=True)
+    least = least_factor(log_decay.dtype)
+    factor = log_decay.clamp_(min=math.log(least) - 1, max=0).exp_()
+    return torch.threshold_(factor, least, 0.0)
+
+
+@cache
+def least_factor(dtype: torch.dtype) -> float:
+    """The least decay that is not taken for 0, near the smallest normal number."""
+    return torch.finfo(dtype).tiny * math.exp(9)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.inputs import Gradients
@@ -75,19 +74,19 @@ class Decay:
         values: also of v.
         """
         tiles = self.tiles
-        _, dk, dv, dgates, _ = Gradients() if later is None else later
+        _, dk, dv, *_ = Gradients() if later is None else later
         dq = tiles.product(tiles.grad, entered.at_starts(tiles.block).mT)
         dq = tiles.scaled(dq, tiles.from_start, out=dq)
         if tiles.geometry.trained:
-            dgates = tiles.passed_from_start(tiles.q, dq, dgates)
+            tiles.pass_from_start(tiles.q, dq)
         if not tiles.geometry.masked:
-            return Gradients(dq, dk, dv, dgates)
+            return Gradients(dq, dk, dv)
         p = tiles.scores
         dv = tiles.product(p.values.mT, tiles.grad, dv) if values else dv
         dq, dk, within = p.backward(tiles.product(tiles.grad, self.v.mT), tiles.geometry.trained, dq, dk)
-        if dgates is not None and within is not None:
-            dgates.add_(within.view_as(dgates))
-        return Gradients(dq, dk, dv, dgates)
+        if within is not None:
+            tiles.pass_within(within)
+        return Gradients(dq, dk, dv)
 
     def grad_chunk_states(self, entered: ChunkChain, adjoint: ChunkChain, dv: Tensor | None = None) -> Gradients:
         """Gradients of what the chunks carry to their ends. dv: where that is known, of all that v does."""
@@ -95,15 +94,12 @@ class Decay:
         dk = tiles.product(self.v, dstate.mT)
         dk = tiles.scaled(dk, tiles.to_end, out=dk)
         dv = tiles.product(tiles.scaled(tiles.k, tiles.to_end), dstate) if dv is None else dv
-        dgates = None
-        if tiles.geometry.trained and tiles.whole is not None:
-            # A gate is passed by the tokens before it and by the state that entered the chunk, on their way to the
-            # chunk's end. The latter, state times gradient at every chunk, stands for the boundary term of the
+        if tiles.geometry.trained:
+            # What the state that entered the chunk sends across it, at every chunk, stands for the boundary term of the
             # identity over the whole sequence (GLA, arXiv:2312.06635, appendix C).
-            kept = F.pad(tiles.by_gate(tiles.times(tiles.k, dk)).cumsum(-2), (0, 0, 1, -1))
-            passed = tiles.whole.flatten(0, 1) * tiles.held(entered.at_starts(tiles.block), dstate)
-            dgates = kept.add_(passed)
-        return Gradients(None, dk, dv, dgates)
+            tiles.pass_to_end(tiles.k, dk)
+            tiles.pass_across(entered.at_starts(tiles.block), dstate)
+        return Gradients(None, dk, dv)
 
     def gradients(self, entered: ChunkChain, adjoint: ChunkChain, dv: Tensor | None = None) -> Gradients:
         """Both."""

@@ -183,12 +183,11 @@ class Delta:
         dv = y.mul_(self.beta)
         dk = tiles.product(dv, states.mT).neg_()
         dk = tiles.scaled(dk, tiles.key_from_start, out=dk)
-        dgates = found.log_decay
         if tiles.geometry.trained:
-            dgates = tiles.passed_from_start(tiles.k, dk, dgates)
+            tiles.pass_from_start(tiles.k, dk)
         da = tiles.product(dv, memory.v.mT).neg_().tril_(-1)
         dk.add_(found.k)
         _, _, within = self.k_scores.backward(da, tiles.geometry.trained, dk, dk)  # k stands on both sides
-        if dgates is not None and within is not None:
-            dgates.add_(within.view_as(dgates))
-        return Gradients(found.q, dk, dv, dgates, dbeta)
+        if within is not None:
+            tiles.pass_within(within)
+        return Gradients(found.q, dk, dv, None, dbeta)

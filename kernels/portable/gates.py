@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lasp.kernels.chunks import ceil_div
 from lasp.kernels.decays import decay_factor
+from lasp.kernels.portable.masks import DecayMasks
 
 ByBlock = tuple[Tensor, ...]
 """Of each block of a stretch one, in order of time."""
@@ -18,8 +19,8 @@ class Gates:
     """Log-decays [n or 1, B or 1, H, C, 1 or K] of a stretch of chunks of one length, and the decays that follow from
     them, made once for the stretch and seen block by block.
 
-    One for all chunks where it is per head, one per channel only for GLA's. chunks: of the stretch, and of a block (its
-    last may have fewer); batch: B; scale: of the queries.
+    One for all chunks where it is per head, one per channel only for GLA's. chunks: of the stretch, and of a block;
+    batch: B; scale: of the queries.
     """
 
     def __init__(self, log_decay: Tensor, chunks: tuple[int, int], batch: int, scale: float) -> None:
@@ -55,21 +56,43 @@ class Gates:
     @cached_property
     def whole(self) -> ByBlock:
         """The decay over the whole chunk, [n or 1, B or 1, H, 1, 1 or K]."""
-        return self._blocks(decay_factor(self._log_decay.sum(-2, keepdim=True)))
+        return self._blocks(self._whole)
+
+    @property
+    def over_chunk(self) -> Tensor:
+        """The same of all blocks, [N, 1, 1 or K]."""
+        return self._by_row(self._whole)
+
+    def mask(self, index: int) -> Tensor:
+        """The decays between the tokens of a block's chunks, where all channels decay alike [M, C, C]: of its N
+        matrices, or of H where all chunks share theirs; until that of another block is asked for."""
+        return self._masks(index if len(self._log_decay) > 1 else 0)
 
     @cached_property
-    def sums(self) -> tuple[ByBlock, ByBlock]:
-        """Running sums of one log-decay per token, [n or 1, B or 1, H, C], in two parts to be added.
+    def _masks(self) -> DecayMasks:
+        chunks, batch, heads, *_ = self._log_decay.shape
+        return DecayMasks(self._log_decay.flatten(0, 2).squeeze(-1), min(chunks, self._size) * batch * heads)
 
-        One near -3000 in fp32 has steps of 2e-4: it is fp64, and the second part is what the first leaves of it.
-        """
-        sums = self._log_decay.squeeze(-1).double().cumsum(-1)
-        high = sums.to(self._log_decay.dtype)
-        return self._blocks(high), self._blocks((sums - high).to(high.dtype))
+    @cached_property
+    def earlier(self) -> Tensor:
+        """One where token j stands before token m of a chunk, else zero, [1, C, C]."""
+        length = self._log_decay.shape[-2]
+        return self._log_decay.new_ones(1, length, length).triu_(1)
+
+    def new_sums(self, tokens: int | None = None) -> tuple[Tensor, ByBlock]:
+        """Zeros [N, C, 1 or K] of all blocks and of each: sums over what shares a gate. tokens: in the place of C."""
+        *_, heads, length, channels = self._log_decay.shape
+        rows = self._batch * heads
+        total = self._log_decay.new_zeros(self._chunks * rows, tokens or length, channels)
+        return total, total.split(self._size * rows)
 
     @cached_property
     def _from_start(self) -> Tensor:
         return decay_factor(self._log_decay.cumsum(-2))
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return decay_factor(self._log_decay.sum(-2, keepdim=True))
 
     def _blocks(self, decays: Tensor) -> ByBlock:
         """Those of each block's chunks, or the one for all."""
@@ -77,5 +100,7 @@ class Gates:
 
     def _rows(self, decays: Tensor) -> ByBlock:
         """Those of each block's tokens, [N, C, 1 or K]."""
-        rows = decays.expand(self._chunks, self._batch, -1, -1, -1).flatten(0, 2)
-        return rows.split(self._size * self._batch * decays.shape[2])
+        return self._by_row(decays).split(self._size * self._batch * decays.shape[2])
+
+    def _by_row(self, decays: Tensor) -> Tensor:
+        return decays.expand(self._chunks, self._batch, -1, -1, -1).flatten(0, 2)

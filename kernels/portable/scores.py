@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.decays import decay_factor
+from lasp.kernels.portable.masks import squares
 from lasp.kernels.portable.scratch import Scratch
 
 
@@ -35,32 +36,35 @@ class Scores(Protocol):
 
 
 class MaskedScores:
-    """No decay, or one factor per head and token: `scale·(q k^T) * L`, L from `causal_mask` or `decay_mask`."""
+    """No decay, or one factor per head and token: `scale·(q k^T) * L`, L from `causal_mask` or `DecayMasks`."""
 
-    def __init__(self, q: Tensor, k: Tensor, mask: Tensor, scale: float, scratch: Scratch) -> None:
-        self.q, self.k, self._mask, self._scale, self._scratch = q, k, mask, scale, scratch
-        self.values = scratch.product(q, k.mT, scale=scale)
-        self._by_query(self.values).mul_(mask)
+    def __init__(
+        self, q: Tensor, k: Tensor, mask: Tensor, scale: float, scratch: Scratch, earlier: Tensor | None
+    ) -> None:
+        self.q, self.k, self._mask, self._scale, self._scratch, self._earlier = q, k, mask, scale, scratch, earlier
+        self.values = self._masked(scratch.product(q, k.mT, scale=scale))
 
     def backward(
         self, grad: Tensor, gates: bool = True, dq: Tensor | None = None, dk: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         dlog = None
-        if self._mask.dim() > 2 and gates:
+        if self._earlier is not None and gates:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
             # never as a difference of two sums that share the pairs on one side.
             pairs = torch.mul(grad, self.values, out=self._scratch.temporary(*grad.shape))
-            earlier = self._scratch(*grad.shape)
-            torch.mm(pairs.flatten(0, 1), _upper_ones(self.k).triu_(1), out=earlier.flatten(0, 1))
-            dlog = earlier.view(grad.shape[0], -1, *grad.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
-        self._by_query(grad).mul_(self._mask)
+            over = self._scratch.product(pairs, self._earlier.expand(len(grad), -1, -1))
+            dlog = over.view(len(over), -1, *over.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
+        self._masked(grad)
         product, scale = self._scratch.product, self._scale
         return product(grad, self.k, dq, scale), product(grad.mT, self.q, dk, scale), dlog
 
-    def _by_query(self, x: Tensor) -> Tensor:
-        """[N, R, C] as [n·B, H, G, C, C], or with all heads in front where there is no decay."""
-        heads = self._mask.shape[1] if self._mask.dim() > 2 else 1
-        return x.view(-1, heads, x.shape[1] // x.shape[2], x.shape[2], x.shape[2])
+    def _masked(self, x: Tensor) -> Tensor:
+        """A tile [N, R, C] times the mask [M, C, C], in place: that of each matrix, of each head or of all."""
+        mask = self._mask
+        if x.shape == mask.shape:
+            return x.mul_(mask)
+        x.view(-1, len(mask), x.shape[1] // x.shape[2], *mask.shape[1:]).mul_(mask.unsqueeze(1))
+        return x
 
 
 class DyadicScores:
@@ -82,7 +86,7 @@ class DyadicScores:
         values = torch.diag_embed(torch.linalg.vecdot(self.q, self.k))
         for half in self._halves():
             q_later, k_earlier, _, _ = self._carry_to_border(half)
-            _squares(values, half).copy_(q_later @ k_earlier.mT)
+            squares(values, half).copy_(q_later @ k_earlier.mT)
         self.values = values[..., : self.length, : self.length].flatten(1, 2)
 
     def backward(
@@ -95,9 +99,9 @@ class DyadicScores:
         dlog = torch.zeros_like(own_k)
         for half in self._halves():
             q_later, k_earlier, to_query, to_border = self._carry_to_border(half)
-            squares = _squares(grad, half)
-            dq_later = (squares @ k_earlier).mul_(to_query)
-            dk_earlier = (squares.mT @ q_later).sum(1, keepdim=True).mul_(to_border)
+            between = squares(grad, half)
+            dq_later = (between @ k_earlier).mul_(to_query)
+            dk_earlier = (between.mT @ q_later).sum(1, keepdim=True).mul_(to_border)
             _later(own_q, half).add_(dq_later)
             _earlier(own_k, half).add_(dk_earlier)
             # A gate of the later half is crossed by the queries at or after it, one of the earlier half by the keys
@@ -125,20 +129,9 @@ class DyadicScores:
 
 
 def causal_mask(like: Tensor) -> Tensor:
-    """`L` [C, C] of no decay: one, and zero above the diagonal."""
+    """`L` [1, C, C] of no decay: one, and zero above the diagonal."""
     length = like.shape[-2]
-    return torch.ones(length, length, dtype=like.dtype, device=like.device).tril_()
-
-
-def decay_mask(high: Tensor, low: Tensor, scratch: Scratch) -> Tensor:
-    """`L_ij = exp(G_i - G_j)` [n·B, H, 1, C, C], zero above the diagonal, from sums `G = high + low` [n, B, H, C].
-
-    The parts are subtracted one after the other.
-    """
-    steps = torch.sub(high.unsqueeze(-1), high.unsqueeze(-2), out=scratch(*high.shape, high.shape[-1]))
-    steps.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
-    # Above the diagonal the differences are positive: decay_factor makes 1 of them, and tril_ 0.
-    return decay_factor(steps).tril_().flatten(0, 1).unsqueeze(2)
+    return like.new_ones(1, length, length).tril_()
 
 
 def _upper_ones(like: Tensor, size: int | None = None) -> Tensor:
@@ -154,9 +147,3 @@ def _later(x: Tensor, half: int) -> Tensor:
 def _earlier(x: Tensor, half: int) -> Tensor:
     """The earlier halves, likewise."""
     return x.unflatten(-2, (-1, 2, half))[..., 0, :, :]
-
-
-def _squares(x: Tensor, half: int) -> Tensor:
-    """Where later halves meet earlier halves: [N, G, C, C] as a view [N, G, C / (2·half), half, half]."""
-    blocks = x.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

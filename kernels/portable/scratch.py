@@ -26,10 +26,13 @@ class Scratch:
 
     def __call__(self, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape, the caller's until the round ends."""
-        if self._used == len(self._tiles):
-            self._tiles.append(_Tile(self._empty))
-        self._used += 1
-        return self._tiles[self._used - 1].shaped(shape)
+        return self._next().shaped(shape)
+
+    def copy(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What `x` holds, in a tensor of this shape, likewise."""
+        tile = self._next()
+        tile.shaped(x.shape).copy_(x)
+        return tile.shaped(shape)
 
     def temporary(self, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape, the caller's until the next one is asked for."""
@@ -39,6 +42,12 @@ class Scratch:
         """`scale·a @ b` of batches of matrices [N, R, K] and [N, K, C], added to `onto` [N, R, C] if that is given."""
         out = self(a.shape[0], a.shape[1], b.shape[2]) if onto is None else onto
         return torch.baddbmm(out, a, b, beta=0 if onto is None else 1, alpha=scale, out=out)
+
+    def _next(self) -> _Tile:
+        if self._used == len(self._tiles):
+            self._tiles.append(_Tile(self._empty))
+        self._used += 1
+        return self._tiles[self._used - 1]
 
 
 class _Tile:

@@ -131,7 +131,7 @@ def grad_outputs(inputs: Inputs, numbers: Numbers, grad: Tensor, chain: Sequence
     memory = _new_gradients(inputs, geometry)
     yield memory
     total, entered = gradients_of(memory, geometry.trained), ChunkChain(geometry.slots, *chain)
-    for block in _blocks(inputs, geometry, grad):
+    for block in _blocks(inputs, geometry, grad, gates=total.log_decay):
         each(block.tiles.put, block.grad_outputs(entered), total)
     if not geometry.masked:
         for x in memory[1:3]:
@@ -149,7 +149,7 @@ def grad_chunk_states(
     yield memory
     entered, adjoint = (ChunkChain(geometry.slots, x, chain[1]) for x in (chain[0], adjoints))
     before, total = (gradients_of(x, geometry.trained) for x in (found, (found[0], *memory)))
-    for block in _blocks(inputs, geometry):
+    for block in _blocks(inputs, geometry, gates=total.log_decay, before=before.log_decay):
         block.add_gradients(entered, adjoint, before, total)
 
 
@@ -183,23 +183,33 @@ def backward(
     yield [*memory, starts]
     total, entered = gradients_of(memory, geometry.trained), ChunkChain(geometry.slots, *chain)
     window = geometry.new_states(max((block.chunks for block in geometry.table.blocks), default=0) + 1, grad)
-    for start, end in zip(starts, ends, strict=True):
+    adjoint = ChunkChain(geometry.slots, window, entered.transfers, reverse=True)
+    held, passed = window.unbind(), starts.unbind()
+    for start, end in zip(passed, ends, strict=True):
         start.copy_(end) if end is not None else start.zero_()
-    for block in _blocks(inputs, geometry, grad, reverse=True):
+    for block in _blocks(inputs, geometry, grad, reverse=True, gates=total.log_decay):
         own = block.tiles.block
-        adjoint = ChunkChain(geometry.slots, window, entered.transfers, reverse=True, base=own.slot)
-        window[own.chunks] = starts[own.run]
+        adjoint.base = own.slot
+        held[own.chunks].copy_(passed[own.run])
         each(block.tiles.put, block.backward(entered, adjoint), total)
-        starts[own.run].copy_(window[0])
+        passed[own.run].copy_(held[0])
 
 
 # Blocks -------------------------------------------------------------------------------------------------------------
 
 
 def _blocks(
-    inputs: Inputs, geometry: Geometry, grad: Tensor | None = None, reverse: bool = False
+    inputs: Inputs,
+    geometry: Geometry,
+    grad: Tensor | None = None,
+    reverse: bool = False,
+    gates: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Iterator[Decay | Delta]:
-    """The blocks in order of time, or against it, in the same memory one after the other."""
+    """The blocks in order of time, or against it, in the same memory one after the other.
+
+    gates: where their gradient goes when a stretch is done, added to what stands in `before` if that is given.
+    """
     scratch = Scratch(geometry.dtype, inputs.q.device)
     family = Decay if inputs.beta is None else Delta
     blocks = geometry.table.blocks
@@ -208,12 +218,14 @@ def _blocks(
         for block in stretch:
             scratch.rewind()
             yield family(Tiles(inputs, block, geometry, scratch, shared, grad))
+        if gates is not None:
+            shared.put_gates(gates, before)
 
 
 def _stretches(blocks: Sequence[Block], inputs: Inputs) -> Iterator[list[Block]]:
-    """Neighbouring blocks of chunks of one length, which share their gates; those per channel fill a block alone."""
+    """Neighbouring blocks of one size, which share their gates; those per channel fill a block alone."""
     alone = inputs.log_decay is not None and inputs.log_decay.dim() == 4
-    for _, stretch in groupby(blocks, lambda block: (block.run, block.length, alone and block.start)):
+    for _, stretch in groupby(blocks, lambda block: (block.run, block.chunks, block.length, alone and block.start)):
         yield list(stretch)
 
 

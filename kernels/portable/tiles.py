@@ -16,11 +16,11 @@ from torch import Tensor
 from lasp.kernels.chunks import Block, ChunkTable, chunk_table, state_slots
 from lasp.kernels.inputs import Gradients, Inputs
 from lasp.kernels.portable.cache import cache_bytes
-from lasp.kernels.portable.scores import DyadicScores, MaskedScores, Scores, causal_mask, decay_mask
+from lasp.kernels.portable.scores import DyadicScores, MaskedScores, Scores, causal_mask
 from lasp.kernels.portable.scratch import Scratch
-from lasp.kernels.portable.stretch import Stretch
+from lasp.kernels.portable.stretch import Stretch, as_view
 
-FEWEST_ROWS, MOST_ROWS = 2048, 8192
+FEWEST_ROWS, MOST_ROWS = 1024, 8192
 """Tokens x states to a block: fewer cost more in calls than they save in cache misses, more save no calls worth it."""
 
 
@@ -116,7 +116,8 @@ class Tiles:
     def scores_of(self, q: Tensor, scale: float) -> Scores:
         """Those of other rows with the keys. One factor per token is a mask; one per channel needs the dyadic form."""
         if self.gates is None or not self.gates.per_channel:
-            return MaskedScores(q, self.k, self.mask, scale, self.scratch)
+            earlier = None if self.gates is None else self.gates.earlier
+            return MaskedScores(q, self.k, self.mask, scale, self.scratch, earlier)
         return DyadicScores(q, self.k, self.gates.log_decay[self._index], scale)
 
     @cached_property
@@ -124,8 +125,7 @@ class Tiles:
         """Between the tokens of a chunk, where the channels decay alike."""
         if self.gates is None:
             return causal_mask(self.k)
-        high, low = self.gates.sums
-        return decay_mask(high[self._index], low[self._index], self.scratch)
+        return self.gates.mask(self._index)
 
     @cached_property
     def from_start(self) -> Tensor:
@@ -152,13 +152,24 @@ class Tiles:
         """The decay over the whole chunk, [n or 1, B or 1, H, 1, 1 or K]."""
         return None if self.gates is None else self.gates.whole[self._index]
 
-    def passed_from_start(self, rows: Tensor, grad: Tensor, onto: Tensor | None) -> Tensor:
-        """Gradients of the gates from those of `rows` [N, R, K] decayed from the chunk's start, added to `onto`.
+    def pass_from_start(self, rows: Tensor, grad: Tensor) -> None:
+        """Let the gates know what `rows` [N, R, K], of this gradient, read of the state that entered the chunk."""
+        self._stretch.passing.from_start[self._index].add_(self._by_gate(self.times(rows, grad)))
 
-        A gate is passed by the state that entered the chunk, on its way to the tokens at or after the gate.
-        """
-        passed = self.by_gate(self.times(rows, grad)).flip(-2).cumsum(-2).flip(-2)
-        return passed if onto is None else passed.add_(onto)
+    def pass_to_end(self, keys: Tensor, grad: Tensor) -> None:
+        """And what of `keys` [N, C, K] is carried to the chunk's end."""
+        self._stretch.passing.to_end[self._index].add_(self._by_gate(self.times(keys, grad)))
+
+    def pass_across(self, state: Tensor, dstate: Tensor) -> None:
+        """And what of the states that enter the chunks [N, K, V] reaches their ends, where its gradient is `dstate`."""
+        product = self.times(state, dstate)
+        # One long sum is quicker than a sum of sums, and than a product of long vectors.
+        held = product.sum(-1).unsqueeze(1) if self._per_channel else product.sum((1, 2), keepdim=True)
+        self._stretch.passing.across[self._index].add_(held)
+
+    def pass_within(self, passed: Tensor) -> None:
+        """And what pairs of tokens of the chunk send over each gate [N, C, 1 or K]."""
+        self._stretch.passing.within[self._index].add_(passed)
 
     def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
         """`a @ b` of batches of matrices, added to the tile `onto` if that is given."""
@@ -174,46 +185,38 @@ class Tiles:
             return tile
         return torch.mul(tile, factor, out=self.scratch.temporary(*tile.shape) if out is None else out)
 
-    def by_gate(self, tile: Tensor) -> Tensor:
-        """A tile [N, R, K] summed over what shares one gate, as [n·B, H, C, 1 or K]."""
-        assert self.gates is not None, "only where there are gates"
-        if not self.gates.per_channel:
-            tile = tile.sum(-1, keepdim=True)
-        if tile.shape[1] > self.block.length:
-            tile = tile.unflatten(1, (-1, self.block.length)).sum(1)
-        return tile.unflatten(0, (-1, self.geometry.heads))
-
-    def held(self, state: Tensor, dstate: Tensor) -> Tensor:
-        """States [N, K, V] times gradients of states, summed over what shares one gate, [n·B, H, 1, 1 or K]."""
-        assert self.gates is not None, "only where there are gates"
-        product = self.times(state, dstate)
-        # One long sum is quicker than a sum of sums, and than a product of long vectors.
-        channels = self.gates.per_channel
-        product = product.sum(-1).unsqueeze(1) if channels else product.flatten(1).sum(1).view(-1, 1, 1)
-        return product.unflatten(0, (-1, self.geometry.heads))
-
     def by_chunk(self, tile: Tensor) -> tuple[Tensor, ...]:
         """A tile [N, R, D] chunk by chunk, [B·H, R, D] each."""
         return tile.unflatten(0, (self.block.chunks, -1)).unbind()
 
     def read(self, x: Tensor) -> Tensor:
         """The block's part of [B, T, h, D] or [B, T, h] as a tile [N, C or R, D or 1]."""
-        view = self._view(x, self.geometry.heads)
-        tile = self.scratch(*view.shape).copy_(view)
-        return tile.view(self.block.chunks * self.geometry.batch * self.geometry.heads, -1, view.shape[-1])
+        view, heads = self._view(x, self.geometry.heads), self.geometry.heads
+        rows = self.block.length * max(1, x.shape[2] // heads)
+        return self.scratch.copy(view, (self.block.chunks * self.geometry.batch * heads, rows, view.shape[-1]))
 
     def put(self, tile: Tensor, total: Tensor) -> None:
         """Put a tile into its block of [B, T, h, D], summed over the states that share one of the h heads."""
         target = self._view(total, total.shape[2])
-        target.copy_(_like(tile, target))
+        target.copy_(as_view(tile, target))
 
     def add(self, tile: Tensor, before: Tensor, total: Tensor) -> None:
         """Put a tile likewise, added to what stands in that block of `before`."""
         target = self._view(total, total.shape[2])
-        torch.add(self._view(before, total.shape[2]), _like(tile, target), out=target)
+        torch.add(self._view(before, total.shape[2]), as_view(tile, target), out=target)
 
     def _view(self, x: Tensor, states: int) -> Tensor:
         return self._stretch.views(x, states)[self._index]
+
+    @property
+    def _per_channel(self) -> bool:
+        return self.gates is not None and self.gates.per_channel
+
+    def _by_gate(self, tile: Tensor) -> Tensor:
+        """A tile [N, R, K] summed over what shares one gate, [N, C, 1 or K]."""
+        if not self._per_channel:
+            tile = tile.sum(-1, keepdim=True)
+        return tile if tile.shape[1] == self.block.length else tile.unflatten(1, (-1, self.block.length)).sum(1)
 
 
 def each(how: Callable[..., None], tiles: Gradients, *totals: Gradients) -> None:
@@ -221,11 +224,3 @@ def each(how: Callable[..., None], tiles: Gradients, *totals: Gradients) -> None
     for tile, *targets in zip(tiles, *totals, strict=True):
         if tile is not None and targets[0] is not None:
             how(tile, *targets)
-
-
-def _like(tile: Tensor, target: Tensor) -> Tensor:
-    """A tile in the shape of its target [n, B, h, 1, C, D], summed over the states that share one of the h heads."""
-    if tile.numel() == target.numel():
-        return tile.reshape(target.shape)
-    chunks, batch, heads, _, length, dim = target.shape
-    return tile.reshape(chunks, batch, heads, -1, length, dim).sum(3, keepdim=True)

@@ -37,7 +37,7 @@ def geometry(heads: int = 4, dim: int = 128) -> Geometry:
 
 @pytest.mark.parametrize(
     ("kilobytes", "threads", "chunks"),
-    [(256, 2, 8), (512, 2, 8), (2048, 1, 8), (2048, 2, 16), (2048, 64, 32)],  # of 4 x 64 rows each
+    [(256, 2, 4), (512, 2, 4), (2048, 1, 8), (2048, 2, 16), (2048, 64, 32)],  # of 4 x 64 rows each
 )
 def test_blocks_fit_the_caches(kilobytes: int, threads: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "cache_bytes", lambda: kilobytes << 10)

@@ -1,0 +1,66 @@
+"""Masks: the decays between the tokens of a chunk whose channels decay alike, for one block of a stretch at a time.
+
+    L_ij = exp(sum_{j < m <= i} log_decay_m)    for i >= j, else 0
+
+By halves, as in `DyadicScores`: in a piece of 2h tokens the later half sees the earlier half over the border between
+them, and the square of what lies there is an outer product of two decays, from the key to the border and from the
+border to the query. Both are sums of numbers that are not positive: none is a difference, which would cancel, and C^2
+decays take C·log2(C) exponentials.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.decays import decay_factor, least_factor
+
+
+class DecayMasks:
+    """Of M matrices [M, C, C] at a time, in the same memory. log_decay: of all blocks [blocks·M, C]."""
+
+    def __init__(self, log_decay: Tensor, matrices: int) -> None:
+        length = log_decay.shape[1]
+        padded = 1 << (length - 1).bit_length()
+        halves = [1 << i for i in range(padded.bit_length() - 1)]
+        memory = torch.eye(padded, dtype=log_decay.dtype, device=log_decay.device).repeat(matrices, 1, 1)
+        sums = log_decay.double() @ _reach(length, halves).to(log_decay.device)
+        sides = decay_factor(sums.to(log_decay.dtype)).unflatten(1, (len(halves), 2, -1)) if halves else sums
+        self._memory, self._mask = memory, memory[:, :length, :length]
+        self._squares = [squares(memory, half) for half in halves]
+        self._sides = [_sides(side, half, matrices) for side, half in zip(sides.unbind(1), halves, strict=True)]
+        self._made: int | None = None
+
+    def __call__(self, index: int) -> Tensor:
+        """Those of a block, until another's are asked for; index: which of the blocks it is, in order of time."""
+        if index != self._made:
+            for square, (keys, queries) in zip(self._squares, self._sides, strict=True):
+                torch.mul(queries[index], keys[index], out=square)
+            torch.threshold_(self._memory, least_factor(self._memory.dtype), 0.0)
+            self._made = index
+        return self._mask
+
+
+def squares(x: Tensor, half: int) -> Tensor:
+    """Where later halves meet earlier halves: [..., C, C] as a view [..., C / (2·half), half, half]."""
+    blocks = x.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _reach(length: int, halves: list[int]) -> Tensor:
+    """Which tokens lie between key and border, and between border and query: ones and zeros [C, halves·2·C / 2], by
+    half, by side, and by key or query."""
+    half = torch.tensor(halves).view(-1, 1)
+    place = torch.arange(halves[-1] if halves else 0)
+    start, own = place // half * 2 * half, place % half  # of the piece, and within its half
+    border = start + half
+    first = torch.stack([start + own + 1, border], 1)
+    last = torch.stack([border - 1, border + own], 1)
+    token = torch.arange(length).view(-1, 1)
+    return ((token >= first.flatten()) & (token <= last.flatten())).double()
+
+
+def _sides(decays: Tensor, half: int, matrices: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Decays [blocks·M, 2, C / 2] of one half as rows of keys and columns of queries, those of each block."""
+    keys, queries = decays.unflatten(-1, (-1, half)).unbind(1)
+    return keys.unsqueeze(-2).split(matrices), queries.unsqueeze(-1).split(matrices)
