@@ -22,10 +22,10 @@ class DecayMasks:
     def __init__(self, log_decay: Tensor, matrices: int) -> None:
         length = log_decay.shape[1]
         padded = 1 << (length - 1).bit_length()
-        halves = [1 << i for i in range(padded.bit_length() - 1)]
+        halves = [1 << i for i in range(padded.bit_length() - 1)]  # from one token to half the chunk
         memory = torch.eye(padded, dtype=log_decay.dtype, device=log_decay.device).repeat(matrices, 1, 1)
-        sums = log_decay.double() @ _reach(length, halves).to(log_decay.device)
-        sides = decay_factor(sums.to(log_decay.dtype)).unflatten(1, (len(halves), 2, -1)) if halves else sums
+        sums = log_decay.double() @ _reach(length, len(halves), log_decay.device)
+        sides = decay_factor(sums.to(log_decay.dtype)).view(len(sums), len(halves), 2, padded // 2)
         self._memory, self._mask = memory, memory[:, :length, :length]
         self._squares = [squares(memory, half) for half in halves]
         self._sides = [_sides(side, half, matrices) for side, half in zip(sides.unbind(1), halves, strict=True)]
@@ -47,16 +47,16 @@ def squares(x: Tensor, half: int) -> Tensor:
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def _reach(length: int, halves: list[int]) -> Tensor:
+def _reach(length: int, halves: int, device: torch.device) -> Tensor:
     """Which tokens lie between key and border, and between border and query: ones and zeros [C, halves·2·C / 2], by
     half, by side, and by key or query."""
-    half = torch.tensor(halves).view(-1, 1)
-    place = torch.arange(halves[-1] if halves else 0)
+    half = 2 ** torch.arange(halves, device=device).view(-1, 1)
+    place = torch.arange(1 << halves >> 1, device=device)
     start, own = place // half * 2 * half, place % half  # of the piece, and within its half
     border = start + half
     first = torch.stack([start + own + 1, border], 1)
     last = torch.stack([border - 1, border + own], 1)
-    token = torch.arange(length).view(-1, 1)
+    token = torch.arange(length, device=device).view(-1, 1)
     return ((token >= first.flatten()) & (token <= last.flatten())).double()
 
 
