@@ -15,6 +15,9 @@ _WAIT = 600
 _LAST_CALL = 5
 """Seconds in which further nodes may join when as many have come as are needed."""
 
+_HEARTBEAT = 3
+"""Seconds between two signs of life of a node that others can go on without; torchrun holds it for lost after three."""
+
 _EXPOSED = (
     "torchrun's store listens on every interface of this machine, and whoever reaches it runs code as you; "
     "`lasp train` with restarts = n does the same on the loopback alone"
@@ -51,7 +54,7 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
         conf = f"join_timeout={wait}"
         if options.least_nodes is not None:
             job = job.elastic(options.least_nodes)
-            conf += f",last_call_timeout={_LAST_CALL}"
+            conf += f",last_call_timeout={_LAST_CALL},keep_alive_interval={_HEARTBEAT}"
         where, found = _meeting(job, options.endpoint, conf)
         environment |= found
     if options.restarts:

@@ -32,6 +32,7 @@ from lasp.train.checkpoints.folders import (
 )
 from lasp.train.checkpoints.manifest import Damaged, Manifest, write_manifest
 from lasp.train.config import DataConfig, TrainConfig
+from lasp.train.engines.engine import flatten
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
@@ -410,6 +411,29 @@ def test_two_hundred_flipped_bits_are_refused_by_the_name_of_their_file(saved, c
             Manifest.read(copy).check()
         path.write_bytes(content[path])
     Manifest.read(copy).check()
+
+
+def test_a_large_state_is_eight_files_alike_in_size_which_one_rank_reads_again(again, monkeypatch):
+    """R15: they are compared side by side."""
+    trainer = Trainer.start(Run.prepare(again), Ranks.join(again))
+    monkeypatch.setattr(writer, "LEAST", 1 << 12)
+    trainer.checkpoints.save(7, trainer.engine, False)
+    path = checkpoint_path(again.output, 7)
+    sizes = [file.stat().st_size for file in sorted(path.glob("state/*.safetensors"))]
+    assert len(sizes) == 8
+    assert max(sizes) < 1.5 * min(sizes)
+    expected = trainer.engine.model.state_dict()
+    weights = read_weights(Manifest.read(path).check())
+    assert weights.keys() <= expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    other = Trainer.start(replace(Run.prepare(again), checkpoint=None), Ranks.join(again))
+    assert other.checkpoints.load(path, other.engine) == 7
+    one, two = (flatten(of.engine.state().optimizer) for of in (trainer, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    flip(path / "state" / "rank-0-5.safetensors")
+    with pytest.raises(ValueError, match=r"rank-0-5.safetensors' of the checkpoint is damaged"):
+        other.checkpoints.load(path, other.engine)
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -76,7 +76,7 @@ def test_torchrun_with_fewer_nodes_when_others_are_lost(capsys, monkeypatch):
     arguments = ["long.toml", "--nodes", "2", "--gpus", "4", "--least-nodes", "1", "--wait", "60"]
     said = told(capsys, "torchrun", *arguments, "--endpoint", "127.0.0.1:29400", "--dry-run")
     assert " --nnodes 1:2 --nproc-per-node 4 " in said
-    assert " --rdzv-conf is_host=1,join_timeout=60,last_call_timeout=5 " in said
+    assert " --rdzv-conf is_host=1,join_timeout=60,last_call_timeout=5,keep_alive_interval=3 " in said
     assert said.endswith(" long.toml --elastic true --dp 2 --resume latest\n")
 
 

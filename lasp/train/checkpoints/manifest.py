@@ -16,6 +16,8 @@ from lasp.train.checkpoints.folders import checkpoint_step
 
 FILE = "manifest.json"
 VERSION = 1
+TOGETHER = 8
+"""How many files are compared side by side, where there are as many cores."""
 _LIMIT = 1 << 22  # bytes of JSON, which may take twenty times as many when it is read
 _WORD = r"\w[\w.@+-]*"
 _NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}", re.ASCII)
@@ -75,7 +77,7 @@ class Manifest:
 
     def check(self, names: Iterable[str] | None = None) -> Self:
         """Compare these files, by default all, with their checksums. Damaged, naming the first that differs."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(TOGETHER, os.cpu_count() or 1)) as pool:
             list(pool.map(self._check, sorted(self.files if names is None else names)))
         return self
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from lasp.train.checkpoints.manifest import Damaged, Manifest, read_json
 from lasp.train.checkpoints.writer import FOLDER, INDEX, part_name
 
-_FILE = re.compile(r"rank-\d{1,9}\.safetensors", re.ASCII)
+_FILE = re.compile(r"rank-\d{1,9}(?:-\d)?\.safetensors", re.ASCII)
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (

@@ -1,7 +1,9 @@
-"""What ranks write of a state: a safetensors file each, and one index. DCP's planner says who writes what."""
+"""What ranks write of a state: safetensors files each, and one index. DCP's planner says who writes what."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,16 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from lasp.train.checkpoints.manifest import Entry, flushed
+from lasp.train.checkpoints.manifest import TOGETHER, Entry, flushed
 
 FOLDER = "state"
 INDEX = f"{FOLDER}/index.json"
+LEAST = 1 << 24
+"""Bytes of a state that are worth a further file."""
 
 
 class ShardWriter(StorageWriter):
@@ -38,19 +42,23 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=f"rank-{rank}.safetensors") for rank, plan in enumerate(plans)]
+        """Name the files of each rank: of all ranks together as many as are compared side by side."""
+        more = [f"-{number}" for number in range(1, TOGETHER // len(plans))]
+        return [
+            replace(plan, storage_data=[f"rank-{rank}{number}.safetensors" for number in ("", *more)])
+            for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file, where it has anything to write."""
+        """Write this rank's files, where it has anything to write."""
+        results = []
+        for name, items in _shared_out(plan.items, plan.storage_data).items():
+            path = self.folder / FOLDER / name
+            save_file({part_name(item.index): _own(planner.resolve_data(item)) for item in items}, path)
+            kept = (name, flushed(path))
+            results += [WriteResult(item.index, 0, kept) for item in items]
         done: Future[list[WriteResult]] = Future()
-        done.set_result([])
-        if plan.items:
-            parts = {part_name(item.index): _own(planner.resolve_data(item)) for item in plan.items}
-            path = self.folder / FOLDER / plan.storage_data
-            save_file(parts, path)
-            kept = (plan.storage_data, flushed(path))
-            done = Future()
-            done.set_result([WriteResult(item.index, 0, kept) for item in plan.items])
+        done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -69,6 +77,24 @@ class ShardWriter(StorageWriter):
 def part_name(index: MetadataIndex) -> str:
     """What a part of a tensor is called in its file: where it begins, behind the tensor's name."""
     return f"{index.fqn} at {','.join(map(str, index.offset or ()))}"
+
+
+def _shared_out(items: Sequence[WriteItem], names: Sequence[str]) -> dict[str, list[WriteItem]]:
+    """What lies in which of these files, alike in size; a small state needs the first alone."""
+    sizes = {item.index: _size(item) for item in items}
+    filled = dict.fromkeys(names[: max(1, sum(sizes.values()) // LEAST)], 0)
+    files: defaultdict[str, list[WriteItem]] = defaultdict(list)
+    for item in sorted(items, key=lambda item: -sizes[item.index]):
+        name = min(filled, key=filled.__getitem__)
+        filled[name] += sizes[item.index]
+        files[name].append(item)
+    return files
+
+
+def _size(item: WriteItem) -> int:
+    """Bytes of a part."""
+    assert item.tensor_data is not None, "a state is made of tensors"
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _own(part: Any) -> Tensor:
