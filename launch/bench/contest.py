@@ -35,14 +35,17 @@ class Contest:
         )
 
     def candidates(self, on: Machine, repeat: int) -> list[dict[str, Any]]:
-        """What those that are planned to fit hold and take, in the order of their plans."""
+        """What those that are planned to fit hold and take, in the order of their plans: trained in turns, the least
+        of which counts, for others on the machine only make a step longer."""
         limited = replace(on, chip=replace(on.chip, memory=1e6 * self.mb))
+        footprints = Case(self.model, self.pattern).footprints(on)
         made = candidates(self.job, LAYOUT, [SCAN], [METHOD], ["ddp"], list(LEVERS))
-        planned = [estimate(one, self.job, limited, self.case(one).footprints(on)) for one in made]
+        planned = [estimate(one, self.job, limited, footprints) for one in made]
         found: list[Estimate] = sorted((one for one in planned if one.fits), key=lambda one: one.seconds)
+        turns = [[train(self.case(one.candidate), repeat) for one in found] for _ in range(TURNS)]
         return [
-            {"candidate": str(one.candidate), "planned": one.seconds, **train(self.case(one.candidate), repeat)}
-            for one in found
+            {"candidate": str(one.candidate), "planned": one.seconds, **min(own, key=lambda turn: turn["seconds"])}
+            for one, *own in zip(found, *turns, strict=True)
         ]
 
 
@@ -58,6 +61,8 @@ CONTESTS = (
     Contest("gated_deltanet", "LLLN", ranks=2),
     Contest("qwen3", ranks=2, mb=200),
 )
+TURNS = 2
+"""Of each candidate, one after another."""
 WORSE = 0.05
 """Than the fastest, what a plan's choice may be to count as right."""
 

@@ -68,7 +68,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for case in (CASES[number] for number in options.cases or range(len(CASES)) if "cells" in options.part):
         planned, measured = _plan(case, on), train(case, options.repeat)
         found["cells"].append(asdict(case) | {"planned": planned, "measured": measured})
-        _tell(f"{case}: {planned['bytes'] / 1e6:.0f} MB planned, {measured['bytes'] / 1e6:.0f} measured")
+        told = (f"{each['bytes'] / 1e6:.0f} MB, {1e3 * each['seconds']:.0f} ms" for each in (planned, measured))
+        _tell(f"{case}: planned and measured {' and '.join(told)}")
     for case in (CASES[number] for number in options.cases or LIMITED if "longest" in options.part):
         limited = replace(on, chip=replace(on.chip, memory=1e6 * options.mb))
         tokens = longest(_candidate(case), limited, case.footprints(on)) // case.ranks

@@ -19,6 +19,11 @@ from lasp.parallel.traffic import Traffic
 
 _LOGITS = "rest"  # what is in no part of a layer: the head, and the loss
 _OPTIMIZER = "optimizer"
+_CLIPPED = 3
+"""Times that gradients are read or written to be clipped: for their norm, and to be scaled."""
+_REDUCED = {"ddp": 7, "fsdp2": 6}
+"""Times that an engine reads or writes them: into a bucket, its norm, its mean, and out of it; or parameters out of
+what was gathered, twice, and gradients into what is summed."""
 
 
 @dataclass(frozen=True)
@@ -140,23 +145,26 @@ def tokenwise(run: Run, direction: str, chip: Chip) -> float:
     own = {place: e for (place, way), e in run.effort.items() if way == direction}
     for place in (_LOGITS, _OPTIMIZER):
         own.pop(place, None)
-    efforts = [replace(e, bytes=0.0, calls=0.0) if place in chip.mixers else e for place, e in own.items()]
+    alone = {"bytes": 0.0, "calls": 0.0, "fresh": 0.0}
+    efforts = [replace(e, **alone) if place in chip.mixers else e for place, e in own.items()]
     return max(sum(busy(e, chip) for e in efforts), chip.launch * sum(e.calls for e in efforts))
 
 
 def busy(effort: Effort, chip: Chip) -> float:
-    """Seconds of products and of passes over memory."""
+    """Seconds of products, of passes over memory, and until new memory is there."""
     products = effort.flops - effort.half + effort.half / chip.half
-    return products / (chip.matmul * chip.flops) + effort.bytes / (chip.stream * chip.bandwidth)
+    passes = effort.bytes / (chip.stream * chip.bandwidth) + effort.fresh * chip.fresh
+    return products / (chip.matmul * chip.flops) + passes
 
 
 def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Sizes) -> Step:
-    chip, count = machine.chip, len(run.kinds)
+    chip, count = machine.among(job.ranks, candidate.sp), len(run.kinds)
     ahead, again = tokenwise(run, "forward", chip) / count, tokenwise(run, "again", chip) / count
     back = tokenwise(run, "backward", chip) / count + again
     of_logits = sum(busy(run.effort.get((_LOGITS, way), Effort()), chip) for way in ("forward", "backward"))
     optimizer = busy(run.effort.get((_OPTIMIZER, "forward"), Effort()), chip)
     repeated = LEVERS[candidate.levers].checkpoint_every is not None
+    gradients = _gradients(candidate, job, machine, run)
     layers = []
     for kind in run.kinds:
         mixing = _mixing(run, kind, chip)
@@ -167,9 +175,14 @@ def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Siz
         backward = Pass(
             back / 2, (Stage(0.3 * times * mixing, ways.back, 0.4 * times * mixing),), 0.3 * times * mixing, back / 2
         )
-        layers.append(Layer(kind, forward, backward, _gradients(candidate, job, machine, run)))
+        layers.append(Layer(kind, forward, backward, gradients if chip.overlap else None))
     shares = 1 if candidate.engine == "ddp" else job.ranks
-    return Step(layers, of_logits, optimizer / shares, repeat=candidate.repeat(job))
+    passed = (_CLIPPED / shares + _REDUCED[candidate.engine]) * run.parameters.trained
+    optimizer = optimizer / shares + passed / (chip.stream * chip.bandwidth)
+    behind = (
+        None if gradients is None or chip.overlap else gradients._replace(collectives=[*gradients.collectives] * count)
+    )
+    return Step(layers, of_logits, optimizer, gradients=behind, repeat=candidate.repeat(job))
 
 
 def _mixing(run: Run, kind: str, chip: Chip) -> float:

@@ -20,7 +20,7 @@ import lasp
 from lasp.kernels import head
 from lasp.launch.plan.alone import alone
 from lasp.launch.plan.moments import Moments
-from lasp.launch.plan.tally import Effort, Tally
+from lasp.launch.plan.tally import Effort, Tally, Where, mapped
 from lasp.memory.parts import layers_of, mixers_of
 from lasp.parallel.collectives import Record
 from lasp.parallel.layout import Layout
@@ -64,7 +64,8 @@ class Run:
     """One run, or what follows of any other."""
 
     moments: Moments
-    effort: dict[tuple[str, str], Effort]
+    effort: dict[Where, Effort]
+    made: dict[Where, list[float]]  # bytes of each new tensor
     mixing: dict[str, float]
     sent: dict[tuple[str, str], tuple[float, float]]  # bytes and steps, by operation and phase
     kinds: tuple[str, ...]  # of the mixers, layer by layer
@@ -99,7 +100,7 @@ class Footprints:
             two, four = (self._sample(setting, number, tokens, rank) for number in (2, 4))
             far = _extended(two, four, (ranks - 2) / 2, None)
             mixing = _per_rank(four.mixing, two.mixing, ranks)
-            self._known[key] = replace(far, effort=four.effort, mixing=mixing)
+            self._known[key] = replace(far, effort=four.effort, made=four.made, mixing=mixing)
         return self._known[key]
 
     def _sample(self, setting: Setting, ranks: int, tokens: int, rank: int) -> Run:
@@ -121,10 +122,15 @@ def _extended(short: Run, long: Run, times: float, square: float | None) -> Run:
     def line(one: float, two: float) -> float:
         return max(one + (two - one) * times, 0.0)
 
-    effort = {}
+    effort, made = {}, {}
     for place in short.effort.keys() & long.effort.keys():
-        a, b = short.effort[place], long.effort[place]
-        effort[place] = Effort(line(a.flops, b.flops), line(a.half, b.half), line(a.bytes, b.bytes), a.calls)
+        one, two = (run.made.get(place, []) for run in (short, long))
+        if len(one) == len(two):
+            made[place] = [line(*sizes) for sizes in zip(one, two, strict=True)]
+        else:  # of more tiles, all of one size
+            made[place] = [line(mapped(one), mapped(two))]
+        a, b, fresh = short.effort[place], long.effort[place], mapped(made[place])
+        effort[place] = Effort(line(a.flops, b.flops), line(a.half, b.half), line(a.bytes, b.bytes), a.calls, fresh)
     sent = {
         key: (line(short.sent[key][0], long.sent[key][0]), line(short.sent[key][1], long.sent[key][1]))
         for key in short.sent.keys() & long.sent.keys()
@@ -134,7 +140,8 @@ def _extended(short: Run, long: Run, times: float, square: float | None) -> Run:
         for kind, flops in short.mixing.items():
             curve = (long.mixing[kind] - 2 * flops) / 2
             mixing[kind] = (flops - curve) * square + curve * square**2
-    return replace(short, moments=short.moments.beyond(long.moments, times), effort=effort, mixing=mixing, sent=sent)
+    moments = short.moments.beyond(long.moments, times)
+    return replace(short, moments=moments, effort=effort, made=made, mixing=mixing, sent=sent)
 
 
 def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
@@ -147,7 +154,7 @@ def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
         model = _cast(setting.model.fresh(), torch.float64 if setting.dtype == "float64" else torch.float32).train()
         model = lasp.parallelize(model, group, attention=setting.method, scan=setting.scan)
         model = pull(model, setting.levers)
-        named, kinds = _named(model)
+        named, kinds = named_parts(model)
         tally = Tally()
         tally.know(model)
         ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -162,6 +169,7 @@ def sample(setting: Setting, ranks: int, tokens: int, rank: int = 0) -> Run:
     return Run(
         Moments.of(tally.moments),
         dict(tally.effort),
+        {where: [*map(float, sizes)] for where, sizes in tally.made.items()},
         dict(tally.mixing),
         _sums(ledger.records),
         kinds,
@@ -191,7 +199,7 @@ def _sums(records: list[Record]) -> dict[tuple[str, str], tuple[float, float]]:
     return dict(found)
 
 
-def _named(model: Any) -> tuple[dict[nn.Module, str], tuple[str, ...]]:
+def named_parts(model: Any) -> tuple[dict[nn.Module, str], tuple[str, ...]]:
     """The modules whose memory and work are told apart, and the kind of each layer's mixer."""
     named: dict[nn.Module, str] = {}
     kinds = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,30 +22,22 @@ from lasp.parallel.work import Work, work
 
 _EXCHANGES = ("exchange.py", "keys.py", "heads.py", "halo.py", "collectives.py")
 _DEPTH = 12  # frames between an allocation and the file that asked for it
-_VIEWS = (
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "transpose",
-    "t",
-    "permute",
-    "expand",
-    "slice",
-    "select",
-    "split",
-    "detach",
-)
+_MAPPED = 32 << 20  # bytes of a tensor that glibc has mapped anew each time (mallopt(3), M_MMAP_THRESHOLD)
+
+Where = tuple[str, str]  # a place in the model, and a direction
 
 
 @dataclass(frozen=True)
 class Effort:
     """flops: of matrix products; half: those of them whose operands are 16 bits wide; bytes: that all else reads and
-    writes; calls: how many there are of both."""
+    writes; calls: how many there are of both; fresh: bytes of what is made in tensors so large that a CPU's allocator
+    has them from the system each time."""
 
     flops: float = 0.0
     half: float = 0.0
     bytes: float = 0.0
     calls: float = 0.0
+    fresh: float = 0.0
 
     def __add__(self, other: Effort) -> Effort:
         return Effort(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
@@ -53,10 +46,11 @@ class Effort:
 @dataclass
 class Tally(TorchDispatchMode):
     """moments: what was held after each operation, by item. effort: by place and direction, backward by the place
-    whose forward pass made the node ("rest" for a pass within a pass, as of a recurrence that is computed again)."""
+    whose forward pass made the node, or, of a pass within a pass, whose backward did."""
 
     moments: list[tuple[Kind, Items]] = field(default_factory=list)
-    effort: dict[tuple[str, str], Effort] = field(default_factory=lambda: defaultdict(Effort))
+    effort: dict[Where, Effort] = field(default_factory=lambda: defaultdict(Effort))
+    made: dict[Where, list[int]] = field(default_factory=lambda: defaultdict(list))  # bytes of each new tensor
     mixing: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # flops of mixers, forward, by kind
     softmax: set[str] = field(default_factory=set)  # the kinds that are softmax attention
 
@@ -66,20 +60,33 @@ class Tally(TorchDispatchMode):
         self._items: dict[int, tuple[str, int]] = {}  # of storages, by their ids
         self._places = ["rest"]
         self._makers: dict[int, str] = {}  # places, by the sequence numbers of the nodes that they made
+        self._made = torch.autograd._get_sequence_nr()  # the number of the next one, when an operation was last seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begun = time.perf_counter()
         result = func(*args, **(kwargs or {}))
+        seconds = time.perf_counter() - begun
         node, place, direction = torch._C._current_autograd_node(), self._places[-1], "forward"
         if node is not None and place == "rest":
             place, direction = self._makers.get(node._sequence_nr(), place), "backward"
         elif node is not None:
             direction = "again"
+        if node is not None:  # a recurrence that is computed again makes nodes of its own, within one of its place
+            self._name_nodes(self._made, place)
+        self._made = torch.autograd._get_sequence_nr()
         item = node.name() if direction == "backward" else place
+        sizes = []
         for tensor in _tensors(result):
-            self._hold(tensor, item)
-        self.effort[place, direction] += effort_of(func, args, kwargs or {}, result)
+            sizes.append(self._hold(tensor, item))  # no comprehension, which is a frame that `_asked_by` counts
+        self.made[place, direction] += sizes
+        effort = replace(effort_of(func, args, kwargs or {}, result), fresh=mapped(sizes))
+        self.effort[place, direction] += effort
+        self._timed((place, direction), func, effort, seconds)
         self._look(f"{direction} {item}", str(func))
         return result
+
+    def _timed(self, where: Where, operation: Any, effort: Effort, seconds: float) -> None:
+        """What an operation took: nothing that a plan can use where tensors have no values."""
 
     def know(self, model: nn.Module) -> None:
         """Count what a model holds as nobody's: it is not the tally's."""
@@ -132,24 +139,30 @@ class Tally(TorchDispatchMode):
         counted, found, begun = self._counts.pop()
         counted.close()
         place = self._places.pop()
-        for number in range(begun, torch.autograd._get_sequence_nr()):
-            self._makers.setdefault(number, place)  # what is within another has named its own
+        self._name_nodes(begun, place)
         self.mixing[place] += found.flops
         if found.attention:
             self.softmax.add(place)
+
+    def _name_nodes(self, begun: int, place: str) -> None:
+        """From one on, those that have no name: what is within another has named its own."""
+        for number in range(begun, torch.autograd._get_sequence_nr()):
+            self._makers.setdefault(number, place)
 
     @property
     def _counts(self) -> list[tuple[ExitStack, Work, int]]:
         return self.__dict__.setdefault("_open_counts", [])
 
-    def _hold(self, tensor: Tensor, place: str) -> None:
+    def _hold(self, tensor: Tensor, place: str) -> int:
+        """Bytes of it, if they are new."""
         storage = tensor.untyped_storage()
         if id(storage) in self._items or tensor.device.type == "meta":  # which is a shape, and has no memory
-            return
+            return 0
         item, size = _asked_by() or place, storage.nbytes()
         self._items[id(storage)] = item, size
         self._live[item] += size
         weakref.finalize(storage, self._release, id(storage))
+        return size
 
     def _release(self, key: int) -> None:
         item, size = self._items.pop(key, ("", 0))
@@ -167,10 +180,21 @@ def effort_of(func: Any, args: Any, kwargs: Any, result: Any) -> Effort:
     if count is not None:
         flops = float(count(*args, **kwargs, out_val=result))
         return Effort(flops, flops if _tensors(args)[0].itemsize == 2 else 0.0, calls=1)
-    if packet.__name__ in _VIEWS:
-        return Effort()
     outputs = _tensors(result) or _written(func, args)
+    if _is_view(func) or not outputs:  # tensors without values are asked for their device before each operation
+        return Effort()
     return Effort(bytes=float(sum(t.numel() * t.itemsize for t in (*_tensors(args), *outputs))), calls=1)
+
+
+def mapped(sizes: Iterable[float]) -> float:
+    """Bytes of those tensors that are mapped anew each time."""
+    return float(sum(size for size in sizes if size >= _MAPPED))
+
+
+def _is_view(func: Any) -> bool:
+    """Whether what it returns is what it was given, in another shape."""
+    told = [own.alias_info for own in func._schema.returns]
+    return func._overloadpacket.__name__ == "_unsafe_view" or any(a is not None and not a.is_write for a in told)
 
 
 def _out_of_place(packet: Any) -> Any:

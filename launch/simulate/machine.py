@@ -22,6 +22,8 @@ class Chip:
     mixers. launch: seconds from one small kernel to the next. reserve: bytes that the context and libraries take;
     fragments: of what changes in a step, what its allocator loses; both assumed too. mixers: of each kind that was
     measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward.
+    fresh: seconds of a byte of memory that comes from the system anew. overlap: whether gradients travel beside the
+    computing (1), or by the core that computes (0).
     """
 
     name: str
@@ -36,6 +38,8 @@ class Chip:
     reserve: float = 1.5e9
     fragments: float = 0.05
     half: float = 1.0
+    fresh: float = 0.0
+    overlap: float = 1.0
     mixers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def relay(self, size: float) -> float:
@@ -46,12 +50,20 @@ class Chip:
 @dataclass(frozen=True)
 class Machine:
     """Nodes of equal chips. card: bytes per second and direction of a node's network, all cards together; None: every
-    chip has a wire of its own."""
+    chip has a wire of its own. together: what a chip reaches while the others of its node are at work, and its mixers
+    over ranks; None: the same."""
 
     chip: Chip
     wires: Wires
     gpus: int = 8
     card: float | None = None
+    together: Chip | None = None
+
+    def among(self, ranks: int, sp: int) -> Chip:
+        """One of so many that are at work, of which sp share a sequence."""
+        if ranks == 1 or self.together is None:
+            return self.chip
+        return self.together if sp > 1 else replace(self.together, mixers=self.chip.mixers)
 
     @staticmethod
     def named(name: str) -> Machine:
@@ -68,10 +80,12 @@ class Machine:
 
     @staticmethod
     def read(told: dict[str, Any]) -> Machine:
-        """From the tables of a file: {"base": a name, "chip": {...}, "node": wire, "network": wire, "gpus", "card"}."""
+        """From the tables of a file: {"base": a name, "chip": {...}, "together": {...}, "node": wire, "network": wire,
+        "gpus", "card"}."""
         known = {
             "base",
             "chip",
+            "together",
             "node",
             "network",
             "gpus",
@@ -82,19 +96,26 @@ class Machine:
         if unknown := sorted(told.keys() - known):
             raise ValueError(f"unknown keys {', '.join(unknown)}")
         base = MACHINES[told.get("base", "cpu")]
-        if wrong := sorted(told.get("chip", {}).keys() - {f.name for f in fields(Chip)}):
-            raise ValueError(f"unknown figures of a chip: {', '.join(wrong)}")
-        chip = Chip(**{**asdict(base.chip), **told.get("chip", {})})
-        mixers = {kind: (float(share), float(back)) for kind, (share, back) in chip.mixers.items()}
-        chip = replace(chip, mixers=mixers)
-        numbers = {key: value for key, value in asdict(chip).items() if key not in ("name", "mixers")}
-        numbers |= {f"mixers.{kind}.{n}": value for kind, both in chip.mixers.items() for n, value in enumerate(both)}
-        if wrong := [
-            f"{k} = {v}" for k, v in numbers.items() if v < 0 or (v == 0 and k not in ("reserve", "fragments"))
-        ]:
-            raise ValueError(f"figures must be positive, got {', '.join(wrong)}")
+        chip = _chip(base.chip, told.get("chip", {}))
+        together = _chip(chip, told["together"]) if "together" in told else None
         wires = {kind: Wire(**{**getattr(base.wires, kind)._asdict(), **told.get(kind, {})}) for kind in Wires._fields}
-        return Machine(chip, Wires(**wires), int(told.get("gpus", base.gpus)), told.get("card", base.card))
+        return Machine(chip, Wires(**wires), int(told.get("gpus", base.gpus)), told.get("card", base.card), together)
+
+
+def _chip(base: Chip, told: dict[str, Any]) -> Chip:
+    """One with these figures in the place of another's."""
+    if wrong := sorted(told.keys() - {f.name for f in fields(Chip)}):
+        raise ValueError(f"unknown figures of a chip: {', '.join(wrong)}")
+    chip = Chip(**{**asdict(base), **told})
+    mixers = {kind: (float(share), float(back)) for kind, (share, back) in chip.mixers.items()}
+    numbers = {key: value for key, value in asdict(chip).items() if key not in ("name", "mixers")}
+    numbers |= {f"mixers.{kind}.{n}": value for kind, both in mixers.items() for n, value in enumerate(both)}
+    if wrong := [f"{k} = {v}" for k, v in numbers.items() if v < 0 or (v == 0 and k not in _MAY_BE_ZERO)]:
+        raise ValueError(f"figures must be positive, got {', '.join(wrong)}")
+    return replace(chip, mixers=mixers)
+
+
+_MAY_BE_ZERO = ("reserve", "fragments", "fresh", "overlap")
 
 
 # Data sheets of NVIDIA: dense bf16, SXM, NVLink per direction; a card of 400 Gbit/s per GPU (200 beside an A100).
@@ -106,5 +127,9 @@ MACHINES = {
     "h100": Machine(Chip("H100", 989e12, 3.35e12, 80e9), GPUS, card=400e9),
     "h200": Machine(Chip("H200", 989e12, 4.8e12, 141e9), GPUS, card=400e9),
     "b200": Machine(Chip("B200", 2250e12, 8e12, 180e9), _B200, card=400e9),
-    "cpu": Machine(Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 4e6, 0.01), PROCESSES, gpus=2),
+    "cpu": Machine(
+        Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 4e6, 0.01, fresh=1e-9, overlap=0.0),
+        PROCESSES,
+        gpus=2,
+    ),
 }

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lasp.kernels import head
 from lasp.launch.cli import main
@@ -19,6 +21,7 @@ from lasp.launch.plan.estimate import busy, estimate, memory_of, tokenwise
 from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
 from lasp.launch.plan.report import longest
 from lasp.launch.plan.tally import Tally
+from lasp.launch.simulate.exchanges import sum_of_gradients
 from lasp.launch.simulate.machine import MACHINES
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.scan import ScanName
@@ -221,6 +224,77 @@ def test_products_are_counted_in_place_too_and_those_of_16_bits_apart() -> None:
     assert (effort.flops, effort.half) == (2 * 2 * 4 * 4 * 8, 2 * 4 * 4 * 8)
     cpu = replace(MACHINES["cpu"].chip, half=0.1)
     assert busy(replace(effort, bytes=0.0), cpu) == pytest.approx((1 + 10) * effort.half / (cpu.matmul * cpu.flops))
+
+
+def test_without_values_operations_are_those_that_run() -> None:
+    """Tensors without values are asked for their device before each: neither that nor a view is a pass over memory."""
+
+    def count() -> tuple[float, float]:
+        with Tally() as found:
+            a = torch.ones(4, 8)
+            (a.mul(2).unsqueeze(0).unbind()[0] + a).relu_()
+        effort = found.effort["rest", "forward"]
+        return effort.bytes, effort.calls
+
+    real = count()
+    with FakeTensorMode():
+        assert count() == real
+    assert real == (4 * 4 * 8 * (1 + 2 + 3 + 2), 4), "ones, mul, add, relu"
+
+
+class _Again(torch.autograd.Function):
+    """A square that is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            own = x.detach().requires_grad_()
+            return torch.autograd.grad((own @ torch.eye(4)).square(), own, grad)[0]
+
+
+class _Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        squared: Tensor = _Again.apply(x)
+        return squared
+
+
+def test_a_pass_within_a_pass_is_its_place_s() -> None:
+    found, module = Tally(), _Squared()
+    with found, found.places({module: "square"}):
+        module(torch.ones(4, 4, requires_grad=True)).sum().backward()
+    assert found.effort["square", "backward"].flops == 2 * 2 * 4**3, "the product again, and its gradient"
+    assert found.effort["rest", "backward"].flops == 0
+
+
+def test_large_tensors_have_new_memory() -> None:
+    """On a CPU; those of a length at which they are large, though in the runs that told of it they are not."""
+    footprints, logits = Footprints(setting("lightning", "L")), 4 * TINY["vocab_size"]
+    few, many = (footprints.of(1, tokens, 0).effort["rest", "forward"] for tokens in (1 << 16, 1 << 17))
+    assert (few.fresh, many.fresh) == (0, 2 * logits * (1 << 17)), "logits, and their log-softmax"
+    cpu = MACHINES["cpu"].chip
+    assert busy(many, cpu) - busy(many, replace(cpu, fresh=0.0)) == pytest.approx(many.fresh * cpu.fresh)
+
+
+def test_gradients_take_the_core_that_computes() -> None:
+    """On a CPU nothing hides their sum, and a rank at work slows the others."""
+    job, cpu, footprints = Job(64, 128, 1, 2), MACHINES["cpu"], Footprints(setting("lightning", "L"))
+    two = candidate(dp=2, sp=1)
+    told = estimate(two, job, cpu, footprints)
+    size = footprints.of(1, 64, 0).parameters.trained / 2
+    (seconds,) = sum_of_gradients(size, 2, cpu.wires, None).collectives  # type: ignore[union-attr]
+    assert told.items["waiting for gradients"] == pytest.approx(2 * seconds)
+    beside = replace(cpu, chip=replace(cpu.chip, overlap=1.0))
+    assert estimate(two, job, beside, footprints).items.get("waiting for gradients", 0.0) < seconds
+    slow = replace(cpu, together=replace(cpu.chip, flops=cpu.chip.flops / 2))
+    assert estimate(two, job, slow, footprints).items["Lightning"] == pytest.approx(2 * told.items["Lightning"])
+    alone = [estimate(candidate(sp=1), Job(64, 64, 1, 1), on, footprints).seconds for on in (cpu, slow)]
+    assert alone[0] == alone[1]
 
 
 def test_what_is_most_in_a_long_run_may_not_be_in_short_ones() -> None:

@@ -127,9 +127,13 @@ def test_machines(tmp_path: Path) -> None:
     written = {"benchmark": "chip", "command": "lasp bench chip", "chip": {"mixers": {"GLA": [0.2, 2]}}}
     file.write_text(json.dumps(written))
     assert Machine.named(str(file)).chip.mixers == {"GLA": (0.2, 2.0)}
+    file.write_text(json.dumps(written | {"together": {"flops": 1e10, "mixers": {"GLA": [0.1, 3]}}}))
+    one, apart, shared = (Machine.named(str(file)).among(ranks, sp) for ranks, sp in ((1, 1), (2, 1), (2, 2)))
+    assert (one.flops, apart.flops, shared.flops) == (MACHINES["cpu"].chip.flops, 1e10, 1e10)
+    assert (one.mixers, apart.mixers, shared.mixers) == ({"GLA": (0.2, 2.0)}, {"GLA": (0.2, 2.0)}, {"GLA": (0.1, 3.0)})
     wrongs: dict[str, object] = {
         "unknown keys gpu": {"gpu": 1},
-        "unknown figures of a chip: speed": {"chip": {"speed": 1}},
+        "unknown figures of a chip: speed": {"together": {"speed": 1}},
         "figures must be positive, got flops = 0": {"chip": {"flops": 0}},
         "describes no machine": [],
         "not enough values": {"chip": {"mixers": {"GLA": [0.2]}}},
