@@ -10,35 +10,42 @@ decays take C·log2(C) exponentials.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lasp.kernels.decays import decay_factor, least_factor
+
+TOGETHER = 4
+"""Blocks whose masks are made at once where their number allows it: outer products of one block are short work."""
 
 
 class DecayMasks:
     """Of M matrices [M, C, C] at a time, in the same memory. log_decay: of all blocks [blocks·M, C]."""
 
     def __init__(self, log_decay: Tensor, matrices: int) -> None:
-        length = log_decay.shape[1]
+        length, self._together = log_decay.shape[1], math.gcd(len(log_decay) // matrices, TOGETHER)
+        made = self._together * matrices
         padded = 1 << (length - 1).bit_length()
         halves = [1 << i for i in range(padded.bit_length() - 1)]  # from one token to half the chunk
-        memory = torch.eye(padded, dtype=log_decay.dtype, device=log_decay.device).repeat(matrices, 1, 1)
+        memory = torch.eye(padded, dtype=log_decay.dtype, device=log_decay.device).repeat(made, 1, 1)
         sums = log_decay.double() @ _reach(length, len(halves), log_decay.device)
         sides = decay_factor(sums.to(log_decay.dtype)).view(len(sums), len(halves), 2, padded // 2)
-        self._memory, self._mask = memory, memory[:, :length, :length]
+        self._memory, self._masks = memory, memory[:, :length, :length].split(matrices)
         self._squares = [squares(memory, half) for half in halves]
-        self._sides = [_sides(side, half, matrices) for side, half in zip(sides.unbind(1), halves, strict=True)]
+        self._sides = [_sides(side, half, made) for side, half in zip(sides.unbind(1), halves, strict=True)]
         self._made: int | None = None
 
     def __call__(self, index: int) -> Tensor:
         """Those of a block, until another's are asked for; index: which of the blocks it is, in order of time."""
-        if index != self._made:
+        which, own = divmod(index, self._together)
+        if which != self._made:
             for square, (keys, queries) in zip(self._squares, self._sides, strict=True):
-                torch.mul(queries[index], keys[index], out=square)
+                torch.mul(queries[which], keys[which], out=square)
             torch.threshold_(self._memory, least_factor(self._memory.dtype), 0.0)
-            self._made = index
-        return self._mask
+            self._made = which
+        return self._masks[own]
 
 
 def squares(x: Tensor, half: int) -> Tensor:
@@ -61,6 +68,6 @@ def _reach(length: int, halves: int, device: torch.device) -> Tensor:
 
 
 def _sides(decays: Tensor, half: int, matrices: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Decays [blocks·M, 2, C / 2] of one half as rows of keys and columns of queries, those of each block."""
+    """Decays [blocks·M, 2, C / 2] of one half as rows of keys and columns of queries, of so many matrices each."""
     keys, queries = decays.unflatten(-1, (-1, half)).unbind(1)
     return keys.unsqueeze(-2).split(matrices), queries.unsqueeze(-1).split(matrices)

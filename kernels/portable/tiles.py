@@ -71,7 +71,7 @@ class Geometry:
 class Tiles:
     """The tiles of one block, each read when it is first asked for, and the decays of their rows, None for no decay.
 
-    stretch: that the block is a part of.
+    stretch: that the block is a part of; product: that of the scratch.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Tiles:
         self.inputs, self._grad = inputs, grad
         self.block, self.geometry, self.scratch = block, geometry, scratch
         self._stretch, self._index, self.gates = stretch, stretch.index(block), stretch.gates
+        self.product = scratch.product
 
     @cached_property
     def q(self) -> Tensor:
@@ -170,10 +171,6 @@ class Tiles:
     def pass_within(self, passed: Tensor) -> None:
         """And what pairs of tokens of the chunk send over each gate [N, C, 1 or K]."""
         self._stretch.passing.within[self._index].add_(passed)
-
-    def product(self, a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`a @ b` of batches of matrices, added to the tile `onto` if that is given."""
-        return self.scratch.product(a, b, onto)
 
     def times(self, a: Tensor, b: Tensor) -> Tensor:
         """`a * b` of equal tiles, to be summed before the next product is made."""
