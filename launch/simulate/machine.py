@@ -21,7 +21,8 @@ class Chip:
     attention; mixing, of flops, by a linear mixer; stream, of bandwidth, by what is bound to it: norms, optimizer,
     mixers. launch: seconds from one small kernel to the next. reserve: bytes that the context and libraries take;
     fragments: of what changes in a step, what its allocator loses; both assumed too. mixers: of each kind that was
-    measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward.
+    measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward, but
+    for what else is counted of it (`tokenwise` of plan/estimate.py).
     fresh: seconds of a byte of memory that comes from the system anew. overlap: whether gradients travel beside the
     computing (1), or by the core that computes (0).
     """

@@ -215,6 +215,16 @@ def test_of_measured_mixers_passes_over_memory_are_not_counted_again() -> None:
         assert tokenwise(run, way, slow) - tokenwise(run, way, measured) == pytest.approx(passes)
 
 
+def test_of_measured_softmax_attention_passes_are() -> None:
+    """Its kernels alone grow with the square of the tokens."""
+    run, slow = sample(setting("lightning", "N"), 1, 64), replace(MACHINES["cpu"].chip, launch=0.0)
+    (kind,) = run.softmax
+    measured = replace(slow, mixers={kind: (0.1, 2.0)})
+    assert [tokenwise(run, way, measured) for way in ("forward", "backward")] == [
+        tokenwise(run, way, slow) for way in ("forward", "backward")
+    ]
+
+
 def test_products_are_counted_in_place_too_and_those_of_16_bits_apart() -> None:
     found, a = Tally(), torch.ones(4, 8)
     with found:
