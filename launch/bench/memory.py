@@ -1,8 +1,10 @@
 """Memory outside the mixers: of the loss, and the longest sequence that trains in so many GiB per rank, lever by lever.
 
-Ranks are gloo processes of this machine, in fp32 with AdamW. Memory is affine in the tokens of a rank: what is measured
-at two lengths gives the longest one, and with --train a length on either side of it is trained as well. Where
-checkpoints are offloaded they go to a file in memory in the place of a GPU's host, and are not counted.
+Ranks are gloo processes of this machine, in fp32 with AdamW. What they hold until the first layer has its gradients is
+affine in their tokens: what is measured at two lengths gives the longest one, and with --train a length on either side
+of it is trained as well. What follows (the embedding's gradient, the sum over ranks) takes hundreds of MB at any
+length: more than short sequences do before it, less than long ones. Where checkpoints are offloaded they go to a file
+in memory in the place of a GPU's host, and are not counted.
 """
 
 from __future__ import annotations
@@ -66,12 +68,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     found["loss"][kind] = pool.apply(_loss_bytes, (kind, *options.loss))
         for ranks in options.ranks if "lengths" in options.part else ():
             for lever in options.levers:
-                peaks = [_peak(ranks, lever, tokens, options.tile) for tokens in options.tokens]
-                found["cells"].append({"ranks": ranks, "lever": lever, "tokens": options.tokens, "peaks": peaks})
-                found["cells"][-1]["longest"] = longest = _longest(options, peaks, ranks)
+                measured = [_peaks(ranks, lever, tokens, options.tile) for tokens in options.tokens]
+                peaks, whole = (list(kind) for kind in zip(*measured, strict=True))
+                cell = {"ranks": ranks, "lever": lever, "tokens": options.tokens, "peaks": peaks, "whole": whole}
+                cell["longest"] = longest = _longest(options, peaks, ranks)
                 if options.train and longest >= 100 * ranks:
                     around = [longest * percent // (100 * ranks) for percent in (98, 103)]
-                    found["cells"][-1]["trained"] = [(t, _peak(ranks, lever, t, options.tile)) for t in around]
+                    cell["trained"] = [(t, _peaks(ranks, lever, t, options.tile)[1]) for t in around]
+                found["cells"].append(cell)
     return found
 
 
@@ -130,11 +134,13 @@ def _loss_bytes(kind: str, vocabulary: int, tokens: int, dim: int) -> int:
 # Lengths ------------------------------------------------------------------------------------------------------------
 
 
-def _peak(ranks: int, lever: str, tokens: int, tile: int) -> int:
-    """The most memory of any rank in a training step."""
+def _peaks(ranks: int, lever: str, tokens: int, tile: int) -> tuple[int, int]:
+    """The most memory of any rank, until the first layer has its gradients, and in a whole training step."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (ranks, folder, lever, tokens, tile), nprocs=ranks, start_method="forkserver")
-        return max(int(file.read_text(encoding="ascii")) for file in Path(folder).glob("peak*"))
+        told = [file.read_text(encoding="ascii").split() for file in Path(folder).glob("peak*")]
+        layers, whole = (max(map(int, kind)) for kind in zip(*told, strict=True))
+        return layers, whole
 
 
 def _rank(rank: int, ranks: int, folder: str, lever: str, tokens: int, tile: int) -> None:
@@ -148,11 +154,21 @@ def _rank(rank: int, ranks: int, folder: str, lever: str, tokens: int, tile: int
     _backward(model, group, 64 * ranks)  # the libraries' buffers
     optimizer.step()  # its states, which outlive a step
     optimizer.zero_grad(set_to_none=False)  # the gradients are there from the beginning, as in accumulation
+    peaks: list[int] = []
+
+    def watch(_: Any, __: Any, embedded: Tensor) -> None:
+        embedded.register_hook(lambda _: peaks.append(_held()))
+
+    model.get_input_embeddings().register_forward_hook(watch)
     begin_peak()
     _backward(model, group, tokens * ranks)
-    peak = status("VmHWM") - status("RssFile")  # the libraries are no tensors
-    Path(folder, f"peak{rank}").write_text(str(peak), encoding="ascii")
+    Path(folder, f"peak{rank}").write_text(f"{peaks[0]} {_held()}", encoding="ascii")
     lasp.shutdown()
+
+
+def _held() -> int:
+    """The most so far; the libraries are no tensors."""
+    return status("VmHWM") - status("RssFile")
 
 
 def _model(group: lasp.SequenceGroup, lever: str, tile: int) -> tuple[Any, torch.optim.Optimizer]:

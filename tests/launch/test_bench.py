@@ -142,16 +142,17 @@ def test_the_longest_sequence_follows_from_two_lengths(
 ) -> None:
     peaks = {"plain": (2**29, 2**18), "offload": (2**29, 2**14)}  # bytes at 512 tokens, and for each one more
 
-    def peak(ranks: int, lever: str, tokens: int, tile: int) -> int:
-        return peaks[lever][0] + (tokens - 512) * peaks[lever][1]
+    def measured(ranks: int, lever: str, tokens: int, tile: int) -> tuple[int, int]:
+        layers = peaks[lever][0] + (tokens - 512) * peaks[lever][1]
+        return layers, max(layers, 2**30)  # the end of backward
 
-    monkeypatch.setattr(memory, "_peak", peak)
+    monkeypatch.setattr(memory, "_peaks", measured)
     assert main(["memory", "--part", "lengths", "--ranks", "1", "2", "--gib", "1", "--levers", *peaks]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"| plain | 2560 | 5120 |", "| offload | 33280 | 66560 |"} < {*lines}
     assert main(["memory", "--part", "lengths", "--ranks", "2", "--gib", "1", "--levers", "plain", "--train"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "plain, trained on 2 x 2508 tokens: 0.987 GiB per rank" in lines
+    assert "plain, trained on 2 x 2508 tokens: 1.000 GiB per rank" in lines
     assert "plain, trained on 2 x 2636 tokens: 1.019 GiB per rank" in lines
 
 
