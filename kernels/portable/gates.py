@@ -66,7 +66,7 @@ class Gates:
     def mask(self, index: int) -> Tensor:
         """The decays between the tokens of a block's chunks, where all channels decay alike [M, C, C]: of its N
         matrices, or of H where all chunks share theirs; until that of another block is asked for."""
-        return self._masks(index if len(self._log_decay) > 1 else 0)
+        return self._masks(index if len(self._log_decay) > 1 else 0)  # made once where all blocks share it
 
     @cached_property
     def _masks(self) -> DecayMasks:

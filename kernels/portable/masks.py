@@ -11,27 +11,33 @@ decays take C·log2(C) exponentials.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.decays import decay_factor, least_factor
 
-TOGETHER = 4
-"""Blocks whose masks are made at once where their number allows it: outer products of one block are short work."""
+TOGETHER = 64
+"""Matrices that are made at once where the number of blocks allows it: outer products of few are short work."""
+
+_PIECE = 1 << 12
 
 
 class DecayMasks:
     """Of M matrices [M, C, C] at a time, in the same memory. log_decay: of all blocks [blocks·M, C]."""
 
     def __init__(self, log_decay: Tensor, matrices: int) -> None:
-        length, self._together = log_decay.shape[1], math.gcd(len(log_decay) // matrices, TOGETHER)
+        length = log_decay.shape[1]
+        self._together = math.gcd(len(log_decay) // matrices, max(1, TOGETHER // matrices))  # blocks
         made = self._together * matrices
         padded = 1 << (length - 1).bit_length()
         halves = [1 << i for i in range(padded.bit_length() - 1)]  # from one token to half the chunk
         memory = torch.eye(padded, dtype=log_decay.dtype, device=log_decay.device).repeat(made, 1, 1)
-        sums = log_decay.double() @ _reach(length, len(halves), log_decay.device)
-        sides = decay_factor(sums.to(log_decay.dtype)).view(len(sums), len(halves), 2, padded // 2)
+        reach = _reach(length, len(halves), log_decay.device)
+        # In fp64, which no setting for fp32 products makes bf16; piece by piece, for a rank's sums are many.
+        sums = [(piece.double() @ reach).to(log_decay.dtype) for piece in log_decay.split(_PIECE)]
+        sides = decay_factor(torch.cat(sums)).view(len(log_decay), len(halves), 2, padded // 2)
         self._memory, self._masks = memory, memory[:, :length, :length].split(matrices)
         self._squares = [squares(memory, half) for half in halves]
         self._sides = [_sides(side, half, made) for side, half in zip(sides.unbind(1), halves, strict=True)]
@@ -50,10 +56,12 @@ class DecayMasks:
 
 def squares(x: Tensor, half: int) -> Tensor:
     """Where later halves meet earlier halves: [..., C, C] as a view [..., C / (2·half), half, half]."""
-    blocks = x.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    *outer, rows, columns = x.stride()
+    size = (*x.shape[:-2], x.shape[-1] // (2 * half), half, half)
+    return x.as_strided(size, (*outer, 2 * half * (rows + columns), rows, columns), x.storage_offset() + half * rows)
 
 
+@lru_cache(maxsize=64)
 def _reach(length: int, halves: int, device: torch.device) -> Tensor:
     """Which tokens lie between key and border, and between border and query: ones and zeros [C, halves·2·C / 2], by
     half, by side, and by key or query."""

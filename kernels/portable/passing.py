@@ -22,11 +22,11 @@ class Passing:
 
     def __init__(self, gates: Gates) -> None:
         (self._from_start, self.from_start), (self._to_end, self.to_end) = gates.new_sums(), gates.new_sums()
-        self._over_chunk = gates.over_chunk
+        self._gates = gates
         (self._across, self.across), (self._within, self.within) = gates.new_sums(tokens=1), gates.new_sums()
 
     def gradient(self) -> Tensor:
         """What passes each gate of all blocks, [N, C, 1 or K]."""
         later = self._from_start.flip(-2).cumsum(-2).flip(-2)
         earlier = F.pad(self._to_end.cumsum(-2), (0, 0, 1, -1))
-        return later.add_(earlier).add_(self._across * self._over_chunk).add_(self._within)
+        return later.add_(earlier).add_(self._across * self._gates.over_chunk).add_(self._within)

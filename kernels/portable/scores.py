@@ -3,8 +3,8 @@
     P_ij = scale·sum_c q_ic k_jc exp(sum_{j < m <= i} log_decay_mc)   for i >= j, else 0
 
 Shapes: N matrices (chunks, batches and heads together), C tokens, K channels, R = G·C rows, the G queries of a state
-one below the other. q [N, R, K], k [N, C, K], P [N, R, C]; decays [n, B, H, ...] with N = n·B·H, n = B = 1 where all
-chunks share theirs.
+one below the other. q [N, R, K], k [N, C, K], P [N, R, C]; masks [M, C, C], M = N, or H or 1 where matrices share
+theirs; decays per channel [n, B, H, C, K] with N = n·B·H.
 """
 
 from __future__ import annotations

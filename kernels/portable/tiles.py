@@ -123,7 +123,8 @@ class Tiles:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Between the tokens of a chunk, where the channels decay alike."""
+        """Between the tokens of a chunk, where the channels decay alike [M, C, C], M = N, H or 1; until another block's
+        is asked for."""
         if self.gates is None:
             return causal_mask(self.k)
         return self.gates.mask(self._index)
