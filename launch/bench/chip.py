@@ -57,7 +57,10 @@ def show(figures: dict[str, Any]) -> None:
     chip, together = figures["chip"], figures["together"]
     for name, one in (("one rank", chip), (f"each of {RANKS}", together)):
         print(f"{name}: {one['flops'] / 1e9:.1f} Gflop/s of products, {one['bandwidth'] / 1e9:.1f} GB/s")
-    print(f"{100 * chip['half']:.1f} % of them in bf16, {1e9 * chip['fresh']:.2f} ns a byte of new memory, ", end="")
+    print(
+        f"products of bf16 at {100 * chip['half']:.1f} % of that, {1e9 * chip['fresh']:.2f} ns a byte of new memory, ",
+        end="",
+    )
     print(f"{1e6 * chip['launch']:.0f} us from one small operation to the next")
     both = [(kind, (own, together["mixers"][kind])) for kind, own in chip["mixers"].items()]
     rows = [

@@ -44,7 +44,13 @@ class Contest:
         found: list[Estimate] = sorted((one for one in planned if one.fits), key=lambda one: one.seconds)
         turns = [[train(self.case(one.candidate), repeat) for one in found] for _ in range(TURNS)]
         return [
-            {"candidate": str(one.candidate), "planned": one.seconds, **min(own, key=lambda turn: turn["seconds"])}
+            {
+                "candidate": str(one.candidate),
+                "planned": one.seconds,
+                **own[0],
+                "seconds": min(turn["seconds"] for turn in own),
+                "bytes": max(turn["bytes"] for turn in own),
+            }
             for one, *own in zip(found, *turns, strict=True)
         ]
 

@@ -169,7 +169,7 @@ def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Siz
     layers = []
     for kind in run.kinds:
         mixing = _mixing(run, kind, chip)
-        ways = _ways(candidate, job, machine, run, kind, sizes)
+        ways = _ways(candidate, job, replace(machine, chip=chip), run, kind, sizes)
         _, back_times = chip.mixers.get(kind, (0.0, 2.5 if kind in run.softmax else 2.0))
         times = back_times + repeated
         forward = Pass(ahead / 2, (Stage(0.3 * mixing, ways.there, 0.4 * mixing),), 0.3 * mixing, ahead / 2)

@@ -24,7 +24,7 @@ class Chip:
     measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward, but
     for what else is counted of it (`tokenwise` of plan/estimate.py).
     fresh: seconds of a byte of memory that comes from the system anew. overlap: whether gradients travel beside the
-    computing (1), or by the core that computes (0).
+    computing, or by the core that computes.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Chip:
     fragments: float = 0.05
     half: float = 1.0
     fresh: float = 0.0
-    overlap: float = 1.0
+    overlap: bool = True
     mixers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def relay(self, size: float) -> float:
@@ -129,7 +129,7 @@ MACHINES = {
     "h200": Machine(Chip("H200", 989e12, 4.8e12, 141e9), GPUS, card=400e9),
     "b200": Machine(Chip("B200", 2250e12, 8e12, 180e9), _B200, card=400e9),
     "cpu": Machine(
-        Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 4e6, 0.01, fresh=1e-9, overlap=0.0),
+        Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 4e6, 0.01, fresh=1e-9, overlap=False),
         PROCESSES,
         gpus=2,
     ),

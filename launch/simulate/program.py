@@ -109,7 +109,7 @@ class Step(NamedTuple):
     logits: float = 0.0
     optimizer: float = 0.0
     rest: float = 0.0
-    gradients: Exchange | None = None  # of what is in no layer
+    gradients: Exchange | None = None  # of what is in no layer, or of all where nothing hides them
     repeat: int = 1
 
     def program(self) -> Program:

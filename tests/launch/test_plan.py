@@ -299,7 +299,7 @@ def test_gradients_take_the_core_that_computes() -> None:
     size = footprints.of(1, 64, 0).parameters.trained / 2
     (seconds,) = sum_of_gradients(size, 2, cpu.wires, None).collectives  # type: ignore[union-attr]
     assert told.items["waiting for gradients"] == pytest.approx(2 * seconds)
-    beside = replace(cpu, chip=replace(cpu.chip, overlap=1.0))
+    beside = replace(cpu, chip=replace(cpu.chip, overlap=True))
     assert estimate(two, job, beside, footprints).items.get("waiting for gradients", 0.0) < seconds
     slow = replace(cpu, together=replace(cpu.chip, flops=cpu.chip.flops / 2))
     assert estimate(two, job, slow, footprints).items["Lightning"] == pytest.approx(2 * told.items["Lightning"])
