@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -80,8 +81,9 @@ class Folders:
             planner = DefaultSavePlanner(flatten_state_dict=False)
             options: dict[str, Any] = {"storage_writer": writer, "planner": planner}
             if self.run.config.async_save:
-                options["async_stager"] = self._stager
-                self._pending = dcp.async_save(state, process_group=self._group, **options)
+                # Not dcp.async_save, which starts a thread and logs every tensor while training waits.
+                staged, options["process_group"] = self._stager.stage(state), self._group
+                self._pending = self._writer.submit(dcp.save, staged, **options)
                 self._writing = path
             else:
                 dcp.save(state, process_group=self.ranks.everyone.control, **options)
@@ -89,6 +91,8 @@ class Folders:
             self._wait()
             if stager := self.__dict__.pop("_stager", None):
                 stager.close()
+            if background := self.__dict__.pop("_writer", None):
+                background.shutdown()
 
     def _wait(self) -> None:
         """See that what is written in the background is complete."""
@@ -106,6 +110,11 @@ class Folders:
     def _group(self) -> dist.ProcessGroup:
         """All ranks again: what is said while they train must not meet what training says."""
         return dist.new_group(backend="gloo")
+
+    @cached_property
+    def _writer(self) -> ThreadPoolExecutor:
+        """The thread that writes in the background."""
+        return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @cached_property
     def _stager(self) -> AsyncStager:
