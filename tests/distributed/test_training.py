@@ -78,7 +78,8 @@ SHARES = [(1, "contiguous"), (2, "zigzag"), (4, "contiguous")]
     [("float64", 1e-9, SHARES), pytest.param("float32", 1e-4, SHARES, marks=pytest.mark.slow)],
 )
 def test_any_share_of_dp_and_sp_has_the_curve_of_a_plain_loop(config, once, dtype, tolerance, shares):
-    config = replace(config, steps=10, optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2))
+    lr = 1e-2 if dtype == "float64" else 5e-3  # steps of 1e-2 make 1e-4 of what fp32 rounds off in ten of them
+    config = replace(config, steps=10, optimizer=OptimizerConfig(lr=lr, min_lr=1e-3, warmup_steps=2))
     expected = None
     for sp, layout in shares:
         dp = WORLD // sp
