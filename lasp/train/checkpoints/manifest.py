@@ -17,7 +17,7 @@ from lasp.train.checkpoints.folders import checkpoint_step
 FILE = "manifest.json"
 VERSION = 1
 TOGETHER = 8
-"""How many files are compared side by side, where there are as many cores."""
+"""How many files are compared side by side, where there are as many cores: less than ten, for a digit names each."""
 _LIMIT = 1 << 22  # bytes of JSON, which may take twenty times as many when it is read
 _WORD = r"\w[\w.@+-]*"
 _NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}", re.ASCII)
