@@ -10,13 +10,19 @@ from lasp.launch.job import Job, Plan
 from lasp.launch.ranks import cores, loopback
 
 _WAIT = 600
-"""Seconds that a node waits for others, where nothing else is said."""
+"""Seconds that a node waits for the others to begin, by default: they are started at different times."""
+
+_AGAIN = 45
+"""Seconds that it waits for them to go on: a job that has lost a node for good ends within a minute."""
 
 _LAST_CALL = 5
 """Seconds in which further nodes may join when as many have come as are needed."""
 
 _HEARTBEAT = 3
 """Seconds between two signs of life of a node that others can go on without; torchrun holds it for lost after three."""
+
+_MISSED = 3 * _HEARTBEAT + _LAST_CALL
+"""Seconds after which those that are left go on by themselves."""
 
 _EXPOSED = (
     "torchrun's store listens on every interface of this machine, and whoever reaches it runs code as you; "
@@ -27,7 +33,8 @@ _EXPOSED = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=3, help="how often all ranks are started again after a failure")
     parser.add_argument("--endpoint", help="HOST:PORT where the nodes meet, HOST being one of them; for several nodes")
-    parser.add_argument("--wait", type=int, help=f"seconds that a node waits for others, to begin or go on ({_WAIT})")
+    parser.add_argument("--wait", type=int, help=f"seconds that a node waits for the others to begin ({_WAIT})")
+    parser.add_argument("--wait-again", type=int, help=f"seconds that it waits for them once one was lost ({_AGAIN})")
     parser.add_argument("--least-nodes", type=int, help="go on with as few nodes, by fewer ranks, when others are lost")
 
 
@@ -43,20 +50,16 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, cores() // job.gpus))
     if job.nodes == 1:
-        if options.endpoint or options.wait is not None or options.least_nodes is not None:
-            raise ValueError("--endpoint, --wait and --least-nodes are of several nodes, and --nodes is 1")
-        where = ["--standalone", "--local-addr", "127.0.0.1"]
+        several = (options.endpoint, options.wait, options.wait_again, options.least_nodes)
+        if any(value is not None for value in several):
+            raise ValueError("--endpoint, --wait, --wait-again, --least-nodes are of several nodes; --nodes is 1")
+        agent, where = "torch.distributed.run", ["--standalone", "--local-addr", "127.0.0.1"]
         environment |= loopback()
     else:
-        wait = _WAIT if options.wait is None else options.wait
-        if wait < 1:
-            raise ValueError(f"--wait must be at least 1, got {wait}")
-        conf = f"join_timeout={wait}"
         if options.least_nodes is not None:
             job = job.elastic(options.least_nodes)
-            conf += f",last_call_timeout={_LAST_CALL},keep_alive_interval={_HEARTBEAT}"
-        where, found = _meeting(job, options.endpoint, conf)
-        environment |= found
+        where, found = _meeting(job, options.endpoint, _limits(options))
+        agent, environment = "lasp.launch.agent", environment | found
     if options.restarts:
         job = job.repeatable()
         if job.config.time_limit is not None:
@@ -66,8 +69,22 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
             )
     nodes = f"{options.least_nodes}:{job.nodes}" if options.least_nodes is not None else str(job.nodes)
     counts = ["--nnodes", nodes, "--nproc-per-node", str(job.gpus), "--max-restarts", str(options.restarts)]
-    command = [sys.executable, "-m", "torch.distributed.run", *counts, *where, "-m", *job.module]
+    command = [sys.executable, "-m", agent, *counts, *where, "-m", *job.module]
     return Plan(command, environment, warning=_EXPOSED if job.nodes == 1 else "")
+
+
+def _limits(options: argparse.Namespace) -> str:
+    """How long a node waits for others, as the agent is told. ValueError where that cannot be."""
+    wait = _WAIT if options.wait is None else options.wait
+    again = _AGAIN if options.wait_again is None else options.wait_again
+    if min(wait, again) < 1:
+        raise ValueError(f"--wait and --wait-again must be at least 1, got {wait} and {again}")
+    conf = f"join_timeout={wait},again_timeout={again}"
+    if options.least_nodes is None:
+        return conf
+    if again <= _MISSED:
+        raise ValueError(f"--wait-again {again} ends a job before it can go on with fewer nodes, after {_MISSED} s")
+    return f"{conf},last_call_timeout={_LAST_CALL},keep_alive_interval={_HEARTBEAT}"
 
 
 def _meeting(job: Job, endpoint: str | None, conf: str) -> tuple[list[str], dict[str, str]]:
@@ -87,7 +104,7 @@ def _meeting(job: Job, endpoint: str | None, conf: str) -> tuple[list[str], dict
         raise ValueError(f"--endpoint {endpoint}: {host!r} has no address here: {error.strerror}") from error
     own = own_address(there)
     conf = f"is_host={int(is_here(there))},{conf}"
-    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job.name, "--rdzv-conf", conf]
+    where = ["--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job.name, "--rdzv-conf", conf]
     interface = interface_of(own)
     environment = {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}
     return [*where, "--local-addr", own], environment

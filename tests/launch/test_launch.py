@@ -64,9 +64,9 @@ def test_torchrun_as_one_node_of_two(capsys, monkeypatch, host, is_host):
     endpoint = f"{host}:29400"
     arguments = ["long.toml", "--nodes", "2", "--endpoint", endpoint, "--restarts", "0", "--dry-run"]
     assert told(capsys, "torchrun", *arguments) == (
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 GLOO_SOCKET_IFNAME=ib0 /venv/bin/python -m torch.distributed.run "
-        f"--nnodes 2 --nproc-per-node 2 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id long "
-        f"--rdzv-conf is_host={is_host},join_timeout=600 --local-addr 10.99.7.1 -m lasp.launch.train long.toml\n"
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 GLOO_SOCKET_IFNAME=ib0 /venv/bin/python -m lasp.launch.agent "
+        f"--nnodes 2 --nproc-per-node 2 --max-restarts 0 --rdzv-endpoint {endpoint} --rdzv-id long --rdzv-conf "
+        f"is_host={is_host},join_timeout=600,again_timeout=45 --local-addr 10.99.7.1 -m lasp.launch.train long.toml\n"
     )
 
 
@@ -76,7 +76,7 @@ def test_torchrun_with_fewer_nodes_when_others_are_lost(capsys, monkeypatch):
     arguments = ["long.toml", "--nodes", "2", "--gpus", "4", "--least-nodes", "1", "--wait", "60"]
     said = told(capsys, "torchrun", *arguments, "--endpoint", "127.0.0.1:29400", "--dry-run")
     assert " --nnodes 1:2 --nproc-per-node 4 " in said
-    assert " --rdzv-conf is_host=1,join_timeout=60,last_call_timeout=5,keep_alive_interval=3 " in said
+    assert " --rdzv-conf is_host=1,join_timeout=60,again_timeout=45,last_call_timeout=5,keep_alive_interval=3 " in said
     assert said.endswith(" long.toml --elastic true --dp 2 --resume latest\n")
 
 
@@ -147,7 +147,13 @@ def test_the_batch_file_of_the_documentation_is_a_real_one():
         (["torchrun", "long.toml", "--wait", "60"], "--nodes is 1"),
         (["torchrun", "long.toml", "--nodes", "2", "--least-nodes", "3"], "--least-nodes must lie in 1..2"),
         (["torchrun", "long.toml", "--nodes", "4", "--gpus", "2", "--least-nodes", "2"], "with 3 of 4 nodes"),
-        (["torchrun", "long.toml", "--nodes", "2", "--wait", "0"], "--wait must be at least 1, got 0"),
+        (["torchrun", "long.toml", "--wait-again", "60"], "--nodes is 1"),
+        (["torchrun", "long.toml", "--nodes", "2", "--endpoint", "a:1", "--wait", "0"], "at least 1, got 0 and 45"),
+        (["torchrun", "long.toml", "--nodes", "2", "--endpoint", "a:1", "--wait-again", "0"], "got 600 and 0"),
+        (
+            ["torchrun", "long.toml", "--nodes=2", "--gpus=4", "--endpoint=a:1", "--least-nodes=1", "--wait-again=14"],
+            "--wait-again 14 ends a job before it can go on with fewer nodes",
+        ),
         (["torchrun", "long.toml", "--overwrite", "true"], "add --overwrite false"),
         (["torchrun", "long.toml", "--resume", "runs/step-000001"], 'resume = "latest" takes the newest'),
         (["torchrun", "long.toml", "--time_limit", "60"], "and would start them again; add --restarts 0"),
