@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import lasp
+from lasp.launch.bench.pace import Pace
 from lasp.launch.bench.resident import begin_peak, give_back_freed, keep_freed, status
 from lasp.launch.plan.candidate import LEVERS
 from lasp.launch.plan.footprint import Footprints, Setting
@@ -88,9 +89,9 @@ def _configuration(model: str, pattern: str) -> Any:
 
 
 def train(case: Case, repeat: int) -> dict[str, float]:
-    """Of the worst rank."""
+    """Bytes and seconds of the worst rank, and the pace of the machine meanwhile."""
     own = in_ranks(case, _measure, repeat)
-    return {key: max(found[key] for found in own) for key in ("bytes", "seconds")}
+    return {key: max(found[key] for found in own) for key in own[0]}
 
 
 def trains(case: Case, limit: float) -> bool:
@@ -136,8 +137,10 @@ def _measure(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, 
     training.step(case.tokens)
     most = status("VmHWM") - status("RssFile") - before
     keep_freed()
-    _, *seconds = (training.step(case.tokens) for _ in range(1 + int(repeat)))
-    return {"bytes": most, "seconds": statistics.median(seconds)}
+    pace = Pace()
+    _, *looks = (pace.beside(lambda: training.step(case.tokens)) for _ in range(1 + int(repeat)))
+    seconds, paces = (statistics.median(told) for told in zip(*looks, strict=True))
+    return {"bytes": most, "seconds": seconds, "pace": paces}
 
 
 def _attempt(case: Case, group: lasp.SequenceGroup, limit: float) -> int:

@@ -2,6 +2,7 @@
 
 Everything is measured within steps of the models of `lasp bench plan`, in fp32, a core to a rank, operator by operator
 and by the place in the model that calls it: of one rank by itself, and of ranks on all cores that share a sequence.
+Seconds are those at one pace of the machine, the median of all that were seen meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 import lasp
 from lasp.launch.bench.case import SIZES, Case, Training, in_ranks
 from lasp.launch.bench.options import at_least
+from lasp.launch.bench.pace import Pace
 from lasp.launch.bench.plan import CASES
 from lasp.launch.bench.resident import keep_freed
 from lasp.launch.bench.table import markdown
@@ -48,7 +51,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     alone = _rates(found for case in models for found in in_ranks(case, _look, options.repeat))
     (small,) = in_ranks(models[0], _small, options.repeat)
     together = _rates(found for case in shared for found in in_ranks(case, _look, options.repeat))
-    small["half"] /= alone["flops"]
+    small = {name: alone["pace"] * paces for name, paces in small.items()}
+    small["half"] = 1 / (small["half"] * alone["flops"])
     return {"base": "cpu", "chip": alone | small, "together": together}
 
 
@@ -56,7 +60,8 @@ def show(figures: dict[str, Any]) -> None:
     """A line per figure."""
     chip, together = figures["chip"], figures["together"]
     for name, one in (("one rank", chip), (f"each of {RANKS}", together)):
-        print(f"{name}: {one['flops'] / 1e9:.1f} Gflop/s of products, {one['bandwidth'] / 1e9:.1f} GB/s")
+        rates = f"{one['flops'] / 1e9:.1f} Gflop/s of products, {one['bandwidth'] / 1e9:.1f} GB/s"
+        print(f"{name}: {rates}, at a pace of {1e3 * one['pace']:.0f} ms")
     print(
         f"products of bf16 at {100 * chip['half']:.1f} % of that, {1e9 * chip['fresh']:.2f} ns a byte of new memory, ",
         end="",
@@ -73,33 +78,49 @@ def show(figures: dict[str, Any]) -> None:
 def _rates(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Figures of a chip, from what ranks have seen: of a mixer the last rank's, which attends to most."""
     own = sorted(found, key=lambda one: one["rank"])
-    flops, bandwidth = (statistics.median(work / s for work, s in (one[name] for one in own)) for name in RATES)
-    mixers = {kind: (work / there / flops, back / there) for one in own for kind, (work, there, back) in one["mixers"]}
-    return {"flops": flops, "bandwidth": bandwidth, "matmul": 1.0, "stream": 1.0, "mixers": mixers}
+    pace = statistics.median(one["pace"] for one in own)
+    flops, bandwidth = (
+        statistics.median(work / (s * pace) for work, s in (one[name] for one in own)) for name in RATES
+    )
+    mixers = {
+        kind: (work / (there * pace) / flops, back / there)
+        for one in own
+        for kind, (work, there, back) in one["mixers"]
+    }
+    return {"flops": flops, "bandwidth": bandwidth, "matmul": 1.0, "stream": 1.0, "mixers": mixers, "pace": pace}
 
 
 def _look(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, Any]:
-    """Operations and seconds of products, bytes and seconds of passes over memory outside of mixers, and of each kind
-    of mixer the operations of its mathematics, and seconds there and back without its products."""
+    """Operations and time of products, bytes and time of passes over memory outside of mixers, and of each kind of
+    mixer the operations of its mathematics, and its time there and back without its products; times in paces."""
     keep_freed()
-    training = Training(case, group)
+    training, pace = Training(case, group), Pace()
     parts, kinds = named_parts(training.model)
     first = _Clock()
     clocks = [_Clock(kinds={*kinds}, softmax=first.softmax) for _ in range(int(repeat))]
-    for clock in (first, *clocks):
+
+    def step(clock: _Clock) -> float:
         with clock, clock.places(parts):
-            training.step(case.tokens)
-    taken = {key: statistics.median(clock.seconds[key] for clock in clocks) for key in clocks[0].seconds}
+            return training.step(case.tokens)
+
+    _, *looks = (pace.beside(partial(step, clock))[1] for clock in (first, *clocks))
+    taken = {
+        key: statistics.median(clock.seconds[key] / own for clock, own in zip(clocks, looks, strict=True))
+        for key in clocks[0].seconds
+    }
     work, mixing = clocks[0].work, clocks[0].mixing
     mixers = [(kind, (mixing[kind], taken[f"{kind} forward"], taken[f"{kind} backward"])) for kind in {*kinds}]
-    return {"rank": group.rank, "mixers": mixers, **{name: (work[name], taken[name]) for name in RATES}}
+    rates = {name: (work[name], taken[name]) for name in RATES}
+    return {"rank": group.rank, "pace": statistics.median(looks), "mixers": mixers, **rates}
 
 
 def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, float]:
-    """Seconds of an operation too small to take time, and of a byte that the system gives anew; operations per second
-    of products of 16 bits, which Muon makes."""
+    """Time of an operation too small to take any, of a byte that the system gives anew, and of an operation of products
+    of 16 bits, which Muon makes; in paces."""
     keep_freed()
-    small, old = torch.zeros(8), torch.zeros(LARGE)
+    pace, small, old = Pace(), torch.zeros(8), torch.zeros(LARGE)
+    pace()
+    before = pace()
     work = {"small": lambda: [small.add(1) for _ in range(99)], "old": lambda: old.fill_(1)}
     seconds = interleave(work | {"new": lambda: torch.empty(LARGE).fill_(1)}, 2 * int(repeat) + 1)
     matrices = [
@@ -111,8 +132,13 @@ def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, fl
     optimizer, clock = torch.optim.Muon(matrices), _Clock()
     with clock:
         optimizer.step()
-    fresh = max(seconds["new"] - seconds["old"], 0.0) / old.nbytes
-    return {"launch": seconds["small"] / 99, "fresh": fresh, "half": clock.work["half"] / clock.seconds["half"]}
+    taken = {
+        "launch": seconds["small"] / 99,
+        "fresh": max(seconds["new"] - seconds["old"], 0.0) / old.nbytes,
+        "half": clock.seconds["half"] / clock.work["half"],
+    }
+    own = (before + pace()) / 2
+    return {name: value / own for name, value in taken.items()}
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """Plans beside what was measured: the memory of a rank and the time of a step, on the ranks of this machine, in fp32.
 
 Every case is planned and trained in turn. A rank's memory is the most that it holds in a step, by the kernel's own
-mark, beyond what it held when its libraries were at work; a step is the median of some. `--part longest`: the longest
-sequence that is planned into a limit on memory is trained under it (RLIMIT_DATA), and one that is a tenth longer.
-`--part choice`: every candidate of a setting is trained, to see how far the one that a plan takes is from the fastest.
+mark, beyond what it held when its libraries were at work. A step is the median of some, and its plan is brought to the
+pace of the machine meanwhile, where `--gpu` names a file that tells at which pace it was made. `--part longest`: the
+longest sequence that is planned into a limit on memory is trained under it (RLIMIT_DATA), and one that is a tenth
+longer. `--part choice`: every candidate of a setting is trained, to see how far the one that a plan takes is from the
+fastest.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     on = Machine.named(options.gpu)
     found: dict[str, Any] = {"machine": machine(1), "mb": options.mb, "cells": [], "longest": [], "choices": []}
     for case in (CASES[number] for number in options.cases or range(len(CASES)) if "cells" in options.part):
-        planned, measured = _plan(case, on), train(case, options.repeat)
+        measured = train(case, options.repeat)
+        planned = plan_at(case, on, measured["pace"])
         found["cells"].append(asdict(case) | {"planned": planned, "measured": measured})
         told = (f"{each['bytes'] / 1e6:.0f} MB, {1e3 * each['seconds']:.0f} ms" for each in (planned, measured))
         _tell(f"{case}: planned and measured {' and '.join(told)}")
@@ -128,7 +131,11 @@ def _candidate(case: Case) -> Candidate:
     return Candidate(1, case.ranks, LAYOUT, SCAN, METHOD, case.engine, case.levers)
 
 
-def _plan(case: Case, on: Machine) -> dict[str, Any]:
+def plan_at(case: Case, on: Machine, pace: float) -> dict[str, Any]:
+    """Of a step at this pace of the machine."""
     whole = case.tokens * case.ranks
     told = estimate(_candidate(case), Job(whole, whole, 1, case.ranks), on, case.footprints(on))
-    return {"bytes": told.bytes, "seconds": told.seconds, "memory": told.memory, "items": told.items}
+    probed = on.among(case.ranks, case.ranks).pace
+    slower = pace / probed if probed else 1.0
+    items = {item: slower * seconds for item, seconds in told.items.items()}
+    return {"bytes": told.bytes, "seconds": slower * told.seconds, "memory": told.memory, "items": items}

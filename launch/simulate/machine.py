@@ -24,7 +24,8 @@ class Chip:
     measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward, but
     for what else is counted of it (`tokenwise` of plan/estimate.py).
     fresh: seconds of a byte of memory that comes from the system anew. overlap: whether gradients travel beside the
-    computing, or by the core that computes.
+    computing, or by the core that computes. pace: seconds of a fixed piece of work (`launch/bench/pace.py`) when all
+    this was measured, 0 where nobody looked.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Chip:
     half: float = 1.0
     fresh: float = 0.0
     overlap: bool = True
+    pace: float = 0.0
     mixers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def relay(self, size: float) -> float:
@@ -116,7 +118,7 @@ def _chip(base: Chip, told: dict[str, Any]) -> Chip:
     return replace(chip, mixers=mixers)
 
 
-_MAY_BE_ZERO = ("reserve", "fragments", "fresh", "overlap")
+_MAY_BE_ZERO = ("reserve", "fragments", "fresh", "overlap", "pace")
 
 
 # Data sheets of NVIDIA: dense bf16, SXM, NVLink per direction; a card of 400 Gbit/s per GPU (200 beside an A100).

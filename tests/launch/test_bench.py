@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lasp.launch.bench import contest, convergence, main, memory, wrapped
+from lasp.launch.bench.case import Case
 from lasp.launch.bench.kernels import RECURRENCES, Shape
+from lasp.launch.bench.plan import plan_at
 from lasp.launch.bench.timing import compared
 from lasp.launch.network import lacking
 from lasp.launch.plan.candidate import candidates
@@ -207,6 +210,16 @@ def test_bench_chip_writes_what_a_plan_reads(tmp_path: Path) -> None:
     for chip in (on.among(1, 1), on.among(2, 2)):
         assert {*chip.mixers} == {"GatedLinearAttention", "Qwen3Attention"}
         assert all(share > 0 and back > 0 for share, back in chip.mixers.values())
+        assert chip.pace > 0
+
+
+def test_a_plan_is_brought_to_the_pace_of_the_machine() -> None:
+    case, cpu = Case("lightning", "L", tokens=64), Machine.named("cpu")
+    as_told = plan_at(case, cpu, 0.3)  # nobody looked at a pace
+    slower = plan_at(case, replace(cpu, chip=replace(cpu.chip, pace=0.2)), 0.3)
+    assert slower["seconds"] == pytest.approx(1.5 * as_told["seconds"])
+    assert sum(slower["items"].values()) == pytest.approx(1.5 * sum(as_told["items"].values()))
+    assert slower["bytes"] == as_told["bytes"]
 
 
 def test_a_choice_is_held_against_the_fastest_that_fits() -> None:
