@@ -23,11 +23,11 @@ from typing import Any
 from lasp.launch.bench.cells import NOT_BEGUN, OK, OUT_OF_MEMORY, columns, records_of, shown, without
 from lasp.launch.bench.model import add_model, cell_of, here, show_machine
 from lasp.launch.bench.options import at_least, network_rate, positive
+from lasp.launch.bench.panels import Records, draw
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.ways import ACTIVATIONS, DATA_PARALLEL, SOFTMAX_RING, WAYS
 from lasp.layers import MIXERS
 
-Records = list[dict[str, Any]]
 START, MOST = 512, 7
 """Of the search for the longest sequence: the tokens of a rank at which it begins, and how many cells it has."""
 
@@ -241,36 +241,5 @@ UNDIVIDED = ("heads", ACTIVATIONS)
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """A panel for each of the grid and the shares that has cells: rates over ranks, and shares over ranks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    done = {name: [r for r in records if r["status"] == OK] for name, records in figures["views"].items()}
-    panels = [(draw, done[name]) for name, draw in (("grid", _plot_grid), ("share", _plot_shares)) if done.get(name)]
-    figure = Figure(figsize=(5.5 * max(1, len(panels)), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, (draw, records) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        draw(axes, records)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-
-
-def _plot_grid(axes: Any, records: list[dict[str, Any]]) -> None:
-    longest = max(r["tokens"] for r in records)
-    for way in columns(records, "way"):
-        own = [r for r in records if (r["way"], r["tokens"]) == (way, longest)]
-        axes.plot([r["ranks"] for r in own], [r["rate"] for r in own], marker="o", label=way)
-    axes.set(xlabel="ranks", ylabel="tokens/s", title=f"a sequence of {longest} tokens")
-
-
-def _plot_shares(axes: Any, records: list[dict[str, Any]]) -> None:
-    network = columns(records, "network")[-1]
-    here = [r for r in records if r["network"] == network]
-    beside = {r["ranks"]: r["rate"] for r in here if r["way"] == DATA_PARALLEL}
-    for way in columns(here, "way"):
-        own = [r for r in here if r["way"] == way and r["ranks"] in beside]
-        shares = [100 * r["rate"] / beside[r["ranks"]] for r in own]
-        axes.plot([r["ranks"] for r in own], shares, marker="o", label=way)
-    axes.set(xlabel="ranks", ylabel="% of data parallel", title=f"as many tokens on each rank, {network}")
+    """A panel for each view that has cells."""
+    draw(figures["views"], path)

@@ -159,7 +159,7 @@ def busy(effort: Effort, chip: Chip) -> float:
 
 
 def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Sizes) -> Step:
-    chip, count = machine.among(job.ranks, candidate.sp), len(run.kinds)
+    chip, count = machine.among(job.gpus, candidate.sp), len(run.kinds)
     ahead, again = tokenwise(run, "forward", chip) / count, tokenwise(run, "again", chip) / count
     back = tokenwise(run, "backward", chip) / count + again
     of_logits = sum(busy(run.effort.get((_LOGITS, way), Effort()), chip) for way in ("forward", "backward"))

@@ -62,11 +62,12 @@ class Machine:
     card: float | None = None
     together: Chip | None = None
 
-    def among(self, ranks: int, sp: int) -> Chip:
-        """One of so many that are at work, of which sp share a sequence."""
-        if ranks == 1 or self.together is None:
+    def among(self, neighbours: int, sp: int) -> Chip:
+        """One of so many that are at work on a node. sp: how many share a sequence, on whatever nodes."""
+        if self.together is None:
             return self.chip
-        return self.together if sp > 1 else replace(self.together, mixers=self.chip.mixers)
+        chip = self.chip if neighbours == 1 else self.together
+        return replace(chip, mixers=(self.chip if sp == 1 else self.together).mixers)
 
     @staticmethod
     def named(name: str) -> Machine:

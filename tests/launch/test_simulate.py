@@ -128,9 +128,15 @@ def test_machines(tmp_path: Path) -> None:
     file.write_text(json.dumps(written))
     assert Machine.named(str(file)).chip.mixers == {"GLA": (0.2, 2.0)}
     file.write_text(json.dumps(written | {"together": {"flops": 1e10, "mixers": {"GLA": [0.1, 3]}}}))
-    one, apart, shared = (Machine.named(str(file)).among(ranks, sp) for ranks, sp in ((1, 1), (2, 1), (2, 2)))
-    assert (one.flops, apart.flops, shared.flops) == (MACHINES["cpu"].chip.flops, 1e10, 1e10)
-    assert (one.mixers, apart.mixers, shared.mixers) == ({"GLA": (0.2, 2.0)}, {"GLA": (0.2, 2.0)}, {"GLA": (0.1, 3.0)})
+    alone, over_ranks = {"GLA": (0.2, 2.0)}, {"GLA": (0.1, 3.0)}
+    for neighbours, sp, flops, mixers in (
+        (1, 1, MACHINES["cpu"].chip.flops, alone),
+        (2, 1, 1e10, alone),
+        (2, 2, 1e10, over_ranks),
+        (1, 2, MACHINES["cpu"].chip.flops, over_ranks),  # on two nodes
+    ):
+        chip = Machine.named(str(file)).among(neighbours, sp)
+        assert (chip.flops, chip.mixers) == (flops, mixers)
     wrongs: dict[str, object] = {
         "unknown keys gpu": {"gpu": 1},
         "unknown figures of a chip: speed": {"together": {"speed": 1}},
