@@ -32,6 +32,8 @@ from lasp.launch.plan.tally import Effort, Tally, Where
 RATES = ("products", "passes")
 RANKS = 2
 """How many are at work at a time where they are to be seen together."""
+SHORT = 64
+"""Tokens of a step that is little more than its calls."""
 LARGE = 16 << 20
 """Numbers of a tensor that no allocator keeps."""
 
@@ -48,9 +50,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     kinds = {(case.model, bool(case.pattern)): case for case in reversed(CASES) if case.model in options.models}
     models = [Case(case.model, case.pattern, tokens=options.tokens) for case in kinds.values()]
     shared = [replace(case, ranks=RANKS, tokens=options.tokens // RANKS) for case in models]
-    alone = _rates(found for case in models for found in in_ranks(case, _look, options.repeat))
+    seen = [found for case in models for found in in_ranks(case, _look, options.repeat)]
+    alone = _rates(seen)
     (small,) = in_ranks(models[0], _small, options.repeat)
     together = _rates(found for case in shared for found in in_ranks(case, _look, options.repeat))
+    small["launch"] = statistics.median(found["launch"] for found in seen)
     small = {name: alone["pace"] * paces for name, paces in small.items()}
     small["half"] = 1 / (small["half"] * alone["flops"])
     return {"base": "cpu", "chip": alone | small, "together": together}
@@ -66,7 +70,7 @@ def show(figures: dict[str, Any]) -> None:
         f"products of bf16 at {100 * chip['half']:.1f} % of that, {1e9 * chip['fresh']:.2f} ns a byte of new memory, ",
         end="",
     )
-    print(f"{1e6 * chip['launch']:.0f} us from one small operation to the next")
+    print(f"{1e6 * chip['launch']:.0f} us from one operation to the next")
     both = [(kind, (own, together["mixers"][kind])) for kind, own in chip["mixers"].items()]
     rows = [
         [kind, *(text for share, back in told for text in (f"{100 * share:.1f}", f"{back:.1f}"))] for kind, told in both
@@ -92,16 +96,17 @@ def _rates(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _look(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, Any]:
     """Operations and time of products, bytes and time of passes over memory outside of mixers, and of each kind of
-    mixer the operations of its mathematics, and its time there and back without its products; times in paces."""
+    mixer the operations of its mathematics, and its time there and back without its products; and the time between two
+    operations, in which a step of few tokens is longer than they are together. Times are in paces."""
     keep_freed()
     training, pace = Training(case, group), Pace()
     parts, kinds = named_parts(training.model)
     first = _Clock()
     clocks = [_Clock(kinds={*kinds}, softmax=first.softmax) for _ in range(int(repeat))]
 
-    def step(clock: _Clock) -> float:
+    def step(clock: _Clock, tokens: int = case.tokens) -> float:
         with clock, clock.places(parts):
-            return training.step(case.tokens)
+            return training.step(tokens)
 
     _, *looks = (pace.beside(partial(step, clock))[1] for clock in (first, *clocks))
     taken = {
@@ -111,18 +116,28 @@ def _look(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, Any
     work, mixing = clocks[0].work, clocks[0].mixing
     mixers = [(kind, (mixing[kind], taken[f"{kind} forward"], taken[f"{kind} backward"])) for kind in {*kinds}]
     rates = {name: (work[name], taken[name]) for name in RATES}
-    return {"rank": group.rank, "pace": statistics.median(looks), "mixers": mixers, **rates}
+    short = _Clock(softmax=first.softmax)
+    _, within = pace.beside(partial(step, short, SHORT))
+    whole = statistics.median(s / own for s, own in (pace.beside(partial(training.step, SHORT)) for _ in clocks))
+    between = (whole - short.every / within) / sum(effort.calls for effort in short.effort.values())
+    return {
+        "rank": group.rank,
+        "pace": statistics.median(looks),
+        "mixers": mixers,
+        "launch": between,
+        **rates,
+    }
 
 
 def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, float]:
-    """Time of an operation too small to take any, of a byte that the system gives anew, and of an operation of products
-    of 16 bits, which Muon makes; in paces."""
+    """Time of a byte that the system gives anew, and of an operation of products of 16 bits, which Muon makes; in
+    paces."""
     keep_freed()
-    pace, small, old = Pace(), torch.zeros(8), torch.zeros(LARGE)
+    pace, old = Pace(), torch.zeros(LARGE)
     pace()
     before = pace()
-    work = {"small": lambda: [small.add(1) for _ in range(99)], "old": lambda: old.fill_(1)}
-    seconds = interleave(work | {"new": lambda: torch.empty(LARGE).fill_(1)}, 2 * int(repeat) + 1)
+    work = {"old": lambda: old.fill_(1), "new": lambda: torch.empty(LARGE).fill_(1)}
+    seconds = interleave(work, 2 * int(repeat) + 1)
     matrices = [
         nn.Parameter(torch.randn(rows, SIZES["hidden_size"]))
         for rows in (SIZES["hidden_size"], SIZES["intermediate_size"])
@@ -133,7 +148,6 @@ def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, fl
     with clock:
         optimizer.step()
     taken = {
-        "launch": seconds["small"] / 99,
         "fresh": max(seconds["new"] - seconds["old"], 0.0) / old.nbytes,
         "half": clock.seconds["half"] / clock.work["half"],
     }
@@ -143,15 +157,17 @@ def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, fl
 
 @dataclass
 class _Clock(Tally):
-    """Seconds, and the work that was done in them, by RATES, "half" for products of 16 bits, and the kind and direction
-    of each mixer; of softmax attention that of its kernels alone, which grows with the square of the tokens. What makes
-    large tensors also waits for their memory, and tells of no rate."""
+    """Seconds, of all operations (`every`), and those with the work that was done in them, by RATES, "half" for
+    products of 16 bits, and the kind and direction of each mixer; of softmax attention that of its kernels alone, which
+    grows with the square of the tokens. What makes large tensors also waits for their memory, and tells of no rate."""
 
     kinds: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     work: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    every: float = 0.0
 
     def _timed(self, where: Where, operation: Any, effort: Effort, seconds: float) -> None:
+        self.every += seconds
         place, direction = where
         if operation.namespace not in ("aten", "lasp"):  # exchanges, which wait for others
             return

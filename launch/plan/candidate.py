@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 
 from lasp.parallel.layout import Layout
 from lasp.parallel.methods import Method
@@ -69,11 +70,18 @@ class Candidate:
 def candidates(
     job: Job, layout: Layout, scans: list[ScanName], methods: list[Method], engines: list[EngineName], levers: list[str]
 ) -> Iterator[Candidate]:
-    """All whose numbers divide; one rank alone has nothing to exchange, and one method."""
+    """All whose numbers divide, and no lever twice that does nothing; one rank alone has nothing to exchange, and one
+    method."""
     for sp in (number for number in range(1, job.ranks + 1) if job.ranks % number == 0):
         dp = job.ranks // sp
         if job.seq // sp < 1 or job.tokens % (job.seq * dp):
             continue
         some = product(scans, methods) if sp > 1 else [(scans[0], methods[0])]
-        for (scan, method), engine, lever in product(some, engines, levers):
+        pulled = {_pulled(LEVERS[lever], ceil(job.seq / sp)): lever for lever in reversed(levers)}
+        for (scan, method), engine, lever in product(some, engines, reversed(pulled.values())):
             yield Candidate(dp, sp, layout, scan, method, engine, lever)
+
+
+def _pulled(levers: MemoryConfig, tokens: int) -> MemoryConfig:
+    """What a rank of so many tokens has of them: a tile that is longer is none."""
+    return levers if levers.mlp_tile is None or levers.mlp_tile < tokens else replace(levers, mlp_tile=None)

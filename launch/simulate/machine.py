@@ -19,13 +19,14 @@ class Chip:
     The shares of these that are reached are assumptions, unless a file says what was measured: matmul, of flops, by
     projections and MLPs; half, of that, by products of 16 bits where flops is of fp32; attention, of flops, by softmax
     attention; mixing, of flops, by a linear mixer; stream, of bandwidth, by what is bound to it: norms, optimizer,
-    mixers. launch: seconds from one small kernel to the next. reserve: bytes that the context and libraries take;
-    fragments: of what changes in a step, what its allocator loses; both assumed too. mixers: of each kind that was
-    measured, the share of flops in the place of mixing or attention, and how many times as long it takes backward, but
-    for what else is counted of it (`tokenwise` of plan/estimate.py).
-    fresh: seconds of a byte of memory that comes from the system anew. overlap: whether gradients travel beside the
-    computing, or by the core that computes. pace: seconds of a fixed piece of work (`launch/bench/pace.py`) when all
-    this was measured, 0 where nobody looked.
+    mixers. launch: seconds from one small kernel to the next, or on a CPU from the end of one operation to the start
+    of another. reserve: bytes that the context and libraries take; fragments: of what changes in a step, what its
+    allocator loses; both assumed too. mixers: of each kind that was measured, the share of flops in the place of
+    mixing or attention, and how many times as long it takes backward, but for what else is counted of it (`tokenwise`
+    of plan/estimate.py).
+    fresh: seconds of a byte of memory that comes from the system anew. overlap: whether kernels are launched, and
+    gradients travel, beside the computing, or by the core that computes. pace: seconds of a fixed piece of work
+    (`launch/bench/pace.py`) when all this was measured, 0 where nobody looked.
     """
 
     name: str
@@ -132,7 +133,7 @@ MACHINES = {
     "h200": Machine(Chip("H200", 989e12, 4.8e12, 141e9), GPUS, card=400e9),
     "b200": Machine(Chip("B200", 2250e12, 8e12, 180e9), _B200, card=400e9),
     "cpu": Machine(
-        Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 10e-6, 4e6, 0.01, fresh=1e-9, overlap=False),
+        Chip("CPU core", 1e11, 1e10, 8e9, 0.6, 0.4, 0.3, 0.5, 40e-6, 4e6, 0.01, fresh=1e-9, overlap=False),
         PROCESSES,
         gpus=2,
     ),
