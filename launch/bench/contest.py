@@ -59,10 +59,10 @@ class Contest:
 
 CONTESTS = (
     Contest("lightning", "L"),
-    Contest("lightning", "L", mb=200),
+    Contest("lightning", "L", seq=2048, mb=300),
     Contest("lightning", "N"),
-    Contest("gated_deltanet", "LLLN", mb=250),
-    Contest("qwen3", mb=200),
+    Contest("gated_deltanet", "LLLN", seq=2048, mb=300),
+    Contest("qwen3", seq=2048, mb=300),
     Contest("lightning", "L", ranks=2),
     Contest("lightning", "N", ranks=2),
     Contest("gla", "L", ranks=2, mb=250),
