@@ -25,7 +25,7 @@ from lasp.launch.bench.pace import Pace
 from lasp.launch.bench.plan import CASES
 from lasp.launch.bench.resident import keep_freed
 from lasp.launch.bench.table import markdown
-from lasp.launch.bench.timing import interleave
+from lasp.launch.bench.timing import Contestant, interleave
 from lasp.launch.plan.footprint import named_parts
 from lasp.launch.plan.tally import Effort, Tally, Where
 
@@ -136,7 +136,7 @@ def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, fl
     pace, old = Pace(), torch.zeros(LARGE)
     pace()
     before = pace()
-    work = {"old": lambda: old.fill_(1), "new": lambda: torch.empty(LARGE).fill_(1)}
+    work: dict[str, Contestant] = {"old": lambda: old.fill_(1), "new": lambda: torch.empty(LARGE).fill_(1)}
     seconds = interleave(work, 2 * int(repeat) + 1)
     matrices = [
         nn.Parameter(torch.randn(rows, SIZES["hidden_size"]))

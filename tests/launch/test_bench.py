@@ -244,6 +244,6 @@ def test_bench_plan_trains_what_it_chooses_from(tmp_path: Path, capsys: pytest.C
     file = tmp_path / "plan.json"
     assert main(["plan", "--part", "choice", "--contests", "5", "--repeat", "1", "--json", str(file)]) == 0
     (held,) = json.loads(file.read_text())["choices"]
-    assert len(held["candidates"]) == 8, "four levers, and two ways to lay out two ranks"
+    assert len(held["candidates"]) == 6, "three levers, for tiles do nothing, and two ways to lay out two ranks"
     assert all(one["bytes"] > 0 and one["seconds"] > 0 for one in held["candidates"])
     assert "the choice fits and is within 5 % of the fastest in" in capsys.readouterr().out
