@@ -6,12 +6,15 @@ importing torch takes seconds, in which the launcher could die.
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +27,8 @@ def main(parent: str, folder: str, rank: str, size: str, module: str, *arguments
     """Be a rank: `module.as_rank(arguments)` is its work."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing yet that a KeyboardInterrupt would tidy up
     tie(int(parent))
-    from lasp.launch.outcome import Outcome
+    with importing():
+        from lasp.launch.outcome import Outcome
 
     try:
         outcome = Outcome.of(lambda: _work(Path(folder), int(rank), int(size), module, list(arguments)))
@@ -48,6 +52,18 @@ def tie(parent: int) -> None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # it ended before this process was tied
         os._exit(1)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around long imports: what they make stays, and Python would look for garbage in all of it again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def outcome_file(folder: Path, rank: int) -> Path:
@@ -74,7 +90,8 @@ def _work(folder: Path, rank: int, size: int, module: str, arguments: list[str])
     from lasp.parallel.group import create_world
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    work = import_module(module).as_rank
+    with importing():
+        work = import_module(module).as_rank
     create_world(dist.FileStore(str(folder / "store"), size), rank, size)
     return int(work(arguments))
 

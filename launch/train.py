@@ -21,6 +21,7 @@ from lasp.launch.configuration import read_config
 from lasp.launch.lock import locked
 from lasp.launch.outcome import Failure
 from lasp.launch.place import run_command
+from lasp.launch.rank import importing
 from lasp.launch.ranks import loopback, run_ranks
 from lasp.launch.stop import Stop
 from lasp.parallel.group import join_world
@@ -77,7 +78,8 @@ def _start(arguments: list[str]) -> int:
     config = read_config(arguments)
     ranks = config.sp * config.tp * (config.dp or replicas(config.device, config.sp * config.tp))
     check_device(config.device, ranks)
-    from lasp.train.run import Run
+    with importing():
+        from lasp.train.run import Run
 
     with locked(Path(config.output)):
         run = Run.prepare(config, print)
@@ -110,10 +112,11 @@ def _end(told: str) -> NoReturn:
 def _train(config: TrainConfig, tell: "Tell | None" = None) -> int:
     """Train as one of the ranks that a launcher, or `_start`, brought up, or as the only one. tell: as `Run.prepare`
     takes it, where nobody has called that before."""
-    from transformers.utils.logging import disable_progress_bar
+    with importing():
+        from transformers.utils.logging import disable_progress_bar
 
-    from lasp.train.loop import StepError, train
-    from lasp.train.run import Run
+        from lasp.train.loop import StepError, train
+        from lasp.train.run import Run
 
     disable_progress_bar()  # transformers shows one for every file it reads or writes
     config = fitted(config, join_world().size)
