@@ -29,7 +29,7 @@ _BACKEND = "lasp"
 """Name of this rendezvous, torchrun's `--rdzv-backend`."""
 
 _WORDS: dict[type[Exception], str] = {
-    RendezvousClosedError: "another node has ended this job, and says why; start all nodes again",
+    RendezvousClosedError: "this job has ended on another node, whose output says why; start all nodes again",
     RendezvousConnectionError: "the node of --endpoint, where the nodes meet, is gone: start all nodes again",
 }
 
@@ -95,7 +95,9 @@ def meet(params: RendezvousParameters) -> Meeting:
     first, again = params.get_as_int("join_timeout"), params.get_as_int("again_timeout")
     if first is None or again is None:
         raise ValueError("--rdzv-conf lacks join_timeout or again_timeout")
+    began = time.monotonic()
     backend, store = _reach(params, first)
+    left = max(1, first - int(time.monotonic() - began))
     return Meeting.from_backend(
         params.run_id,
         store,
@@ -103,13 +105,14 @@ def meet(params: RendezvousParameters) -> Meeting:
         params.min_nodes,
         params.max_nodes,
         params.local_addr,
-        Patience(first, again, params.get_as_int("last_call_timeout")),
+        Patience(left, again, params.get_as_int("last_call_timeout")),
         keep_alive_interval=params.get_as_int("keep_alive_interval") or 5,
     )
 
 
 def _reach(params: RendezvousParameters, seconds: int) -> tuple[C10dRendezvousBackend, Store]:
-    """The store at the endpoint, whose node may be started later than this one: torch tries for a minute each time."""
+    """The store at the endpoint, whose node may be started later than this one: torch tries for a minute each time, so
+    that a shorter limit is a minute too."""
     began = time.monotonic()
     while True:
         try:

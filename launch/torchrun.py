@@ -21,8 +21,8 @@ _LAST_CALL = 5
 _HEARTBEAT = 3
 """Seconds between two signs of life of a node that others can go on without; torchrun holds it for lost after three."""
 
-_MISSED = 3 * _HEARTBEAT + _LAST_CALL
-"""Seconds after which those that are left go on by themselves."""
+_MISSED = 3 * _HEARTBEAT + _LAST_CALL + 3
+"""Seconds after which those that are left go on by themselves; they look once a second at each of three things."""
 
 _EXPOSED = (
     "torchrun's store listens on every interface of this machine, and whoever reaches it runs code as you; "
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=3, help="how often all ranks are started again after a failure")
     parser.add_argument("--endpoint", help="HOST:PORT where the nodes meet, HOST being one of them; for several nodes")
     parser.add_argument("--wait", type=int, help=f"seconds that a node waits for the others to begin ({_WAIT})")
-    parser.add_argument("--wait-again", type=int, help=f"seconds that it waits for them once one was lost ({_AGAIN})")
+    parser.add_argument("--wait-again", type=int, help=f"seconds that it waits to meet again ({_AGAIN})")
     parser.add_argument("--least-nodes", type=int, help="go on with as few nodes, by fewer ranks, when others are lost")
 
 

@@ -29,6 +29,8 @@ import lasp
 from lasp.launch.bench import cell_rank
 from lasp.launch.network import bits_per_second, network
 
+Records = list[dict[str, Any]]
+
 OK, OUT_OF_MEMORY, TOO_SLOW, NOT_BEGUN = "ok", "out of memory", "too slow", "not begun"
 LOOPBACK = "loopback"
 START = 120.0
@@ -56,14 +58,14 @@ class Cell:
     patience: float = 60.0
 
 
-def records_of(cell: Cell) -> list[dict[str, Any]]:
+def records_of(cell: Cell) -> Records:
     """A record of each of a cell's ways."""
     found = _run(cell)
     status = found.pop("status")
     return [_record(cell, way, status) | found.get(way, {}) for way in cell.ways]
 
 
-def without(cell: Cell, status: str) -> list[dict[str, Any]]:
+def without(cell: Cell, status: str) -> Records:
     """The records of a cell that was not measured, and why."""
     return [_record(cell, way, status) for way in cell.ways]
 

@@ -2,7 +2,8 @@
 
 Everything is measured within steps of the models of `lasp bench plan`, in fp32, a core to a rank, operator by operator
 and by the place in the model that calls it: of one rank by itself, and of ranks on all cores that share a sequence.
-Seconds are those at one pace of the machine, the median of all that were seen meanwhile.
+Seconds are those at one pace of the machine for a rank by itself, and at one for ranks on all cores: the median of all
+that were seen meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -55,9 +56,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     (small,) = in_ranks(models[0], _small, options.repeat)
     together = _rates(found for case in shared for found in in_ranks(case, _look, options.repeat))
     small["launch"] = statistics.median(found["launch"] for found in seen)
-    small = {name: alone["pace"] * paces for name, paces in small.items()}
-    small["half"] = 1 / (small["half"] * alone["flops"])
-    return {"base": "cpu", "chip": alone | small, "together": together}
+    for chip in (alone, together):
+        chip |= {name: chip["pace"] * small[name] for name in ("fresh", "launch")}
+    alone["half"] = 1 / (alone["pace"] * small["half"] * alone["flops"])
+    return {"base": "cpu", "chip": alone, "together": together}
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -116,17 +118,24 @@ def _look(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, Any
     work, mixing = clocks[0].work, clocks[0].mixing
     mixers = [(kind, (mixing[kind], taken[f"{kind} forward"], taken[f"{kind} backward"])) for kind in {*kinds}]
     rates = {name: (work[name], taken[name]) for name in RATES}
-    short = _Clock(softmax=first.softmax)
-    _, within = pace.beside(partial(step, short, SHORT))
-    whole = statistics.median(s / own for s, own in (pace.beside(partial(training.step, SHORT)) for _ in clocks))
-    between = (whole - short.every / within) / sum(effort.calls for effort in short.effort.values())
+    between = statistics.median(
+        _between(partial(step, tokens=SHORT), partial(training.step, SHORT), pace) for _ in clocks
+    )
     return {
         "rank": group.rank,
         "pace": statistics.median(looks),
         "mixers": mixers,
-        "launch": between,
+        "launch": max(between, 0.0),
         **rates,
     }
+
+
+def _between(timed: Callable[[_Clock], float], step: Callable[[], float], pace: Pace) -> float:
+    """Time between two operations of a step, in paces: what it takes beyond all of them, by a clock that it runs in."""
+    clock = _Clock()
+    _, within = pace.beside(partial(timed, clock))
+    whole, beside = pace.beside(step)
+    return (whole / beside - clock.every / within) / sum(effort.calls for effort in clock.effort.values())
 
 
 def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, float]:

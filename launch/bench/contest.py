@@ -37,19 +37,19 @@ class Contest:
 
     def candidates(self, on: Machine, repeat: int) -> list[dict[str, Any]]:
         """What those that are planned to fit hold and take, in the order of their plans: trained in turns, of which the
-        median counts, all brought to one pace of the machine."""
+        median counts, all at one pace of the machine: that of the plans, where they know theirs."""
         limited = replace(on, chip=replace(on.chip, memory=1e6 * self.mb))
         footprints = Case(self.model, self.pattern).footprints(on)
         made = candidates(self.job, LAYOUT, [SCAN], [METHOD], ["ddp"], list(LEVERS))
         planned = [estimate(one, self.job, limited, footprints) for one in made]
         found: list[Estimate] = sorted((one for one in planned if one.fits), key=lambda one: one.seconds)
         turns = [[train(self.case(one.candidate), repeat) for one in found] for _ in range(TURNS)]
-        pace = median(one["pace"] for turn in turns for one in turn) if found else 0.0
+        seen = [one["pace"] for turn in turns for one in turn]
+        pace = limited.among(self.ranks, 1).pace or (median(seen) if seen else 0.0)
         return [
             {
                 "candidate": str(one.candidate),
                 "planned": one.seconds,
-                **own[0],
                 "seconds": pace * median(turn["seconds"] / turn["pace"] for turn in own),
                 "bytes": max(turn["bytes"] for turn in own),
             }

@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Pace:
-    """A layer of a transformer there and back, in fp32: products, passes over memory, and new memory, as steps have."""
+    """A layer of a transformer there and back, in fp32: products and passes over memory, as steps have."""
 
     def __init__(self, tokens: int = 1024, width: int = 256) -> None:
         self._layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)

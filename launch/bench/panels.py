@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lasp.launch.bench.cells import OK, columns
+from lasp.launch.bench.cells import OK, Records, columns
 from lasp.launch.bench.ways import DATA_PARALLEL
-
-Records = list[dict[str, Any]]
 
 
 def draw(views: dict[str, Records], path: Path) -> None:

@@ -132,7 +132,7 @@ def _candidate(case: Case) -> Candidate:
 
 
 def plan_at(case: Case, on: Machine, pace: float) -> dict[str, Any]:
-    """Of a step at this pace of the machine."""
+    """Of a step at this pace of the machine, which what wires take is brought to as well: its cores carry them."""
     whole = case.tokens * case.ranks
     told = estimate(_candidate(case), Job(whole, whole, 1, case.ranks), on, case.footprints(on))
     probed = on.among(case.ranks, case.ranks).pace

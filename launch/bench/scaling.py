@@ -20,10 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lasp.launch.bench.cells import NOT_BEGUN, OK, OUT_OF_MEMORY, columns, records_of, shown, without
+from lasp.launch.bench.cells import NOT_BEGUN, OK, OUT_OF_MEMORY, Records, columns, records_of, shown, without
 from lasp.launch.bench.model import add_model, cell_of, here, show_machine
 from lasp.launch.bench.options import at_least, network_rate, positive
-from lasp.launch.bench.panels import Records, draw
+from lasp.launch.bench.panels import draw
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.ways import ACTIVATIONS, DATA_PARALLEL, SOFTMAX_RING, WAYS
 from lasp.layers import MIXERS

@@ -70,8 +70,8 @@ class Candidate:
 def candidates(
     job: Job, layout: Layout, scans: list[ScanName], methods: list[Method], engines: list[EngineName], levers: list[str]
 ) -> Iterator[Candidate]:
-    """All whose numbers divide, and no lever twice that does nothing; one rank alone has nothing to exchange, and one
-    method."""
+    """All whose numbers divide; levers that come to the same are one, under the first name; one rank alone has nothing
+    to exchange, and one method."""
     for sp in (number for number in range(1, job.ranks + 1) if job.ranks % number == 0):
         dp = job.ranks // sp
         if job.seq // sp < 1 or job.tokens % (job.seq * dp):
@@ -83,5 +83,5 @@ def candidates(
 
 
 def _pulled(levers: MemoryConfig, tokens: int) -> MemoryConfig:
-    """What a rank of so many tokens has of them: a tile that is longer is none."""
+    """What a rank of so many tokens has of them: a tile that holds all is none."""
     return levers if levers.mlp_tile is None or levers.mlp_tile < tokens else replace(levers, mlp_tile=None)

@@ -141,25 +141,24 @@ def _flops(run: Run, direction: str) -> float:
 
 def tokenwise(run: Run, direction: str, chip: Chip) -> float:
     """Seconds of a step's products and passes over memory in its layers, or of as many kernels as there are: of mixers
-    whose time has been measured, only what was taken off it: products, and of softmax attention all but its kernels.
-    A core that computes does not launch meanwhile."""
+    whose time has been measured, only what was taken off it: products, of softmax attention all but its kernels, and
+    what a core takes between operations."""
     own = {place: e for (place, way), e in run.effort.items() if way == direction}
     for place in (_LOGITS, _OPTIMIZER):
         own.pop(place, None)
-    alone = {"bytes": 0.0, "calls": 0.0, "fresh": 0.0}
+    alone = {"bytes": 0.0, "fresh": 0.0} | ({"calls": 0.0} if chip.overlap else {})
     linear = chip.mixers.keys() - run.softmax
     efforts = [replace(e, **alone) if place in linear else e for place, e in own.items()]
-    work = sum(busy(e, chip) for e in efforts)
-    if not chip.overlap:
-        return work + chip.launch * sum(e.calls for e in own.values())
-    return max(work, chip.launch * sum(e.calls for e in efforts))
+    return max(sum(busy(e, chip) for e in efforts), chip.launch * sum(e.calls for e in efforts))
 
 
 def busy(effort: Effort, chip: Chip) -> float:
-    """Seconds of products, of passes over memory, and until new memory is there."""
+    """Seconds of products, of passes over memory, and until new memory is there; and of launching, where nothing is
+    computed meanwhile."""
     products = effort.flops - effort.half + effort.half / chip.half
     passes = effort.bytes / (chip.stream * chip.bandwidth) + effort.fresh * chip.fresh
-    return products / (chip.matmul * chip.flops) + passes
+    launches = 0.0 if chip.overlap else effort.calls * chip.launch
+    return products / (chip.matmul * chip.flops) + passes + launches
 
 
 def _step(candidate: Candidate, job: Job, machine: Machine, run: Run, sizes: Sizes) -> Step:

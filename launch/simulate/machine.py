@@ -120,7 +120,7 @@ def _chip(base: Chip, told: dict[str, Any]) -> Chip:
     return replace(chip, mixers=mixers)
 
 
-_MAY_BE_ZERO = ("reserve", "fragments", "fresh", "overlap", "pace")
+_MAY_BE_ZERO = ("reserve", "fragments", "launch", "fresh", "overlap", "pace")
 
 
 # Data sheets of NVIDIA: dense bf16, SXM, NVLink per direction; a card of 400 Gbit/s per GPU (200 beside an A100).

@@ -59,11 +59,21 @@ def test_a_port_that_is_taken_is_told_at_once():
             agent.meet(parameters(where, 2, is_host=1, join_timeout=600, again_timeout=1))
 
 
+def test_an_endpoint_whose_node_does_not_come_is_told(monkeypatch):
+    tries = Mock(side_effect=RendezvousConnectionError())
+    monkeypatch.setattr(agent, "create_backend", tries)
+    with pytest.raises(
+        Failure, match=r"nobody listened at --endpoint first:1 for 1 s \(--wait 1\): has the node there"
+    ):
+        agent.meet(parameters("first:1", 2, is_host=0, join_timeout=1, again_timeout=1))
+    assert tries.call_count == 2
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (Failure("what was missing"), "what was missing"),
-        (RendezvousClosedError(), "another node has ended this job"),
+        (RendezvousClosedError(), "this job has ended on another node"),
         (RendezvousConnectionError(), "the node of --endpoint, where the nodes meet, is gone"),
     ],
 )

@@ -255,7 +255,7 @@ def test_products_are_counted_in_place_too_and_those_of_16_bits_apart() -> None:
         a.bfloat16() @ a.T.bfloat16()
     effort = found.effort["rest", "forward"]
     assert (effort.flops, effort.half) == (2 * 2 * 4 * 4 * 8, 2 * 4 * 4 * 8)
-    cpu = replace(MACHINES["cpu"].chip, half=0.1)
+    cpu = replace(MACHINES["cpu"].chip, half=0.1, launch=0.0)
     assert busy(replace(effort, bytes=0.0), cpu) == pytest.approx((1 + 10) * effort.half / (cpu.matmul * cpu.flops))
 
 
@@ -323,7 +323,8 @@ def test_gradients_take_the_core_that_computes() -> None:
     (seconds,) = sum_of_gradients(size, 2, cpu.wires, None).collectives  # type: ignore[union-attr]
     assert told.items["waiting for gradients"] == pytest.approx(2 * seconds)
     beside = replace(cpu, chip=replace(cpu.chip, overlap=True))
-    assert estimate(two, job, beside, footprints).items.get("waiting for gradients", 0.0) < 1.1 * seconds, "of the last"
+    hidden = estimate(two, job, beside, footprints).items.get("waiting for gradients", 0.0)
+    assert hidden < 1.1 * seconds, "but those of the layer that is last backward"
     slow = replace(cpu, together=replace(cpu.chip, flops=cpu.chip.flops / 2))
     assert estimate(two, job, slow, footprints).items["Lightning"] == pytest.approx(2 * told.items["Lightning"])
     alone = [estimate(candidate(sp=1), Job(64, 64, 1, 1), on, footprints).seconds for on in (cpu, slow)]
