@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,18 +23,19 @@ import lasp
 from lasp.launch.bench.case import SIZES, Case, Training, in_ranks
 from lasp.launch.bench.options import at_least
 from lasp.launch.bench.pace import Pace
-from lasp.launch.bench.plan import CASES
+from lasp.launch.bench.plan import CASES, plan_at
 from lasp.launch.bench.resident import keep_freed
 from lasp.launch.bench.table import markdown
 from lasp.launch.bench.timing import Contestant, interleave
 from lasp.launch.plan.footprint import named_parts
 from lasp.launch.plan.tally import Effort, Tally, Where
+from lasp.launch.simulate.machine import Machine
 
 RATES = ("products", "passes")
 RANKS = 2
 """How many are at work at a time where they are to be seen together."""
-SHORT = 64
-"""Tokens of a step that is little more than its calls."""
+SHORT = 256
+"""Tokens of a step of which a good part is what its operations wait for one another."""
 LARGE = 16 << 20
 """Numbers of a tensor that no allocator keeps."""
 
@@ -55,10 +56,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     alone = _rates(seen)
     (small,) = in_ranks(models[0], _small, options.repeat)
     together = _rates(found for case in shared for found in in_ranks(case, _look, options.repeat))
-    small["launch"] = statistics.median(found["launch"] for found in seen)
     for chip in (alone, together):
-        chip |= {name: chip["pace"] * small[name] for name in ("fresh", "launch")}
-    alone["half"] = 1 / (alone["pace"] * small["half"] * alone["flops"])
+        chip["fresh"] = chip["pace"] * small["fresh"]
+    alone |= {"half": 1 / (alone["pace"] * small["half"] * alone["flops"]), "launch": 0.0}
+    without = Machine.read({"chip": alone})
+    alone["launch"] = statistics.median(
+        _launch(replace(case, tokens=SHORT), without, alone["pace"] * found["short"])
+        for case, found in zip(models, seen, strict=True)
+    )
+    together["launch"] = together["pace"] / alone["pace"] * alone["launch"]
     return {"base": "cpu", "chip": alone, "together": together}
 
 
@@ -96,19 +102,26 @@ def _rates(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"flops": flops, "bandwidth": bandwidth, "matmul": 1.0, "stream": 1.0, "mixers": mixers, "pace": pace}
 
 
+def _launch(case: Case, on: Machine, seconds: float) -> float:
+    """Seconds from one operation to the next: what such a step takes beyond its plan without them."""
+    efforts = case.footprints(on).of(case.ranks, case.tokens, -1).effort.values()
+    beyond = seconds - plan_at(case, on, on.chip.pace)["seconds"]
+    return max(beyond, 0.0) / sum(effort.calls for effort in efforts)
+
+
 def _look(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, Any]:
     """Operations and time of products, bytes and time of passes over memory outside of mixers, and of each kind of
-    mixer the operations of its mathematics, and its time there and back without its products; and the time between two
-    operations, in which a step of few tokens is longer than they are together. Times are in paces."""
+    mixer the operations of its mathematics, and its time there and back without its products; and the time of a step of
+    few tokens. Times are in paces."""
     keep_freed()
     training, pace = Training(case, group), Pace()
     parts, kinds = named_parts(training.model)
     first = _Clock()
     clocks = [_Clock(kinds={*kinds}, softmax=first.softmax) for _ in range(int(repeat))]
 
-    def step(clock: _Clock, tokens: int = case.tokens) -> float:
+    def step(clock: _Clock) -> float:
         with clock, clock.places(parts):
-            return training.step(tokens)
+            return training.step(case.tokens)
 
     _, *looks = (pace.beside(partial(step, clock))[1] for clock in (first, *clocks))
     taken = {
@@ -118,24 +131,14 @@ def _look(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, Any
     work, mixing = clocks[0].work, clocks[0].mixing
     mixers = [(kind, (mixing[kind], taken[f"{kind} forward"], taken[f"{kind} backward"])) for kind in {*kinds}]
     rates = {name: (work[name], taken[name]) for name in RATES}
-    between = statistics.median(
-        _between(partial(step, tokens=SHORT), partial(training.step, SHORT), pace) for _ in clocks
-    )
+    _, *few = (pace.beside(partial(training.step, SHORT)) for _ in (first, *clocks))
     return {
         "rank": group.rank,
         "pace": statistics.median(looks),
         "mixers": mixers,
-        "launch": max(between, 0.0),
+        "short": statistics.median(whole / now for whole, now in few),
         **rates,
     }
-
-
-def _between(timed: Callable[[_Clock], float], step: Callable[[], float], pace: Pace) -> float:
-    """Time between two operations of a step, in paces: what it takes beyond all of them, by a clock that it runs in."""
-    clock = _Clock()
-    _, within = pace.beside(partial(timed, clock))
-    whole, beside = pace.beside(step)
-    return (whole / beside - clock.every / within) / sum(effort.calls for effort in clock.effort.values())
 
 
 def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, float]:
@@ -166,17 +169,15 @@ def _small(case: Case, group: lasp.SequenceGroup, repeat: float) -> dict[str, fl
 
 @dataclass
 class _Clock(Tally):
-    """Seconds, of all operations (`every`), and those with the work that was done in them, by RATES, "half" for
-    products of 16 bits, and the kind and direction of each mixer; of softmax attention that of its kernels alone, which
-    grows with the square of the tokens. What makes large tensors also waits for their memory, and tells of no rate."""
+    """Seconds, and the work that was done in them, by RATES, "half" for products of 16 bits, and the kind and direction
+    of each mixer; of softmax attention that of its kernels alone, which grows with the square of the tokens. What makes
+    large tensors also waits for their memory, and tells of no rate."""
 
     kinds: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     work: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    every: float = 0.0
 
     def _timed(self, where: Where, operation: Any, effort: Effort, seconds: float) -> None:
-        self.every += seconds
         place, direction = where
         if operation.namespace not in ("aten", "lasp"):  # exchanges, which wait for others
             return
