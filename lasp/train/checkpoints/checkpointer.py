@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
@@ -32,6 +31,7 @@ from lasp.train.checkpoints.folders import (
 )
 from lasp.train.checkpoints.manifest import Entry, Manifest, flush_folder, write_manifest
 from lasp.train.checkpoints.reader import Saved, read_index, read_into
+from lasp.train.checkpoints.staging import Copies
 from lasp.train.checkpoints.writer import FOLDER, ShardWriter
 from lasp.train.engines.engine import Engine, State, compare, flatten
 from lasp.train.ranks import Ranks
@@ -82,15 +82,15 @@ class Folders:
             options: dict[str, Any] = {"storage_writer": writer, "planner": planner}
             if self.run.config.async_save:
                 # Not dcp.async_save, which starts a thread and logs every tensor while training waits.
-                staged, options["process_group"] = self._stager.stage(state), self._group
+                staged, options["process_group"] = self._copies.of(state), self._group
                 self._pending = self._writer.submit(dcp.save, staged, **options)
                 self._writing = path
             else:
                 dcp.save(state, process_group=self.ranks.everyone.control, **options)
         if last:
             self._wait()
-            if stager := self.__dict__.pop("_stager", None):
-                stager.close()
+            if copies := self.__dict__.pop("_copies", None):
+                copies.close()
             if background := self.__dict__.pop("_writer", None):
                 background.shutdown()
 
@@ -117,9 +117,9 @@ class Folders:
         return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @cached_property
-    def _stager(self) -> AsyncStager:
-        """Copies what is to be written, into the memory of the save before: new memory takes longer than copying."""
-        return DefaultStager(StagingOptions(False, False, False, False))
+    def _copies(self) -> Copies:
+        """Of what is written in the background."""
+        return Copies()
 
     @contextmanager
     def _saving(self, path: Path) -> Iterator[None]:
