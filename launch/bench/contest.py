@@ -9,7 +9,7 @@ from typing import Any
 from lasp.launch.bench.case import LAYOUT, METHOD, SCAN, Case, train
 from lasp.launch.bench.table import markdown
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
-from lasp.launch.plan.estimate import Estimate, estimate
+from lasp.launch.plan.estimate import estimate, ranked
 from lasp.launch.simulate.machine import Machine
 
 
@@ -42,7 +42,7 @@ class Contest:
         footprints = Case(self.model, self.pattern).footprints(on)
         made = candidates(self.job, LAYOUT, [SCAN], [METHOD], ["ddp"], list(LEVERS))
         planned = [estimate(one, self.job, limited, footprints) for one in made]
-        found: list[Estimate] = sorted((one for one in planned if one.fits), key=lambda one: one.seconds)
+        found = ranked(one for one in planned if one.fits)
         turns = [[train(self.case(one.candidate), repeat) for one in found] for _ in range(TURNS)]
         seen = [one["pace"] for turn in turns for one in turn]
         pace = limited.among(self.ranks, 1).pace or (median(seen) if seen else 0.0)

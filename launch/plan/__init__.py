@@ -23,7 +23,7 @@ from lasp.launch.files import check_outputs
 from lasp.launch.outcome import Outcome
 from lasp.launch.plan import report
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
-from lasp.launch.plan.estimate import Estimate, estimate
+from lasp.launch.plan.estimate import Estimate, estimate, ranked
 from lasp.launch.plan.footprint import Footprints, Setting
 from lasp.launch.simulate import published
 from lasp.launch.simulate.machine import MACHINES, Machine
@@ -76,7 +76,7 @@ def _plan(argv: list[str]) -> int:
             print(f"{candidate}: {error}", file=sys.stderr)
     if not found:
         raise ValueError(f"no dp x sp of {job.ranks} ranks divides {job.seq} tokens and {job.tokens} tokens per step")
-    found.sort(key=lambda e: (e.seconds, e.bytes))
+    found = ranked(found)
     print(report.table(found, options.price, options.top))
     if found[0].fits:
         best, memory = found[0].candidate, machine.chip.memory / report.GIB

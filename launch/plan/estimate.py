@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -17,6 +18,8 @@ from lasp.parallel.scan import SCANS
 from lasp.parallel.schedule import Sizes
 from lasp.parallel.traffic import Traffic
 
+AS_FAST = 0.02
+"""Of the least time: what plans may differ by and be as good, since their errors are larger (docs/planning.md)."""
 _LOGITS = "rest"  # what is in no part of a layer: the head, and the loss
 _OPTIMIZER = "optimizer"
 _CLIPPED = 3
@@ -67,6 +70,15 @@ class Estimate:
     def cost(self, price: float) -> float:
         """Of a billion tokens, where a chip costs so much an hour."""
         return 1e9 / self.rate / 3600 * price * self.job.ranks
+
+
+def ranked(found: Iterable[Estimate]) -> list[Estimate]:
+    """Best first, what fits ahead of what does not: by time. But of plans as fast as the fastest the first is the one
+    that shares a sequence among fewest ranks, and then the one that pulls fewest levers: less can come otherwise."""
+    by_time = sorted(found, key=lambda e: (e.seconds, e.bytes))
+    as_fast = [e for e in by_time if e.fits and e.seconds <= (1 + AS_FAST) * by_time[0].seconds]
+    simplest = min(as_fast, key=lambda e: (e.candidate.sp, [*LEVERS].index(e.candidate.levers)), default=None)
+    return sorted(by_time, key=lambda e: e is not simplest)
 
 
 def estimate(candidate: Candidate, job: Job, machine: Machine, footprints: Footprints) -> Estimate:

@@ -42,6 +42,8 @@ def table(estimates: Sequence[Estimate], price: float | None, most: int) -> str:
 
 def why(estimate: Estimate, best: Estimate) -> str:
     """What a candidate that fits loses by."""
+    if estimate.seconds <= best.seconds:
+        return "as fast as plans can tell, over more ranks or with more levers"
     more = {name: seconds - best.items.get(name, 0.0) for name, seconds in estimate.items.items()}
     name = max(more, key=more.__getitem__)
     return f"{100 * (estimate.seconds / best.seconds - 1):.1f} % slower, most of all {name}: {1e3 * more[name]:+.3g} ms"

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from lasp.kernels import head
 from lasp.launch.cli import main
 from lasp.launch.plan import report
 from lasp.launch.plan.candidate import LEVERS, Candidate, Job, candidates
-from lasp.launch.plan.estimate import busy, estimate, memory_of, tokenwise
+from lasp.launch.plan.estimate import busy, estimate, memory_of, ranked, tokenwise
 from lasp.launch.plan.footprint import Footprints, Run, Setting, sample
 from lasp.launch.plan.report import longest
 from lasp.launch.plan.tally import Tally
@@ -105,6 +106,19 @@ def test_a_lever_that_does_nothing_is_no_candidate() -> None:
     assert levers(1024, both) == [(1, "checkpoints"), (2, "checkpoints")]
     assert levers(2048, both) == [(1, "checkpoints"), (1, "tiles"), (2, "checkpoints")]
     assert levers(1024, ["tiles"]) == [(1, "tiles"), (2, "tiles")]
+
+
+def test_of_plans_that_are_as_fast_the_simplest_is_the_first() -> None:
+    def told(seconds: float, sp: int, levers: str, fits: bool = True) -> Any:
+        return SimpleNamespace(seconds=seconds, bytes=1, fits=fits, candidate=SimpleNamespace(sp=sp, levers=levers))
+
+    fast, tied, simple, slow = (
+        told(*each) for each in ((1.0, 2, "none"), (1.01, 1, "tiles"), (1.019, 1, "fused loss"), (1.03, 1, "none"))
+    )
+    large = told(float("inf"), 1, "none", fits=False)
+    assert ranked([large, slow, simple, tied, fast]) == [simple, fast, tied, slow, large]
+    assert ranked([slow, fast]) == [fast, slow], "3 % are told apart"
+    assert ranked([large]) == [large]
 
 
 def test_a_core_that_computes_launches_too() -> None:
