@@ -42,7 +42,7 @@ def table(estimates: Sequence[Estimate], price: float | None, most: int) -> str:
 
 def why(estimate: Estimate, best: Estimate) -> str:
     """What a candidate that fits loses by."""
-    if estimate.seconds <= best.seconds:
+    if estimate.seconds < best.seconds:
         return "as fast as plans can tell, over more ranks or with more levers"
     more = {name: seconds - best.items.get(name, 0.0) for name, seconds in estimate.items.items()}
     name = max(more, key=more.__getitem__)

@@ -31,6 +31,7 @@ from lasp.train.checkpoints.folders import (
     superseded,
 )
 from lasp.train.checkpoints.manifest import Damaged, Manifest, write_manifest
+from lasp.train.checkpoints.staging import Copies
 from lasp.train.config import DataConfig, TrainConfig
 from lasp.train.engines.engine import flatten
 from lasp.train.loop import Summary, Trainer, train
@@ -485,6 +486,23 @@ def test_time_asks_for_checkpoints_too(again):
     assert sorted(os.listdir(checkpoint_folder(again.output))) == ["step-000004", "step-000007", "step-000008"]
     trained(replace(again, resume=None, overwrite=True, save_every=None, save_minutes=0))
     assert os.listdir(checkpoint_folder(again.output)) == ["step-000008"]
+
+
+def test_copies_of_one_state_after_another_lie_in_the_same_memory():
+    copies, state = Copies(), {"weight": torch.ones(3), "steps": torch.zeros(1, dtype=torch.int64)}
+    first = copies.of(state)["weight"]
+    state["weight"].mul_(2)
+    assert first.tolist() == [1, 1, 1]
+    assert copies.of(state)["weight"] is first
+    assert first.tolist() == [2, 2, 2]
+    assert copies.of({"weight": torch.ones(2)})["weight"].tolist() == [1, 1], "another layout"
+    copies.close()
+
+
+def test_a_rank_that_writes_nothing_copies_nothing():
+    """Where ranks share no folder, all but the first."""
+    copies = Copies()
+    assert [copies.of({}) for _ in range(2)] == [{}, {}]
 
 
 @pytest.mark.parametrize("saves", [2, pytest.param(100, marks=pytest.mark.slow)])

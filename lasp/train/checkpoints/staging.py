@@ -16,7 +16,8 @@ class Copies:
     def of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state as it is now, until another's copy is asked for."""
         if _layout(state) == _layout(self._copy):
-            torch._foreach_copy_(_local(self._copy), _local(state))
+            for copy, value in zip(_local(self._copy), _local(state), strict=True):
+                copy.copy_(value)
         else:
             self._copy = self._stager.stage(state)  # type: ignore[assignment]  # no future without a thread
         return self._copy
