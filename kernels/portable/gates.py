@@ -75,9 +75,9 @@ class Gates:
 
     @cached_property
     def earlier(self) -> Tensor:
-        """One where token j stands before token m of a chunk, else zero, [1, C, C]."""
+        """One where token j stands before token m of a chunk, else zero, [C, C]."""
         length = self._log_decay.shape[-2]
-        return self._log_decay.new_ones(1, length, length).triu_(1)
+        return self._log_decay.new_ones(length, length).triu_(1)
 
     def new_sums(self, tokens: int | None = None) -> tuple[Tensor, ByBlock]:
         """Zeros [N, C, 1 or K] of all blocks and of each: sums over what shares a gate. tokens: in the place of C."""

@@ -52,8 +52,9 @@ class MaskedScores:
             # The diagonal does not decay. Gate m collects the pairs i >= m > j that reach over it: summed directly,
             # never as a difference of two sums that share the pairs on one side.
             pairs = torch.mul(grad, self.values, out=self._scratch.temporary(*grad.shape))
-            over = self._scratch.product(pairs, self._earlier.expand(len(grad), -1, -1))
-            dlog = over.view(len(over), -1, *over.shape[2:] * 2).tril_().sum((1, 2)).unsqueeze(-1)
+            length = len(self._earlier)
+            over = torch.mm(pairs.view(-1, length), self._earlier, out=self._scratch(pairs.numel() // length, length))
+            dlog = over.view(len(grad), -1, length, length).tril_().sum((1, 2)).unsqueeze(-1)
         self._masked(grad)
         product, scale = self._scratch.product, self._scale
         return product(grad, self.k, dq, scale), product(grad.mT, self.q, dk, scale), dlog
