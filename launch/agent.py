@@ -8,9 +8,10 @@ limit for both. Its other options are this command's.
 
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import Store, run
+from torch.distributed import DistError, Store, run
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -27,6 +28,12 @@ from lasp.launch.outcome import Failure
 
 _BACKEND = "lasp"
 """Name of this rendezvous, torchrun's `--rdzv-backend`."""
+
+_LEFT = "left"
+"""Of the place where they meet: how many nodes have left it."""
+
+SECONDS_TO_LEAVE = 3
+"""How long the place waits for that: nodes end together, but for one that is lost."""
 
 _WORDS: dict[type[Exception], str] = {
     RendezvousClosedError: "this job has ended on another node, whose output says why; start all nodes again",
@@ -60,6 +67,11 @@ class Patience(RendezvousTimeout):
 class Meeting(DynamicRendezvousHandler):
     """Where nodes meet, whose timeout is a `Patience`."""
 
+    hosts = False
+    """Whether it is this node's."""
+    nodes = 1
+    """How many have met last, as far as they may still be there."""
+
     def get_backend(self) -> str:
         """See base class."""
         return _BACKEND
@@ -71,9 +83,20 @@ class Meeting(DynamicRendezvousHandler):
         try:
             info = super().next_rendezvous()
         except RendezvousTimeoutError as error:
+            self.nodes = 1
             raise Failure(patience.over) from error
-        patience.met = True
+        patience.met, self.nodes = True, info.world_size
         return info
+
+    def shutdown(self) -> bool:
+        """See base class. The node where they meet is the last to leave: the others would find it gone, and say so."""
+        closed, began = super().shutdown(), time.monotonic()
+        with suppress(DistError):
+            left = self._store.add(_LEFT, 1) if closed else self.nodes
+            while self.hosts and left < self.nodes and time.monotonic() - began < SECONDS_TO_LEAVE:
+                time.sleep(0.05)
+                left = self._store.add(_LEFT, 0)
+        return closed
 
 
 def main() -> int:
@@ -98,7 +121,7 @@ def meet(params: RendezvousParameters) -> Meeting:
     began = time.monotonic()
     backend, store = _reach(params, first)
     left = max(1, first - int(time.monotonic() - began))
-    return Meeting.from_backend(
+    meeting = Meeting.from_backend(
         params.run_id,
         store,
         backend,
@@ -108,6 +131,8 @@ def meet(params: RendezvousParameters) -> Meeting:
         Patience(left, again, params.get_as_int("last_call_timeout")),
         keep_alive_interval=params.get_as_int("keep_alive_interval") or 5,
     )
+    meeting.hosts = bool(params.get_as_bool("is_host"))
+    return meeting
 
 
 def _reach(params: RendezvousParameters, seconds: int) -> tuple[C10dRendezvousBackend, Store]:

@@ -11,6 +11,7 @@ it belongs to, so ranks that are not at the same call see it as soon as they exc
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lasp.parallel import collectives
 HEADER_BYTES = 1024
 MAGIC = b"lasp header 1\n"  # begins every header; another number, another format
 _ERROR_BYTES = 400
+_SINCE = "the order of calls with a cut and of their backward passes since they last agreed (its checksum)"
 
 
 class Refused(ValueError):
@@ -41,8 +43,9 @@ class Channel:
     """The way that headers take between some ranks of a process group, and the count of calls, alike on all of them.
 
     process_group: can carry CPU tensors. ranks: those of it that take part, by default all. identity: what all headers
-    of the channel say, which tells it from others between the same ranks. broken: what was left in the middle, so that
-    no call is possible any more; None as long as all is well.
+    of the channel say, which tells it from others between the same ranks. followed: a checksum of the turns that were
+    taken without a header since the last one. broken: what was left in the middle, so that no call is possible any
+    more; None as long as all is well.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, ranks: list[int] | None = None) -> None:
@@ -50,6 +53,7 @@ class Channel:
         self.ranks = list(range(dist.get_world_size(process_group))) if ranks is None else ranks
         self.identity: dict[str, Any] = {}
         self.count = 0
+        self.followed = 0
         self.broken: str | None = None
         self.open: Agreement | None = None
         self._told: list[Agreement] = []  # not waited for yet; they own their messages
@@ -65,6 +69,12 @@ class Channel:
             self._told.append(Agreement(self, call, {}, str(left)))  # to those that wait for a header
             raise
         return Agreement(self, call, fields, error, tokens)
+
+    def follow(self, turn: str) -> int:
+        """Take a turn without a header, as behind an agreed cut; the next header tells which ones were taken, in which
+        order. Returns what tells this turn from all others."""
+        self.followed = zlib.crc32(f"{self.count} {turn}".encode(), self.followed)
+        return self.followed
 
     def check_whole(self) -> None:
         """Raises ValueError where an earlier call was left in the middle."""
@@ -108,11 +118,11 @@ class Agreement:
     ) -> None:
         """call and fields must be equal on all ranks; tokens, this rank's number of them, may differ."""
         self.call, self._channel = call, channel
-        said = {"call": call, "of": channel.identity, "tokens": tokens, "error": error}
+        said = {"call": call, "of": channel.identity, "since": channel.followed, "tokens": tokens, "error": error}
         packed = _pack(said | {"fields": fields if error is None else {}})
         sent = torch.zeros(HEADER_BYTES, dtype=torch.uint8, device="cpu")
         sent[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        channel.open = self
+        channel.open, channel.followed = self, 0
         self._pending = collectives.swap_headers(sent, channel.ranks, channel.process_group)
 
     def headers(self) -> list[dict[str, Any]]:
@@ -131,7 +141,7 @@ class Agreement:
         errors = {rank: header["error"] for rank, header in enumerate(headers) if header["error"]}
         if errors:
             raise Refused(_tell_errors(errors, len(headers)))
-        _compare([{"the call": str(Call(*h["call"]))} | h["of"] | h["fields"] for h in headers])
+        _compare([{"the call": str(Call(*h["call"])), _SINCE: h["since"]} | h["of"] | h["fields"] for h in headers])
         return [header["tokens"] for header in headers]
 
 

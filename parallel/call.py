@@ -37,13 +37,13 @@ class Turn:
 
     group: None where nothing travels. call: with the running number that all ranks count alike. settle: waits for the
     agreement and returns the cut of the call, as calling the turn does. agreed: the cut was agreed before the call,
-    and no header is exchanged, on the way back neither.
+    and no header is exchanged, on the way back neither: the next header tells in which order such turns were taken.
     """
 
     def __init__(
         self, group: SequenceGroup | None, call: Call, settle: Callable[[], Cut], agreed: bool = False
     ) -> None:
-        self.group, self.call, self._agreed = group, call, agreed
+        self.group, self.call, self._agreed, self._followed = group, call, agreed, 0
         self._settle: Callable[[], Cut] | None = settle
         self._cut: Cut | None = None
 
@@ -81,7 +81,11 @@ class Turn:
 
     def forward(self) -> AbstractContextManager[None]:
         """Around what the ranks compute and exchange for the call: where it ends in the middle, the group is broken."""
-        return nullcontext() if self.group is None else self._whole(self.call)
+        if self.group is None:
+            return nullcontext()
+        if self._agreed:
+            self._followed = self.group.channel.follow(self.call.operation)
+        return self._whole(self.call)
 
     def backward(self) -> AbstractContextManager[None]:
         """The same on the way back, which begins with an exchange of headers where the call did.
@@ -91,7 +95,9 @@ class Turn:
         if self.group is None:
             return nullcontext()
         call = self.call._replace(operation=f"backward of {self.call.operation}")
-        if self.group.checks and not self._agreed:
+        if self._agreed:
+            self.group.channel.follow(f"{call.operation} {self._followed}")
+        elif self.group.checks:
             self.group.channel.agree(call, {}).wait()
         return self._whole(call)
 

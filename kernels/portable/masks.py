@@ -40,7 +40,7 @@ class DecayMasks:
         halves = [piece << i for i in range((padded // piece).bit_length() - 1)]  # from a piece to half the chunk
         memory = log_decay.new_zeros(made, padded, padded)
         self._memory, self._masks = memory, memory[:, :length, :length].split(matrices)
-        own = _decays(F.pad(log_decay, (0, padded - length)).view(-1, piece), _within(piece, memory.device))
+        own = _decays(F.pad(log_decay, (0, padded - length)).reshape(-1, piece), _within(piece, memory.device))
         self._pieces = own.view(-1, padded // piece, piece, piece).tril_().split(made)
         self._diagonal = _along_diagonal(memory, piece, padded // piece)
         sides = _decays(log_decay, _reach(length, tuple(halves), memory.device))

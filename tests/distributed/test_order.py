@@ -95,6 +95,34 @@ def test_backward_passes_in_another_order(world, group_of, name: str) -> None:
         assert x.grad.isfinite().all()
 
 
+WITH_CUT: dict[str, Callable[[Tensor, lasp.Cut], Tensor]] = {
+    "linear": lambda x, cut: lasp.linear_attention(x, x, x, cut=cut),
+    "softmax, ring": lambda x, cut: lasp.softmax_attention(x, x, x, method="ring", cut=cut),
+    "softmax, ulysses": lambda x, cut: lasp.softmax_attention(x, x, x, method="ulysses", cut=cut),
+    "convolution": lambda x, cut: lasp.causal_conv1d(x.flatten(2), torch.ones(16, 3, dtype=x.dtype), cut=cut),
+    "unshard": lambda x, cut: lasp.unshard(x, cut=cut),
+}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("name", WITH_CUT)
+def test_backward_passes_in_another_order_with_a_cut(world, group_of, name: str, batches: int) -> None:
+    """Equal shapes meet, and no header says that they are not of the same call: the next one does."""
+    group, operation = group_of(4), WITH_CUT[name]
+    cuts = [group.cut(4 * TOKENS) for _ in range(batches)]
+    local = [lasp.shard(tokens(seed), group).requires_grad_() for seed in (0, 1)]
+    losses = [operation(x, cuts[i % batches]).square().sum() for i, x in enumerate(local)]
+    for i in (1, 0) if world.rank == WRONG_RANK else (0, 1):
+        losses[i].backward()
+    message = refused(world, lambda: group.cut(4 * TOKENS))
+    assert "ranks disagree on the order of calls with a cut and of their backward passes" in message
+    cut = group.cut(4 * TOKENS)
+    losses = [operation(x, cut).square().sum() for x in local]
+    for loss in losses[::-1]:
+        loss.backward()  # any order, if it is that of all ranks
+    group.cut(4 * TOKENS)
+
+
 @pytest.mark.parametrize("name", ["linear, gather", "softmax, ulysses", "convolution", "unshard"])
 def test_backward_on_one_rank_meets_a_forward(world, group_of, name: str) -> None:
     group, operation = group_of(4), OPERATIONS[name]

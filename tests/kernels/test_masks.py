@@ -11,7 +11,8 @@ from lasp.kernels.portable.masks import TOGETHER, DecayMasks
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 37, 64])
 @pytest.mark.parametrize(("blocks", "matrices"), [(1, 3), (8, 3), (3, 2), (2, TOGETHER + 1)])
 def test_every_block_has_its_own(blocks: int, matrices: int, length: int) -> None:
-    log_decay = -torch.rand(blocks * matrices, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    log_decay = -torch.rand(length, blocks * matrices, dtype=torch.float64, generator=rng).T  # as heads lie: strided
     sums = log_decay.cumsum(-1)
     expected = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).exp().tril().split(matrices)
     masks = DecayMasks(log_decay, matrices)

@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     ["tests.launch.forked", "lasp.launch.train", "lasp.train.loop", "lasp.train.sample", "lasp.train.engines.ddp"]
@@ -105,6 +107,7 @@ def _be_rank(told: list[str], environment: dict[str, str], faults: dict[int, str
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         os.environ.update(environment)
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # a new program reads it, and rounds accordingly
         rank = int(environment["RANK"])
         if rank in faults:
             _inject(faults[rank], at, f"{once}-{rank}")

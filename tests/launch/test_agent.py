@@ -43,6 +43,31 @@ def test_nodes_that_have_met_wait_for_each_other_as_long_as_they_are_told():
         one.shutdown()
 
 
+def test_the_node_where_they_meet_is_the_last_to_leave():
+    where, limits = endpoint(), {"join_timeout": 30, "again_timeout": 2}
+    host, other = (agent.meet(parameters(where, 2, is_host=int(place == 0), **limits)) for place in range(2))
+    with ThreadPoolExecutor() as pool:
+        for node in [pool.submit(one.next_rendezvous) for one in (host, other)]:
+            node.result()
+        leaving = pool.submit(host.shutdown)
+        time.sleep(0.5)
+        assert not leaving.done()
+        assert other.shutdown()
+        assert leaving.result(1)
+
+
+def test_a_node_that_is_lost_is_waited_for_no_longer_than_briefly(monkeypatch):
+    monkeypatch.setattr(agent, "SECONDS_TO_LEAVE", 0.5)
+    where, limits = endpoint(), {"join_timeout": 30, "again_timeout": 2}
+    host, _ = nodes = [agent.meet(parameters(where, 2, is_host=int(place == 0), **limits)) for place in range(2)]
+    with ThreadPoolExecutor() as pool:
+        for node in [pool.submit(one.next_rendezvous) for one in nodes]:
+            node.result()
+    began = time.monotonic()
+    assert host.shutdown()
+    assert 0.5 <= time.monotonic() - began < 2
+
+
 def test_a_node_that_nobody_joins_says_so():
     alone = agent.meet(parameters(endpoint(), 2, is_host=1, join_timeout=1, again_timeout=30))
     with pytest.raises(Failure, match=r"the other nodes did not come in 1 s \(--wait\): start all with the same"):
