@@ -23,6 +23,7 @@ from lasp.parallel import collectives
 HEADER_BYTES = 1024
 MAGIC = b"lasp header 1\n"  # begins every header; another number, another format
 _ERROR_BYTES = 400
+NUMBER = "the group (by a random number)"
 _SINCE = "the order of calls with a cut and of their backward passes since they last agreed (its checksum)"
 
 
@@ -44,8 +45,8 @@ class Channel:
 
     process_group: can carry CPU tensors. ranks: those of it that take part, by default all. identity: what all headers
     of the channel say, which tells it from others between the same ranks. followed: a checksum of the turns that were
-    taken without a header since the last one. broken: what was left in the middle, so that no call is possible any
-    more; None as long as all is well.
+    taken without a header since the last one; sequence: another channel, whose turns this one's headers tell too.
+    broken: what was left in the middle, so that no call is possible any more; None as long as all is well.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, ranks: list[int] | None = None) -> None:
@@ -54,6 +55,7 @@ class Channel:
         self.identity: dict[str, Any] = {}
         self.count = 0
         self.followed = 0
+        self.sequence: Channel | None = None
         self.broken: str | None = None
         self.open: Agreement | None = None
         self._told: list[Agreement] = []  # not waited for yet; they own their messages
@@ -75,6 +77,13 @@ class Channel:
         order. Returns what tells this turn from all others."""
         self.followed = zlib.crc32(f"{self.count} {turn}".encode(), self.followed)
         return self.followed
+
+    def followed_since(self) -> dict[str, int]:
+        """What the next header tells of turns without one, by group; their count begins anew."""
+        told = {}
+        for channel in (self,) if self.sequence is None else (self, self.sequence):
+            told[str(channel.identity.get(NUMBER))], channel.followed = channel.followed, 0
+        return told
 
     def check_whole(self) -> None:
         """Raises ValueError where an earlier call was left in the middle."""
@@ -118,11 +127,11 @@ class Agreement:
     ) -> None:
         """call and fields must be equal on all ranks; tokens, this rank's number of them, may differ."""
         self.call, self._channel = call, channel
-        said = {"call": call, "of": channel.identity, "since": channel.followed, "tokens": tokens, "error": error}
-        packed = _pack(said | {"fields": fields if error is None else {}})
+        said = {"call": call, "of": channel.identity, "tokens": tokens, "error": error}
+        packed = _pack(said | {"since": channel.followed_since(), "fields": fields if error is None else {}})
         sent = torch.zeros(HEADER_BYTES, dtype=torch.uint8, device="cpu")
         sent[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        channel.open, channel.followed = self, 0
+        channel.open = self
         self._pending = collectives.swap_headers(sent, channel.ranks, channel.process_group)
 
     def headers(self) -> list[dict[str, Any]]:
@@ -141,7 +150,8 @@ class Agreement:
         errors = {rank: header["error"] for rank, header in enumerate(headers) if header["error"]}
         if errors:
             raise Refused(_tell_errors(errors, len(headers)))
-        _compare([{"the call": str(Call(*h["call"])), _SINCE: h["since"]} | h["of"] | h["fields"] for h in headers])
+        _compare([{"the call": str(Call(*h["call"]))} | h["of"] | h["fields"] for h in headers])
+        _compare_orders([header["since"] for header in headers])
         return [header["tokens"] for header in headers]
 
 
@@ -195,3 +205,10 @@ def _compare(fields: list[dict[str, Any]]) -> None:
         values = [own.get(name) for own in fields]
         if any(value != values[0] for value in values):
             raise Disagreement(name, values)
+
+
+def _compare_orders(told: list[dict[str, int]]) -> None:
+    """Those of each group, among the ranks that are in it."""
+    for group in dict.fromkeys(group for own in told for group in own):
+        if len({own[group] for own in told if group in own}) > 1:
+            raise Disagreement(_SINCE, [own.get(group) for own in told])

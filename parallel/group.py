@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lasp.kernels.arguments import check_integer, told
 from lasp.kernels.documents import document_bounds
 from lasp.parallel import collectives
-from lasp.parallel.agreement import Agreement, Call, Channel, Refused, part
+from lasp.parallel.agreement import NUMBER, Agreement, Call, Channel, Refused, part
 from lasp.parallel.call import Arguments, begin_call, modes
 from lasp.parallel.cut import Cut, even_lengths
 from lasp.parallel.layout import LAYOUTS, Layout, even_slices
@@ -145,7 +145,7 @@ class SequenceGroup:
         own = drawn + _DRAWN * _host()
         numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, own).wait()
         _controls[control] = None
-        channel.identity = {"layout": layout, "the group (by a random number)": numbers[0] % _DRAWN}
+        channel.identity = {"layout": layout, NUMBER: numbers[0] % _DRAWN}
         neighbours = node_size([number // _DRAWN for number in numbers])
         return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads, neighbours, known)
 
@@ -204,6 +204,11 @@ class SequenceGroup:
         the sequence's own ranks. With one it is a process group of its own even for one replica: on the sequence's,
         the scans of earlier layers would queue behind buckets of gradients. Made at the first use, by all of them.
         """
+        made = self._replicas()
+        made.channel.sequence = self.channel
+        return made
+
+    def _replicas(self) -> SequenceGroup:
         if self.mesh is None or self.axis is None:
             return self._make(self.process_group, "contiguous", 1, self.checks, self.wires)
         root = self.mesh._get_root_mesh()
