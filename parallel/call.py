@@ -84,7 +84,9 @@ class Turn:
         if self.group is None:
             return nullcontext()
         if self._agreed:
-            self._followed = self.group.channel.follow(self.call.operation)
+            channel = self.group.channel
+            batch = self().keep("first turn", lambda: channel.follow("a cut"))
+            self._followed = channel.follow(f"{self.call.operation} of {batch}")
         return self._whole(self.call)
 
     def backward(self) -> AbstractContextManager[None]:

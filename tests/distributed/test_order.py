@@ -125,6 +125,18 @@ def test_backward_passes_in_another_order_with_a_cut(world, group_of, name: str,
     group.cut(4 * TOKENS)
 
 
+def test_batches_that_are_computed_again_in_another_order(world, group_of) -> None:
+    """Reentrant checkpointing makes a call anew, which is told from that of the other batch by its cut."""
+    group = group_of(4)
+    losses = []
+    for cut in [group.cut(4 * TOKENS) for _ in range(2)]:
+        x = lasp.shard(tokens(0), group).requires_grad_()
+        losses.append(checkpoint(WITH_CUT["linear"], x, cut, use_reentrant=True).sum())
+    for i in (1, 0) if world.rank == WRONG_RANK else (0, 1):
+        losses[i].backward()
+    assert "ranks disagree on the order of calls with a cut" in refused(world, lambda: group.cut(4 * TOKENS))
+
+
 @pytest.mark.parametrize("name", ["linear, gather", "softmax, ulysses", "convolution", "unshard"])
 def test_backward_on_one_rank_meets_a_forward(world, group_of, name: str) -> None:
     group, operation = group_of(4), OPERATIONS[name]

@@ -336,6 +336,25 @@ def _(group: Group, wrong: bool) -> None:
         loss.backward()
 
 
+def back_with_a_cut(group: Group, wrong: bool) -> None:
+    cut = group.cut(T * group.size)
+    losses = [lasp.linear_attention(x, x, x, cut=cut).sum() for x in (leaf(), leaf())]
+    for loss in losses[::-1] if wrong else losses:
+        loss.backward()
+
+
+@alike(ORDER, "backward in another order with a cut, a batch follows")
+def _(group: Group, wrong: bool) -> None:
+    back_with_a_cut(group, wrong)
+    group.cut(T * group.size)
+
+
+@alike(ORDER, "backward in another order with a cut, sync_gradients follows")
+def _(group: Group, wrong: bool) -> None:
+    back_with_a_cut(group, wrong)
+    lasp.sync_gradients(nn.Linear(4, 4), group)
+
+
 @alike(ORDER, "backward on one rank, then a forward")
 def _(group: Group, wrong: bool) -> None:
     loss = backward(group, leaf())
