@@ -11,6 +11,7 @@ it belongs to, so ranks that are not at the same call see it as soon as they exc
 from __future__ import annotations
 
 import json
+import threading
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ HEADER_BYTES = 1024
 MAGIC = b"lasp header 1\n"  # begins every header; another number, another format
 _ERROR_BYTES = 400
 NUMBER = "the group (by a random number)"
-_SINCE = "the order of calls with a cut and of their backward passes since they last agreed (its checksum)"
+_ORDER = "the order of calls with a cut and of their backward passes (its checksum)"
 
 
 class Refused(ValueError):
@@ -45,7 +46,7 @@ class Channel:
 
     process_group: can carry CPU tensors. ranks: those of it that take part, by default all. identity: what all headers
     of the channel say, which tells it from others between the same ranks. followed: a checksum of the turns that were
-    taken without a header since the last one; sequence: another channel, whose turns this one's headers tell too.
+    taken without a header, in their order; sequence: another channel, whose turns this one's headers tell too.
     broken: what was left in the middle, so that no call is possible any more; None as long as all is well.
     """
 
@@ -55,6 +56,7 @@ class Channel:
         self.identity: dict[str, Any] = {}
         self.count = 0
         self.followed = 0
+        self._follower: int | None = None  # the thread that took the last of these turns
         self.sequence: Channel | None = None
         self.broken: str | None = None
         self.open: Agreement | None = None
@@ -75,15 +77,27 @@ class Channel:
     def follow(self, turn: str) -> int:
         """Take a turn without a header, as behind an agreed cut; the next header tells which ones were taken, in which
         order. Returns what tells this turn from all others."""
-        self.followed = zlib.crc32(f"{self.count} {turn}".encode(), self.followed)
+        self.followed = zlib.crc32(turn.encode(), self.followed)
+        if torch._C._current_graph_task_id() == -1:  # a backward pass may run in a thread of autograd's
+            self._follower = threading.get_ident()
         return self.followed
 
-    def followed_since(self) -> dict[str, int]:
-        """What the next header tells of turns without one, by group; their count begins anew."""
-        told = {}
+    def orders(self) -> dict[str, int]:
+        """What a header of this thread tells of its turns without one, by group. A thread that takes none, which makes
+        the next batches, say, tells nothing: where among them it comes is chance."""
+        channels = (self,) if self.sequence is None else (self, self.sequence)
+        return {c._name: c.followed for c in channels if c._follower in (None, threading.get_ident())}
+
+    def meet(self, orders: list[dict[str, int]]) -> None:
+        """Go on from where the ranks are together again, if they told different orders."""
         for channel in (self,) if self.sequence is None else (self, self.sequence):
-            told[str(channel.identity.get(NUMBER))], channel.followed = channel.followed, 0
-        return told
+            told = {order[channel._name] for order in orders if channel._name in order}
+            if len(told) > 1:
+                channel.followed = max(told)
+
+    @property
+    def _name(self) -> str:
+        return str(self.identity.get(NUMBER))
 
     def check_whole(self) -> None:
         """Raises ValueError where an earlier call was left in the middle."""
@@ -128,7 +142,7 @@ class Agreement:
         """call and fields must be equal on all ranks; tokens, this rank's number of them, may differ."""
         self.call, self._channel = call, channel
         said = {"call": call, "of": channel.identity, "tokens": tokens, "error": error}
-        packed = _pack(said | {"since": channel.followed_since(), "fields": fields if error is None else {}})
+        packed = _pack(said | {"orders": channel.orders(), "fields": fields if error is None else {}})
         sent = torch.zeros(HEADER_BYTES, dtype=torch.uint8, device="cpu")
         sent[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         channel.open = self
@@ -139,6 +153,7 @@ class Agreement:
         rows = self._pending.wait()
         self._channel.open = None
         headers = [_unpack(row, rank) for rank, row in enumerate(rows)]
+        self._channel.meet([header["orders"] for header in headers])
         if all(header["of"] == self._channel.identity for header in headers):
             # Ranks of which one had skipped a call are together again.
             self._channel.count = max(self._channel.count, *(header["call"][1] for header in headers))
@@ -151,7 +166,7 @@ class Agreement:
         if errors:
             raise Refused(_tell_errors(errors, len(headers)))
         _compare([{"the call": str(Call(*h["call"]))} | h["of"] | h["fields"] for h in headers])
-        _compare_orders([header["since"] for header in headers])
+        _compare_orders([header["orders"] for header in headers])
         return [header["tokens"] for header in headers]
 
 
@@ -208,7 +223,7 @@ def _compare(fields: list[dict[str, Any]]) -> None:
 
 
 def _compare_orders(told: list[dict[str, int]]) -> None:
-    """Those of each group, among the ranks that are in it."""
+    """Those of each group, among the ranks that tell it."""
     for group in dict.fromkeys(group for own in told for group in own):
         if len({own[group] for own in told if group in own}) > 1:
-            raise Disagreement(_SINCE, [own.get(group) for own in told])
+            raise Disagreement(_ORDER, [own.get(group) for own in told])

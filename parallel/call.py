@@ -84,8 +84,8 @@ class Turn:
         if self.group is None:
             return nullcontext()
         if self._agreed:
-            channel = self.group.channel
-            batch = self().keep("first turn", lambda: channel.follow("a cut"))
+            channel, cut = self.group.channel, self()
+            batch = cut.keep("first turn", lambda: channel.follow(f"a cut of {cut.lengths} tokens at {cut.bounds}"))
             self._followed = channel.follow(f"{self.call.operation} of {batch}")
         return self._whole(self.call)
 

@@ -36,7 +36,7 @@ from lasp.parallel.wires import PROCESSES, Wires
 # Axes of a mesh whose ranks hold different parameters, or different parts of them.
 MODEL_AXES = ("tp", "pp")
 
-_DRAWN = 10**6  # of so many numbers each rank draws one
+_DRAWN = 10**12  # of so many numbers each rank draws one: no two groups of a run have the same
 
 # The process groups that carry headers, in the order of their making: who leaves tells the ranks of them.
 _controls: WeakKeyDictionary[dist.ProcessGroup, None] = WeakKeyDictionary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -125,6 +126,15 @@ def test_backward_passes_in_another_order_with_a_cut(world, group_of, name: str,
     group.cut(4 * TOKENS)
 
 
+def test_another_batchs_cut_on_one_rank(world, group_of) -> None:
+    """Of documents that end where ranks do, so that nothing travels and no rank waits."""
+    group = group_of(4)
+    x, bounds = lasp.shard(tokens(0), group), [TOKENS * rank for rank in range(5)]
+    cuts = [group.cut(4 * TOKENS, cu_seqlens=given) for given in (bounds, [0, 2, *bounds[1:]])]
+    WITH_CUT["linear"](x, cuts[world.rank == WRONG_RANK])
+    assert "ranks disagree on the order of calls with a cut" in refused(world, lambda: group.cut(4 * TOKENS))
+
+
 def test_batches_that_are_computed_again_in_another_order(world, group_of) -> None:
     """Reentrant checkpointing makes a call anew, which is told from that of the other batch by its cut."""
     group = group_of(4)
@@ -135,6 +145,41 @@ def test_batches_that_are_computed_again_in_another_order(world, group_of) -> No
     for i in (1, 0) if world.rank == WRONG_RANK else (0, 1):
         losses[i].backward()
     assert "ranks disagree on the order of calls with a cut" in refused(world, lambda: group.cut(4 * TOKENS))
+
+
+def test_a_thread_that_cuts_the_next_batches(world, group_of) -> None:
+    """Its headers come anywhere among the turns that the ranks take behind the cuts before."""
+    group = group_of(4)
+    x = lasp.shard(tokens(0), group)
+    for cut in [group.cut(4 * TOKENS) for _ in range(2)]:
+        for late in range(4):
+            made: list[lasp.Cut] = []
+            thread = Thread(target=lambda: made.append(group.cut(4 * TOKENS)))  # noqa: B023
+            for turn in range(4):
+                if turn == (world.rank + late) % 4:
+                    thread.start()
+                WITH_CUT["linear"](x, cut)
+            thread.join()
+            assert len(made) == 1
+        group.cut(4 * TOKENS)
+
+
+def test_calls_with_a_cut_after_an_error_that_one_rank_told(world, group_of) -> None:
+    """A cut of before the error is as good as before, also on the rank that has not heard the others yet."""
+    group = group_of(4)
+    x, cut = lasp.shard(tokens(0), group), group.cut(4 * TOKENS)
+
+    def work() -> None:
+        with group.telling("a layer"):
+            if world.rank == WRONG_RANK:
+                raise ValueError("of its own")
+            linear(x, group)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of its own"):
+            work()
+        WITH_CUT["linear"](x, cut)
+    group.cut(4 * TOKENS)
 
 
 @pytest.mark.parametrize("name", ["linear, gather", "softmax, ulysses", "convolution", "unshard"])
