@@ -85,15 +85,19 @@ class Channel:
     def orders(self) -> dict[str, int]:
         """What a header of this thread tells of its turns without one, by group. A thread that takes none, which makes
         the next batches, say, tells nothing: where among them it comes is chance."""
-        channels = (self,) if self.sequence is None else (self, self.sequence)
-        return {c._name: c.followed for c in channels if c._follower in (None, threading.get_ident())}
+        return {c._name: c.followed for c in self._followed if c._follower in (None, threading.get_ident())}
 
     def meet(self, orders: list[dict[str, int]]) -> None:
         """Go on from where the ranks are together again, if they told different orders."""
-        for channel in (self,) if self.sequence is None else (self, self.sequence):
+        for channel in self._followed:
             told = {order[channel._name] for order in orders if channel._name in order}
             if len(told) > 1:
                 channel.followed = max(told)
+
+    @property
+    def _followed(self) -> tuple[Channel, ...]:
+        """Those whose turns its headers tell."""
+        return (self,) if self.sequence is None else (self, self.sequence)
 
     @property
     def _name(self) -> str:
