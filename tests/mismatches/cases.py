@@ -142,7 +142,7 @@ CASES += changed(
     lasp.linear_attention,
     lambda: (
         good_linear()
-        | {"log_decay": -torch.ones(H), "initial_state": torch.zeros(1, H, K, K), "cu_seqlens": [0, 4, 12]}
+        | {"log_decay": -torch.ones(H), "initial_state": torch.zeros(2, H, K, K), "cu_seqlens": [0, 4, 12]}
     ),
     {
         "one bound": {"cu_seqlens": [0, 5, 12]},
@@ -353,6 +353,11 @@ def _(group: Group, wrong: bool) -> None:
 def _(group: Group, wrong: bool) -> None:
     back_with_a_cut(group, wrong)
     lasp.sync_gradients(nn.Linear(4, 4), group)
+
+
+@alike(ORDER, "backward in another order with a cut, nothing follows")
+def _(group: Group, wrong: bool) -> None:
+    back_with_a_cut(group, wrong)
 
 
 @alike(ORDER, "backward on one rank, then a forward")
@@ -895,7 +900,7 @@ model_case("wider", hidden_size=32)
 model_case("more heads", num_attention_heads=4)
 model_case("fewer key heads", num_key_value_heads=1)
 model_case("another vocabulary", vocab_size=60)
-model_case("wider MLP", "harmless", intermediate_size=32)
+model_case("wider MLP", intermediate_size=32)
 
 
 def input_case(name: str, change: Callable[[dict[str, Any]], dict[str, Any]], expects: str = "mistake") -> None:
@@ -1021,7 +1026,7 @@ own_model("a layer more", "mistake", {}, {"num_hidden_layers": 2})
 own_model(
     "another pattern", "mistake", {"num_hidden_layers": 2, "pattern": "LN"}, {"num_hidden_layers": 2, "pattern": "NL"}
 )
-own_model("mixers that differ in decay", "values", {"mixer": "retention"}, {"mixer": "lightning"})
+own_model("mixers that differ in decay", "mistake", {"mixer": "retention"}, {"mixer": "lightning"})
 own_model("weights of another seed", "values", {}, {"seed": 1})
 
 

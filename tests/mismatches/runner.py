@@ -68,6 +68,8 @@ def try_case(case: Case) -> tuple[str, list[Report | None]]:
             os.kill(children[rank][0], signal.SIGKILL)
         _collect(children, reports, time.monotonic() + GRACE)
         statuses = [_reap(pid) for pid, _ in children]
+        for _, read in children:
+            os.close(read)
     aborted = any(os.WIFSIGNALED(s) and os.WTERMSIG(s) in (signal.SIGABRT, signal.SIGSEGV) for s in statuses)
     return _outcome(case, first, late, aborted), [reports.get(rank) for rank in range(case.ranks)]
 
