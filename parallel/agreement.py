@@ -46,7 +46,7 @@ class Channel:
 
     process_group: can carry CPU tensors. ranks: those of it that take part, by default all. identity: what all headers
     of the channel say, which tells it from others between the same ranks. followed: a checksum of the turns that were
-    taken without a header, in their order; sequence: another channel, whose turns this one's headers tell too.
+    taken without a header, in their order; others: channels whose turns this one's headers tell too.
     broken: what was left in the middle, so that no call is possible any more; None as long as all is well.
     """
 
@@ -57,7 +57,7 @@ class Channel:
         self.count = 0
         self.followed = 0
         self._follower: int | None = None  # the thread that took the last of these turns
-        self.sequence: Channel | None = None
+        self.others: tuple[Channel, ...] = ()
         self.broken: str | None = None
         self.open: Agreement | None = None
         self._told: list[Agreement] = []  # not waited for yet; they own their messages
@@ -97,7 +97,7 @@ class Channel:
     @property
     def _followed(self) -> tuple[Channel, ...]:
         """Those whose turns its headers tell."""
-        return (self,) if self.sequence is None else (self, self.sequence)
+        return (self, *self.others)
 
     @property
     def _name(self) -> str:
@@ -174,12 +174,13 @@ class Agreement:
         return [header["tokens"] for header in headers]
 
 
-def part(process_groups: Iterable[dist.ProcessGroup]) -> None:
-    """Say on each of these groups that this rank makes no more calls, and wait until all of its ranks say so.
+def part(channels: Iterable[Channel]) -> None:
+    """Say on each of these channels that this rank makes no more calls, and wait until all of its ranks say so.
 
-    It is a call like any other: where a rank still waits for another one, both raise the same ValueError.
+    It is a call like any other: where a rank still waits for another one, or has taken turns in another order, all of
+    them raise the same ValueError.
     """
-    leaving = [Agreement(Channel(group), Call("shutdown", 0), {}) for group in process_groups]
+    leaving = [Agreement(channel, Call("shutdown", 0), {}) for channel in channels]
     for agreement in leaving:
         agreement.wait()
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,10 @@ MODEL_AXES = ("tp", "pp")
 
 _DRAWN = 10**12  # of so many numbers each rank draws one: no two groups of a run have the same
 
-# The process groups that carry headers, in the order of their making: who leaves tells the ranks of them.
-_controls: WeakKeyDictionary[dist.ProcessGroup, None] = WeakKeyDictionary()
+# The process groups that carry headers, in the order of their making, and the channels of the SequenceGroups over each:
+# who leaves tells the ranks of them.
+_controls: WeakKeyDictionary[dist.ProcessGroup, WeakSet[Channel]] = WeakKeyDictionary()
+_TOLD = 20  # of so many channels of one process group the orders fit into a header
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +146,7 @@ class SequenceGroup:
         fields = _said(layout, heads, checks) | {"wires": [list(wire) for wire in known]}
         own = drawn + _DRAWN * _host()
         numbers = Agreement(channel, Call("making a SequenceGroup", 0), fields, error, own).wait()
-        _controls[control] = None
+        _controls.setdefault(control, WeakSet()).add(channel)
         channel.identity = {"layout": layout, NUMBER: numbers[0] % _DRAWN}
         neighbours = node_size([number // _DRAWN for number in numbers])
         return cls(process_group, control, rank, size, layout, checks, channel, mesh, axis, heads, neighbours, known)
@@ -205,7 +207,7 @@ class SequenceGroup:
         the scans of earlier layers would queue behind buckets of gradients. Made at the first use, by all of them.
         """
         made = self._replicas()
-        made.channel.sequence = self.channel
+        made.channel.others = (self.channel,)
         return made
 
     def _replicas(self) -> SequenceGroup:
@@ -373,24 +375,31 @@ def shutdown() -> None:
     """Leave the process group together, as the last thing a script does; nothing happens where there is none.
 
     Every rank calls it: destroying the group while a peer still sends aborts that peer. Raises ValueError where another
-    rank waits for a call that this one left out, and there too.
+    rank waits for a call that this one left out, or took its calls with a cut in another order, and there too.
     """
     if dist.is_initialized():
-        part(_header_groups())
+        part(_last_channels())
         collectives.barrier(None)
         dist.destroy_process_group()
         _wait_for_gloo()
 
 
-def _header_groups() -> list[dist.ProcessGroup]:
-    """The process groups of this rank that carry headers and are not destroyed.
+def _last_channels() -> list[Channel]:
+    """One for each process group of this rank that carries headers and is not destroyed, which tells all orders there.
 
-    The world is the last of them: a rank that waits for a call does so in a smaller group, if there is one.
+    The world's is the last of them: a rank that waits for a call does so in a smaller group, if there is one.
     """
     world = dist.group.WORLD
     assert world is not None, "there is one"
     groups = [group for group in list(_controls) if group is not world and _is_known(group)]
-    return [*groups, world] if "cpu" in dist.get_backend_config(world) else groups
+    return [_last_channel(group) for group in (*groups, world) if "cpu" in dist.get_backend_config(group)]
+
+
+def _last_channel(process_group: dist.ProcessGroup) -> Channel:
+    last = Channel(process_group)
+    taken = [channel for channel in _controls.get(process_group, ()) if channel.followed]
+    last.others = tuple(sorted(taken, key=lambda channel: channel.identity[NUMBER])[:_TOLD])
+    return last
 
 
 def _is_known(group: dist.ProcessGroup) -> bool:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.kernels.portable.recurrence import PortableRecurrence
-from lasp.parallel.agreement import part
+from lasp.parallel.agreement import Channel, part
+from lasp.parallel.group import _last_channel
 from lasp.parallel.scan import SCANS
 
 pytestmark = pytest.mark.mpi
@@ -105,7 +106,7 @@ WITH_CUT: dict[str, Callable[[Tensor, lasp.Cut], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [1, 2, 3])
 @pytest.mark.parametrize("name", WITH_CUT)
 def test_backward_passes_in_another_order_with_a_cut(world, group_of, name: str, batches: int) -> None:
     """Equal shapes meet, and no header says that they are not of the same call: the next one does."""
@@ -115,8 +116,12 @@ def test_backward_passes_in_another_order_with_a_cut(world, group_of, name: str,
     losses = [operation(x, cuts[i % batches]).square().sum() for i, x in enumerate(local)]
     for i in (1, 0) if world.rank == WRONG_RANK else (0, 1):
         losses[i].backward()
-    # What comes next: a batch, or what would hand the gradients to an optimizer.
-    nexts = (lambda: group.cut(4 * TOKENS), lambda: lasp.sync_gradients(nn.Linear(1, 1), group))
+    # What comes next: a batch, what would hand the gradients to an optimizer, or nothing but `lasp.shutdown`.
+    nexts = (
+        lambda: group.cut(4 * TOKENS),
+        lambda: lasp.sync_gradients(nn.Linear(1, 1), group),
+        lambda: part([_last_channel(group.control)]),
+    )
     message = refused(world, nexts[batches - 1])
     assert "ranks disagree on the order of calls with a cut and of their backward passes" in message
     cut = group.cut(4 * TOKENS)
@@ -260,7 +265,7 @@ def test_a_rank_that_leaves_while_others_call(world, group_of, call: str) -> Non
     """And one that calls while the others leave; all together they leave without a word."""
     group = group_of(4)
     x = lasp.shard(tokens(0), group)
-    run, leave = partial(OPERATIONS[call], x, group), partial(part, [group.control])
+    run, leave = partial(OPERATIONS[call], x, group), lambda: part([Channel(group.control)])
     for one, others in ((leave, run), (run, leave)):
         told = refused(world, one if world.rank == WRONG_RANK else others)
         assert told.startswith("ranks disagree on the call: rank 0: ")
