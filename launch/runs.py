@@ -74,7 +74,7 @@ def state_of(folder: Path) -> State:
     step, loss = (done[-1].step, done[-1].loss) if done else (last or 0, None)
     changed = (metrics if done else folder).stat().st_mtime
     word, told = _word(folder, status, last, steps)
-    return State(folder.name, word, step, steps, last, loss, changed, told)
+    return State(_printable(folder.name), word, step, steps, last, loss, changed, told)
 
 
 def _word(folder: Path, status: Status | None, last: int | None, steps: int | None) -> tuple[str, str]:
@@ -82,7 +82,7 @@ def _word(folder: Path, status: Status | None, last: int | None, steps: int | No
     if holder(folder) is not None:
         return "running", ""
     if status is not None:
-        return ("crashed" if status.word == "running" else status.word), " ".join(status.told.split())[:80]
+        return ("crashed" if status.word == "running" else status.word), _printable(" ".join(status.told.split()))[:80]
     return ("no checkpoint" if last is None else "done" if last == steps else "stopped"), ""
 
 
@@ -92,6 +92,11 @@ def _steps_of(checkpoint: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return steps if isinstance(steps, int) else None
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey: names and messages may come from anywhere."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _is_run(folder: Path) -> bool:

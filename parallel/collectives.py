@@ -161,8 +161,13 @@ def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
     """Write one exchange into every open ledger."""
     for ledger in _open_ledgers:
         ledger.records.append(Record(op, phase, num_bytes, steps))
+    reached(f"{op} of {phase}")
+
+
+def reached(place: str) -> None:
+    """Tell who follows that this rank has come to a place which all ranks come to: an exchange, or what is like one."""
     for last in _followers:
-        last.count, last.name = last.count + 1, f"{op} of {phase}"
+        last.count, last.name = last.count + 1, place
 
 
 @dataclass

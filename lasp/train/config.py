@@ -22,6 +22,11 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _is_utf8(path: str) -> bool:
+    """Names of files may be any bytes, which Python keeps as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
@@ -379,8 +384,13 @@ class TrainConfig:
             self.profile is None or len(self.profiled) > 0,
             f'profile must be the first and the last step of a trace, as in "10:13", got {self.profile!r}',
         )
+        _require(
+            self.profile is None or self.profiled.start <= self.steps,
+            f"profile must begin at one of the {self.steps} steps, got {self.profile!r}",
+        )
         _require(self.accumulation >= 1, f"accumulation must be at least 1, got {self.accumulation}")
         _require(bool(self.output), 'output must name a folder, got ""')
+        _require(_is_utf8(self.output), f"output must be UTF-8, as what writes checkpoints asks, got {self.output!r}")
         _require(0 <= self.seed < 1 << 64, f"seed must not be negative and less than 2^64, got {self.seed}")
         _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')
         _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+_NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens_per_second")  # without which a line is no step
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -106,13 +108,16 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     """
     if path.is_fifo() or not path.exists():
         return []
-    found = []
+    found, bad = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 found.append(_step(line))
             except (ValueError, TypeError, RecursionError) as error:
-                warnings.warn(f"{str(path)!r}, line {number} is no step of a run: {error}", stacklevel=2)
+                bad.append(f"line {number} is no step of a run: {error}")
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        warnings.warn(f"{str(path)!r}, {bad[0]}{more}", stacklevel=2)
     return found
 
 
@@ -120,8 +125,10 @@ def _step(line: str) -> StepMetrics:
     told = json.loads(line)
     if not isinstance(told, dict):
         raise TypeError(f"it is a {type(told).__name__}")
+    if lacking := [name for name in _NUMBERS if name not in told]:
+        raise TypeError(f"it has no {', '.join(lacking)}")
     known = StepMetrics(**{name: value for name, value in told.items() if name in StepMetrics.__dataclass_fields__})
-    numbers = (known.step, known.loss, known.lr, known.grad_norm, known.tokens_per_second)
+    numbers = [getattr(known, name) for name in _NUMBERS]
     if not all(isinstance(value, int | float) for value in numbers) or not isinstance(known.validation, dict | None):
         raise TypeError("a value of it is of another kind")
     return known

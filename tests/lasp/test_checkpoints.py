@@ -19,6 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lasp.launch.export import main as export_command
+from lasp.parallel import collectives
 from lasp.parallel.group import shutdown
 from lasp.train.checkpoints import manifest as manifests
 from lasp.train.checkpoints import writer
@@ -503,6 +504,15 @@ def test_a_rank_that_writes_nothing_copies_nothing():
     """Where ranks share no folder, all but the first."""
     copies = Copies()
     assert [copies.of({}) for _ in range(2)] == [{}, {}]
+
+
+@pytest.mark.parametrize(("background", "told"), [(False, (1, "its part is written")), (True, (0, "none"))])
+def test_who_watches_is_told_which_rank_has_written_where_training_waits(again, background, told):
+    trainer = Trainer.start(Run.prepare(replace(again, async_save=background)), Ranks.join(again))
+    last = collectives.Last()
+    with collectives.following(last):
+        trainer.checkpoints.save(7, trainer.engine, True)
+    assert (last.count, last.name) == told
 
 
 @pytest.mark.parametrize("saves", [2, pytest.param(100, marks=pytest.mark.slow)])

@@ -50,6 +50,21 @@ def test_runs_are_listed_with_state_and_last_step(tmp_path, capsys):
     assert [state.name for state in runs.find_runs(tmp_path / "a")] == ["a"]
 
 
+def test_a_list_of_runs_says_nothing_to_the_terminal_but_text(tmp_path, capsys):
+    folder = leave(tmp_path / "a\nb", 2, None)
+    Status("failed", 9, "\x1b[31mred\x1b[0m \a").write(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("{}\n" * 3)
+    with pytest.warns(
+        UserWarning, match=r"line 3 is no step of a run: it has no step, loss, .* \(and 2 more\)"
+    ) as told:
+        assert runs.main([str(tmp_path)]) == 0
+    assert len(told) == 1
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("a?b  failed")
+    assert line.endswith("?[31mred?[0m ?")
+
+
 def test_who_holds_a_folder_is_told_without_holding_it(tmp_path):
     assert holder(tmp_path) is None
     with locked(tmp_path):

@@ -152,6 +152,8 @@ def test_every_recipe_is_a_configuration_known_by_its_name():
         (["{recipe}", "--memory.offload", "true"], ["memory.offload moves what memory.checkpoint_every keeps: set it"]),
         (["{recipe}", "--dp", "0"], ["dp must be at least 1, got 0"]),
         (["{recipe}", "--output", "o" * 300], ["cannot write to the output folder", "File name too long"]),
+        (["{recipe}", "--output", "o\udcff"], ["output must be UTF-8", "udcff"]),
+        (["{recipe}", "--profile", "99999:100000"], ["profile must begin at one of the", "99999:100000"]),
         (["{recipe}", "--elastic", "true"], ["elastic = true needs dp"]),
         (["{recipe}", "--timeout", "0"], ["timeout must be positive and at most 604800, got 0"]),
         (["{recipe}", "--timeout", "1e300"], ["timeout must be positive and at most 604800, got 1e+300"]),

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 
+from lasp.parallel.collectives import reached
 from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
 from lasp.train.checkpoints.export import read_weights, write_model
 from lasp.train.checkpoints.folders import (
@@ -77,7 +78,12 @@ class Folders:
             state = weights | flatten(kept) | self._random()
             if self.ranks.any(not partial.is_dir()):
                 state = self._whole(state)
-            writer = ShardWriter(partial, lambda written: self._finish(step, partial, path, last, written))
+            writer = ShardWriter(
+                partial,
+                lambda written: self._finish(step, partial, path, last, written),
+                # Where training waits, a watchdog is told who has written.
+                None if self.run.config.async_save else lambda: reached("its part is written"),
+            )
             planner = DefaultSavePlanner(flatten_state_dict=False)
             options: dict[str, Any] = {"storage_writer": writer, "planner": planner}
             if self.run.config.async_save:

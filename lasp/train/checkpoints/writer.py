@@ -27,10 +27,16 @@ class ShardWriter(StorageWriter):
     """Storage of DCP: what it keeps are tensors, and no pickles.
 
     finish: called on rank 0 when all ranks have written; it is told their files. What it raises, all ranks raise.
+    written: called on every rank when it has written, before it waits for the others.
     """
 
-    def __init__(self, folder: Path, finish: Callable[[Mapping[str, Entry]], None]) -> None:
-        self.folder, self._finish = folder, finish
+    def __init__(
+        self,
+        folder: Path,
+        finish: Callable[[Mapping[str, Entry]], None],
+        written: Callable[[], None] | None = None,
+    ) -> None:
+        self.folder, self._finish, self._written = folder, finish, written
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -57,6 +63,8 @@ class ShardWriter(StorageWriter):
             save_file({part_name(item.index): _own(planner.resolve_data(item)) for item in items}, path)
             kept = (name, flushed(path))
             results += [WriteResult(item.index, 0, kept) for item in items]
+        if self._written is not None:
+            self._written()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
