@@ -396,6 +396,7 @@ def _last_channels() -> list[Channel]:
 
 
 def _last_channel(process_group: dist.ProcessGroup) -> Channel:
+    """Where to leave a process group: its header tells the orders of the SequenceGroups that are alive over it."""
     last = Channel(process_group)
     taken = [channel for channel in _controls.get(process_group, ()) if channel.followed]
     last.others = tuple(sorted(taken, key=lambda channel: channel.identity[NUMBER])[:_TOLD])

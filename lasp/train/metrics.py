@@ -103,8 +103,8 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[StepMetrics]:
     """The steps in a metrics file, none when there is no such file.
 
-    A last line that was cut short is left out; so is one that is no step, with a warning: it is a record, and no run
-    depends on it.
+    A last line that was cut short is left out; so are lines that are no step, with one warning for all of them: it is a
+    record, and no run depends on it.
     """
     if path.is_fifo() or not path.exists():
         return []
