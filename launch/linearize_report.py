@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lasp.train.files import replaced
 from lasp.train.ranks import Ranks
 
 STAGES = ("teacher", "converted", "transferred", "trained")
@@ -41,9 +42,8 @@ class Report:
         """Add to what is found, the same on every rank, and write it; all ranks call this."""
         self.found |= found
         if ranks.is_main:
-            partial = self.folder / ".report.json"
-            partial.write_text(json.dumps({"asked": self.asked, **self.found}, indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.folder / "report.json")
+            with replaced(self.folder / "report.json") as partial:
+                partial.write_text(json.dumps({"asked": self.asked, **self.found}, indent=2) + "\n", encoding="utf-8")
             self._draw()
         ranks.barrier()
 

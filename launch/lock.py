@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lasp.train.files import regular
+
 NAME = ".lock"
 """The file in the folder. It stays there: who removed it could leave two holders of two files."""
 
@@ -27,9 +29,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = regular(str(folder / NAME), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
+        raise ValueError(f"cannot write to the output folder {str(folder)!r}: {NAME}: {error.strerror}") from error
     try:
         _take(file, folder)
         yield
@@ -68,8 +70,11 @@ def _take(file: int, folder: Path) -> None:
         told = f"lasp: warning: no lock on {str(folder)!r} ({error.strerror}): see that no other run writes there"
         print(told, file=sys.stderr, flush=True)
         return
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {str(folder)!r}: {NAME}: {error.strerror}") from error
 
 
 def _lock(file: int, tries: int = 3) -> None:

@@ -1,6 +1,5 @@
 """`lasp runs FOLDER`: the runs in a folder, the state of each and how far it is."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import NamedTuple
 from lasp.launch.cli import Parser
 from lasp.launch.lock import holder
 from lasp.launch.outcome import Outcome
+from lasp.train.checkpoints.comparison import RUN
 from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_step, list_checkpoints
+from lasp.train.checkpoints.manifest import read_json
 from lasp.train.metrics import read_metrics
 from lasp.train.status import Status, read_status
 
@@ -21,7 +22,7 @@ class State(NamedTuple):
     word: str
     """"running"; "done", all of its steps; "stopped", told to, and saved; "failed", by an error of its own, which
     `told` says; "crashed", killed from outside. Resuming goes on with the last three. "no checkpoint" where a run left
-    neither a word of its own nor a checkpoint."""
+    neither a word of its own nor a checkpoint; "unreadable" where its files cannot be read, `told` says why."""
 
     step: int
     steps: int | None
@@ -31,7 +32,7 @@ class State(NamedTuple):
     """When the last step was, in seconds since 1970."""
 
     told: str = ""
-    """What it failed by."""
+    """What it failed by, or cannot be read by."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +67,14 @@ def find_runs(folder: Path) -> list[State]:
 
 def state_of(folder: Path) -> State:
     """How far the run with this output folder is."""
+    try:
+        return _read(folder)
+    except OSError as error:  # one that cannot be read hides no other
+        told = _printable(str(error))
+        return State(_printable(folder.name), "unreadable", 0, None, None, None, folder.stat().st_mtime, told)
+
+
+def _read(folder: Path) -> State:
     metrics = folder / "metrics.jsonl"
     done, status = read_metrics(metrics), read_status(folder)
     saved = list_checkpoints(checkpoint_folder(folder))
@@ -88,8 +97,8 @@ def _word(folder: Path, status: Status | None, last: int | None, steps: int | No
 
 def _steps_of(checkpoint: Path) -> int | None:
     try:
-        steps = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        steps = read_json(checkpoint, RUN).get("steps")
+    except ValueError:
         return None
     return steps if isinstance(steps, int) else None
 

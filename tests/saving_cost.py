@@ -28,7 +28,7 @@ def main(folder: Path) -> str:
     for trainer in trainers(config):
         for step in range(1, 6):
             began = time.perf_counter()
-            trainer.checkpoints.save(step, trainer.engine, False)
+            trainer.checkpoints.save(step, trainer.engine, False, trainer.kept)
             saved.append(time.perf_counter() - began)
             trainer.checkpoints._wait()
             manifest = Manifest.read(checkpoint_path(trainer.run.config.output, step))

@@ -390,7 +390,12 @@ class TrainConfig:
         )
         _require(self.accumulation >= 1, f"accumulation must be at least 1, got {self.accumulation}")
         _require(bool(self.output), 'output must name a folder, got ""')
-        _require(_is_utf8(self.output), f"output must be UTF-8, as what writes checkpoints asks, got {self.output!r}")
+        _require(self.resume != "", 'resume must name a checkpoint, or "latest", got ""')
+        _require(self.data.cache != "", 'data.cache must name a folder, got ""')
+        paths = [("output", self.output), ("resume", self.resume), ("data.cache", self.data.cache)]
+        paths += [("data.source", source) for source in self.data.mixture]
+        for name, path in [*paths, ("validation.source", self.validation.source)]:
+            _require(_is_utf8(path or ""), f"{name} must be UTF-8, as what writes checkpoints asks, got {path!r}")
         _require(0 <= self.seed < 1 << 64, f"seed must not be negative and less than 2^64, got {self.seed}")
         _require(self.device in (None, "cpu", "cuda"), f'device must be "cpu" or "cuda", got {self.device!r}')
         _require(self.sp >= 1, f"sp must be at least 1, got {self.sp}")

@@ -5,7 +5,10 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
+
+from lasp.train.files import regular
 
 Say = Callable[[str], None]
 
@@ -30,7 +33,7 @@ def logged(path: Path, rank: int) -> Iterator[Say]:
 
 
 class _Lines(logging.FileHandler):
-    """A line per message, warnings and worse. A disk that is full ends no run."""
+    """A line per message, warnings and worse. A disk that is full, or a path that is no file, ends no run."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(path, encoding="utf-8", delay=True)
@@ -46,6 +49,15 @@ class _Lines(logging.FileHandler):
     def say(self, line: str) -> None:
         """Write a line of our own."""
         self.handle(logging.LogRecord("lasp", logging.INFO, "", 0, line, None, None))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # of opening it
+            self.handleError(record)
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=regular)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._complained:

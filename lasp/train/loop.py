@@ -4,7 +4,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,7 +87,10 @@ class Trainer:
     """Told what is done next, each time."""
 
     saved: Callable[[], None] = lambda: None
-    """Called when a state was kept."""
+    """Called when a state was saved, or is being written in the background."""
+
+    kept: Callable[[int], None] = lambda step: None
+    """Called with the steps behind a state when that is there for good, on the main rank, in any thread."""
 
     say: Callable[[list[str]], None] = show
     """Told what people should know, on the main rank."""
@@ -186,7 +189,8 @@ class Trainer:
             stopped, late = self.ranks.any_of(stop is not None and stop(), late)
             if stopped or late or self._due(config.save_every or config.steps):
                 self.at(f"the checkpoint of step {self.steps_done}")
-                self.checkpoints.save(self.steps_done, self.engine, stopped or self.steps_done == config.steps)
+                last = stopped or self.steps_done == config.steps
+                self.checkpoints.save(self.steps_done, self.engine, last, self.kept)
                 saved = time.monotonic()
                 self.saved()
 
@@ -220,7 +224,8 @@ def train(
         if end is not None:
             trainer.at = stack.enter_context(Watchdog(run.config.timeout, ranks.everyone, end)).at
         watch = stack.enter_context(Watch(run, ranks, trainer.steps_done))
-        trainer.saved, trainer.say = watch.saved, watch.say
+        trainer.kept, trainer.saved, trainer.say = watch.kept, watch.draw, watch.say
+        stack.enter_context(_settled(trainer.checkpoints))
         if ranks.is_main:
             watch.say(describe(run, ranks, trainer.engine.model))
         for result in trainer.rest(stop):
@@ -232,6 +237,20 @@ def train(
     if ranks.is_main and run.config.lora.merge and done == run.config.steps:
         merge_adapters(run, checkpoint)
     return Summary(losses, validation, watch.metrics, watch.plot, checkpoint, done < run.config.steps)
+
+
+@contextmanager
+def _settled(checkpoints: Checkpointer) -> Iterator[None]:
+    """Where the block fails, see first that what is written in the background is there, or gone."""
+    try:
+        yield
+    except OSError:
+        checkpoints.close()  # which raises its own: a disk that has no room for a line has none for a checkpoint either
+        raise
+    except Exception:
+        with suppress(OSError):
+            checkpoints.close()
+        raise
 
 
 def conclude(run: Run) -> Path:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lasp.train.files import NO_FILE, regular, replaced
+
 _NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens_per_second")  # without which a line is no step
 
 
@@ -78,9 +80,8 @@ class MetricsFile:
     def __init__(self, path: Path, steps_done: int = 0) -> None:
         self.kept = [metrics for metrics in read_metrics(path) if metrics.step <= steps_done] if steps_done else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(_line(metrics) for metrics in self.kept), encoding="utf-8")
-        partial.replace(path)
+        with replaced(path) as partial:
+            partial.write_text("".join(_line(metrics) for metrics in self.kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -101,19 +102,24 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps in a metrics file, none when there is no such file.
+    """The steps in a metrics file, none when there is no such file. OSError where it cannot be read.
 
     A last line that was cut short is left out; so are lines that are no step, with one warning for all of them: it is a
     record, and no run depends on it.
     """
-    if path.is_fifo() or not path.exists():
-        return []
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="\n", opener=regular) as file:
+            lines = file.readlines()
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return []
+        raise OSError(error.errno, error.strerror, str(path)) from error
     found, bad = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+    for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
             try:
                 found.append(_step(line))
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 bad.append(f"line {number} is no step of a run: {error}")
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -125,13 +131,15 @@ def _step(line: str) -> StepMetrics:
     told = json.loads(line)
     if not isinstance(told, dict):
         raise TypeError(f"it is a {type(told).__name__}")
-    if lacking := [name for name in _NUMBERS if name not in told]:
+    known = {name: told[name] for name in StepMetrics.__dataclass_fields__ if told.get(name) is not None}
+    if lacking := [name for name in _NUMBERS if name not in known]:
         raise TypeError(f"it has no {', '.join(lacking)}")
-    known = StepMetrics(**{name: value for name, value in told.items() if name in StepMetrics.__dataclass_fields__})
-    numbers = [getattr(known, name) for name in _NUMBERS]
-    if not all(isinstance(value, int | float) for value in numbers) or not isinstance(known.validation, dict | None):
+    held = known.get("validation", {})
+    numbers = [value for name, value in known.items() if name != "validation"]
+    if not isinstance(held, dict) or not all(isinstance(value, int | float) for value in (*numbers, *held.values())):
         raise TypeError("a value of it is of another kind")
-    return known
+    sum(map(float, (*numbers, *held.values())))  # OverflowError: not every whole number is one that can be drawn
+    return StepMetrics(**known)
 
 
 def _line(metrics: StepMetrics) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lasp.train.files import replaced
 from lasp.train.metrics import StepMetrics
 
 
@@ -49,11 +50,10 @@ def _draw(runs: Mapping[str, Sequence[StepMetrics]], picture: Path, smooth: int 
     # Put in afterwards: a name of a folder is no formula ("$"), and one that begins with "_" is told as well.
     legend = axes.legend(named.values(), ["run"] * len(named))
     for text, name in zip(legend.get_texts(), named, strict=True):
-        text.set(text=name, parse_math=False)
+        text.set(text=name.encode(errors="replace").decode(), parse_math=False)  # names of files may be any bytes
     picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f".{picture.name}")  # who looks meanwhile sees the last one
-    figure.savefig(partial, dpi=120)
-    partial.replace(picture)
+    with replaced(picture) as partial:  # who looks meanwhile sees the last one
+        figure.savefig(partial, dpi=120)
 
 
 def smoothed(losses: Sequence[float], steps: int) -> list[float]:

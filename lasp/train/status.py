@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from lasp.train.files import regular, replaced
+
 WORDS = ("running", "done", "stopped", "failed")
+_LIMIT = 1 << 20
 
 
 class Status(NamedTuple):
@@ -21,15 +24,15 @@ class Status(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Put it in the place of what the folder has."""
-        partial = folder / ".status.json"
-        partial.write_text(json.dumps(self._asdict()) + "\n", encoding="utf-8")
-        partial.replace(folder / "status.json")
+        with replaced(folder / "status.json") as partial:
+            partial.write_text(json.dumps(self._asdict()) + "\n", encoding="utf-8")
 
 
 def read_status(folder: Path) -> Status | None:
     """What a folder says; None where it says nothing that can be read."""
     try:
-        found = Status(**json.loads((folder / "status.json").read_text(encoding="utf-8")))
+        with open(folder / "status.json", encoding="utf-8", opener=regular) as file:
+            found = Status(**json.loads(file.read(_LIMIT)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     return found if found.word in WORDS and isinstance(found.steps, int) else None

@@ -19,6 +19,7 @@ from lasp.parallel import collectives
 from lasp.parallel.gradients import sync_gradients
 from lasp.train.config import OptimizerConfig
 from lasp.train.data.batches import all_rows
+from lasp.train.files import replaced
 from lasp.train.optimizer import learning_rate
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
@@ -157,10 +158,9 @@ def _everywhere(ranks: Ranks, x: Tensor) -> Tensor:
 
 
 def _save(path: Path, trained: dict[str, Tensor], adam: torch.optim.Optimizer, done: int) -> None:
-    partial = path.with_name(f".{path.name}")
     weights = {name: x.detach().cpu() for name, x in trained.items()}
-    torch.save({"step": done, "weights": weights, "optimizer": adam.state_dict()}, partial)
-    partial.replace(path)
+    with replaced(path) as partial:
+        torch.save({"step": done, "weights": weights, "optimizer": adam.state_dict()}, partial)
 
 
 @torch.no_grad()

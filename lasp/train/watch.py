@@ -1,5 +1,6 @@
 """Watch: all that people look at of a run. Its main rank shows and writes it; the others only log their warnings."""
 
+import logging
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ class Watch:
         self._config, self._ranks, self._done = run.config, ranks, steps_done
         self.folder = Path(run.config.output)
         self.metrics, self.plot = self.folder / "metrics.jsonl", self.folder / "loss.png"
+        self._undrawn = False
 
     def __enter__(self) -> Self:
         config, main = self._config, self._ranks.is_main
@@ -74,11 +76,21 @@ class Watch:
             self._log(f"step {metrics.step}/{self._config.steps}  {line(metrics)}")
             self._track(metrics)
 
-    def saved(self) -> None:
-        """Take note that the state after the last step is kept."""
-        if self._ranks.is_main:
-            self._log(f"checkpoint of step {self._done}")
+    def kept(self, step: int) -> None:
+        """Take note, on the main rank, that the state after a step is kept."""
+        self._log(f"checkpoint of step {step}")
+
+    def draw(self) -> None:
+        """Draw the losses so far, on the main rank. Where there can be no picture, a warning says so once."""
+        if not self._ranks.is_main:
+            return
+        try:
             draw({self.folder.name: self._steps}, self.plot)
+        except Exception as error:  # of the disk, or one of matplotlib's many
+            if not self._undrawn:
+                told = (str(error) or type(error).__name__).splitlines()[0]
+                logging.getLogger(__name__).warning("cannot draw %r: %s", str(self.plot), told)
+            self._undrawn = True
 
     def _is_replaced(self) -> bool:
         try:

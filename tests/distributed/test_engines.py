@@ -209,12 +209,12 @@ def test_a_rank_that_cannot_write_ends_the_run_on_all_and_without_a_shared_folde
 
     ranks = Ranks.join(replace(config, engine="fsdp2"))
     trainer = Trainer.start(Run.prepare_together(replace(config, engine="fsdp2"), ranks.everyone), ranks)
-    trainer.checkpoints.save(1, trainer.engine, False)
+    trainer.checkpoints.save(1, trainer.engine, False, trainer.kept)
     with monkeypatch.context() as patch:
         if world.rank == 2:
             patch.setattr("lasp.train.checkpoints.writer.save_file", full_disk)
         with pytest.raises(OSError, match=r"cannot save '.*step-000002': .*No space left on device.*\(rank 2\)"):
-            trainer.checkpoints.save(2, trainer.engine, False)
+            trainer.checkpoints.save(2, trainer.engine, False, trainer.kept)
     folder = checkpoint_path(config.output, 1).parent
     world.barrier()
     assert os.listdir(folder) == ["step-000001"]
@@ -222,7 +222,7 @@ def test_a_rank_that_cannot_write_ends_the_run_on_all_and_without_a_shared_folde
     if world.rank:  # as on machines that share no folder
         elsewhere = replace(trainer.run.config, output=config.output + "-elsewhere")
         trainer.checkpoints.run = replace(trainer.run, config=elsewhere)
-    trainer.checkpoints.save(3, trainer.engine, False)
+    trainer.checkpoints.save(3, trainer.engine, False, trainer.kept)
     one, two = (Manifest.read(folder / name).check() for name in ("step-000001", "step-000003"))
     assert [sum("rank" in name for name in manifest.files) for manifest in (one, two)] == [4, 1]
     assert all(torch.equal(value, read_weights(two)[name]) for name, value in read_weights(one).items())

@@ -35,6 +35,7 @@ from lasp.train.checkpoints.manifest import Damaged, Manifest, write_manifest
 from lasp.train.checkpoints.staging import Copies
 from lasp.train.config import DataConfig, TrainConfig
 from lasp.train.engines.engine import flatten
+from lasp.train.files import sealed
 from lasp.train.loop import Summary, Trainer, train
 from lasp.train.ranks import Ranks
 from lasp.train.run import Run
@@ -301,7 +302,7 @@ def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
         content = json.loads((path / name).read_text())
         content.pop("sha256", None)
         change(content)
-        content = manifests._sealed(content) if name == manifests.FILE else content
+        content = sealed(content) if name == manifests.FILE else content
         (path / name).write_text(json.dumps(content))
         if name != manifests.FILE:
             seal(path)
@@ -419,7 +420,7 @@ def test_a_large_state_is_eight_files_alike_in_size_which_one_rank_reads_again(a
     """R15: they are compared side by side."""
     trainer = Trainer.start(Run.prepare(again), Ranks.join(again))
     monkeypatch.setattr(writer, "LEAST", 1 << 12)
-    trainer.checkpoints.save(7, trainer.engine, False)
+    trainer.checkpoints.save(7, trainer.engine, False, trainer.kept)
     path = checkpoint_path(again.output, 7)
     sizes = [file.stat().st_size for file in sorted(path.glob("state/*.safetensors"))]
     assert len(sizes) == 8
@@ -458,7 +459,7 @@ def test_a_save_that_fails_leaves_the_others_as_they_were(again, background, pla
         wrong = r"step-000009': .*File too large.*\(rank 0\)"
     try:
         with pytest.raises(OSError, match=f"cannot save '.*{wrong}"):
-            trainer.checkpoints.save(9, trainer.engine, True)
+            trainer.checkpoints.save(9, trainer.engine, True, trainer.kept)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -511,7 +512,7 @@ def test_who_watches_is_told_which_rank_has_written_where_training_waits(again, 
     trainer = Trainer.start(Run.prepare(replace(again, async_save=background)), Ranks.join(again))
     last = collectives.Last()
     with collectives.following(last):
-        trainer.checkpoints.save(7, trainer.engine, True)
+        trainer.checkpoints.save(7, trainer.engine, True, trainer.kept)
     assert (last.count, last.name) == told
 
 
@@ -521,7 +522,7 @@ def test_what_is_saved_in_the_background_is_the_state_at_the_call(again, saves):
     for step in range(7, 7 + saves):
         trainer.step()
         expected = {name: value.clone() for name, value in trainer.engine.model.state_dict().items()}
-        trainer.checkpoints.save(step, trainer.engine, step == 6 + saves)
+        trainer.checkpoints.save(step, trainer.engine, step == 6 + saves, trainer.kept)
         for parameter in trainer.engine.model.parameters():
             parameter.data.add_(1.0)  # as training would, while the writer is at work
         path = checkpoint_path(again.output, step)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 
 from lasp.parallel.collectives import reached
-from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
+from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read, was_asked
 from lasp.train.checkpoints.export import read_weights, write_model
 from lasp.train.checkpoints.folders import (
     checkpoint_path,
@@ -44,15 +44,21 @@ _RANDOM = "random: "
 
 
 class Checkpointer(Protocol):
-    """Keeps the states of a run. All ranks call every method together."""
+    """Keeps the states of a run. All ranks call `save` and `load` together."""
 
-    def save(self, step: int, engine: Engine, last: bool) -> None:
+    def save(self, step: int, engine: Engine, last: bool, kept: Callable[[int], None]) -> None:
         """Keep the state after `step` steps; once the `last` of a run has been saved, all are kept. OSError, on every
-        rank, where that cannot be done, or could not with the one before."""
+        rank, where that cannot be done, or could not with the one before.
+
+        kept: called with the step on the main rank, in any thread, when the state is there for good.
+        """
 
     def load(self, path: Path, engine: Engine) -> int:
         """Put a state into an engine that has done nothing; returns the steps behind it. ValueError, on every rank,
         when it cannot be read or is of something else; then nothing of it was loaded."""
+
+    def close(self) -> None:
+        """Wait for what is still written. OSError where that cannot be done."""
 
 
 @dataclass
@@ -68,19 +74,24 @@ class Folders:
     _pending: Any = field(default=None, init=False)
     _writing: Path | None = field(default=None, init=False)
 
-    def save(self, step: int, engine: Engine, last: bool) -> None:
+    def save(self, step: int, engine: Engine, last: bool, kept: Callable[[int], None]) -> None:
         self._wait()
         path = checkpoint_path(self.run.config.output, step)
         partial = partial_path(path)
         with self._saving(path):
             self.ranks.together(lambda: self._begin(partial))
-            weights, kept = engine.state()
-            state = weights | flatten(kept) | self._random()
+            weights, optimizer = engine.state()
+            state = weights | flatten(optimizer) | self._random()
             if self.ranks.any(not partial.is_dir()):
                 state = self._whole(state)
+
+            def finish(written: Mapping[str, Entry]) -> None:
+                self._finish(step, partial, path, last, written)
+                kept(step)
+
             writer = ShardWriter(
                 partial,
-                lambda written: self._finish(step, partial, path, last, written),
+                finish,
                 # Where training waits, a watchdog is told who has written.
                 None if self.run.config.async_save else lambda: reached("its part is written"),
             )
@@ -94,11 +105,14 @@ class Folders:
             else:
                 dcp.save(state, process_group=self.ranks.everyone.control, **options)
         if last:
-            self._wait()
-            if copies := self.__dict__.pop("_copies", None):
-                copies.close()
-            if background := self.__dict__.pop("_writer", None):
-                background.shutdown()
+            self.close()
+
+    def close(self) -> None:
+        self._wait()
+        if copies := self.__dict__.pop("_copies", None):
+            copies.close()
+        if background := self.__dict__.pop("_writer", None):
+            background.shutdown()
 
     def _wait(self) -> None:
         """See that what is written in the background is complete."""
@@ -181,7 +195,8 @@ class Folders:
         partial.rename(path)
         flush_folder(path.parent)
         for old in superseded(list_checkpoints(path.parent), run.config):
-            delete_checkpoint(old)
+            if run.config.keep_last is not None or not was_asked(old):
+                delete_checkpoint(old)
 
     def _read(self) -> dict[str, Any]:
         """What a step reads."""

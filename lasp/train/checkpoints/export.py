@@ -1,5 +1,6 @@
 """A model in the files of Hugging Face, from a checkpoint of any number of ranks."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from lasp.train.model import ModelPlan
 def export(checkpoint: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a checkpoint into a new folder, for `from_pretrained`; adapters for peft.
 
-    ValueError for a checkpoint that is damaged, and for a folder that holds something.
+    ValueError for a checkpoint that is damaged, and for a folder that holds something, or is a link.
     """
     folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists already: export into a new folder")
     manifest = Manifest.read(checkpoint).check()
     partial = folder.with_name(f".{folder.name}.partial")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lasp.train.config import TrainConfig
 
-_NAME = re.compile(r"step-(\d{6,})")
-_PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\w+")
+_NAME = re.compile(r"step-(\d{6,})", re.ASCII)
+_PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\w+", re.ASCII)
 
 
 def checkpoint_folder(output: str | Path) -> Path:
@@ -26,8 +26,13 @@ def partial_path(path: Path) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest step first."""
-    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=checkpoint_step)
+    """The complete checkpoints in a folder, oldest step first; none where there is no such folder. OSError where it
+    cannot be read."""
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(found, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:

@@ -1,18 +1,20 @@
 """Manifest: what a whole checkpoint consists of, down to the bit."""
 
+import errno
 import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from lasp.train.checkpoints.folders import checkpoint_step
+from lasp.train.files import NO_FILE, regular, sealed, unsealed
 
 FILE = "manifest.json"
 VERSION = 1
@@ -51,15 +53,18 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Self:
         """That of the checkpoint in this folder, with every file there in its size. Damaged where one is not, or the
-        manifest is of another step; ValueError for a checkpoint of another version of this package."""
+        manifest is of another step; ValueError for a checkpoint of another version of this package, and for files that
+        cannot be read."""
         if not path.is_dir():
             kind = Damaged if os.path.lexists(path) else ValueError  # a file, or a link that leads nowhere
             raise kind(f"{str(path)!r} is not a checkpoint: there is no such folder")
-        if (path / "training.pt").exists() and not (path / FILE).exists():
+        if os.path.exists(path / "training.pt") and not os.path.exists(path / FILE):
             raise ValueError(f"checkpoint {str(path)!r} was written by an earlier version of lasp, which can read it")
         content, sha256 = _parse(path, FILE)
-        if content.pop("sha256", None) != _sealed(content)["sha256"]:
-            raise Damaged(f"{str(path / FILE)!r} of the checkpoint is damaged: its SHA-256 is not what was written")
+        try:
+            content = unsealed(content)
+        except ValueError as error:
+            raise Damaged(f"{str(path / FILE)!r} of the checkpoint is damaged: {error}") from error
         if content.get("version") != VERSION:
             raise ValueError(f"checkpoint {str(path)!r} has version {content.get('version')!r}; known is {VERSION}")
         step = content.get("step")
@@ -70,13 +75,14 @@ class Manifest:
         except Exception as error:  # what was written may be anything
             raise Damaged(f"{str(path / FILE)!r} is not the manifest of a checkpoint") from error
         for name, entry in files.items():
-            with open_file(path, name) as file:
+            with reading(path, name) as file:
                 if (size := os.fstat(file.fileno()).st_size) != entry.size:
                     raise Damaged(f"{str(path / name)!r} of the checkpoint has {size} bytes; {entry.size} were written")
         return cls(path, files, sha256)
 
     def check(self, names: Iterable[str] | None = None) -> Self:
-        """Compare these files, by default all, with their checksums. Damaged, naming the first that differs."""
+        """Compare these files, by default all, with their checksums. Damaged, naming the first that differs; ValueError
+        for one that cannot be read."""
         with ThreadPoolExecutor(min(TOGETHER, os.cpu_count() or 1)) as pool:
             list(pool.map(self._check, sorted(self.files if names is None else names)))
         return self
@@ -84,7 +90,7 @@ class Manifest:
     def _check(self, name: str) -> None:
         if name not in self.files:
             raise Damaged(f"{str(self.path / name)!r} is not among the files of the checkpoint's manifest")
-        with open_file(self.path, name) as file:
+        with reading(self.path, name) as file:
             found = Entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
         if found != self.files[name]:
             raise Damaged(
@@ -104,7 +110,7 @@ def write_manifest(folder: Path, step: int, written: Mapping[str, Entry]) -> Non
     others = {str(path.relative_to(folder).as_posix()): path for path in paths if path.is_file()}
     files = {name: written.get(name) or flushed(path) for name, path in others.items()}
     content = {"version": VERSION, "step": step, "files": {name: entry._asdict() for name, entry in files.items()}}
-    (folder / FILE).write_text(json.dumps(_sealed(content), indent=1) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(sealed(content), indent=1) + "\n", encoding="utf-8")
     flushed(folder / FILE)
     for path in (*(path for path in paths if path.is_dir()), folder):
         flush_folder(path)
@@ -126,20 +132,20 @@ def flush_folder(path: Path) -> None:
         os.close(folder)
 
 
-def open_file(folder: Path, name: str) -> BufferedReader:
-    """A file of a checkpoint, open for reading. Damaged unless it is one, in that very folder: no link leads out, a
-    FIFO would wait, a device has no end."""
+@contextmanager
+def reading(folder: Path, name: str) -> Iterator[BufferedReader]:
+    """A file of a checkpoint, open for reading. Damaged unless it is one, in that very folder: no link leads out.
+    ValueError, naming it, where it is one and cannot be read: it may be whole, and is not to be taken for damaged."""
     path = folder / name
     try:
         if path.parent != folder and path.parent.is_symlink():
-            raise OSError
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            raise NotADirectoryError(errno.ENOTDIR, "a link leads there")
+        with open(path, "rb", opener=lambda path, flags: regular(path, flags | os.O_NOFOLLOW)) as file:
+            yield file
     except OSError as error:
-        raise Damaged(f"{str(path)!r} of the checkpoint is missing, or no file") from error
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise Damaged(f"{str(path)!r} of the checkpoint is missing, or no file")
-    return os.fdopen(file, "rb")
+        if error.errno in NO_FILE:
+            raise Damaged(f"{str(path)!r} of the checkpoint is missing, or no file") from error
+        raise ValueError(f"cannot read {str(path)!r} of the checkpoint: {error.strerror or error}") from error
 
 
 def read_json(folder: Path, name: str, limit: int = _LIMIT) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def read_json(folder: Path, name: str, limit: int = _LIMIT) -> dict[str, Any]:
 def _parse(folder: Path, name: str, limit: int = _LIMIT) -> tuple[dict[str, Any], str]:
     """The same, and the checksum of the file."""
     path = folder / name
-    with open_file(folder, name) as file:
+    with reading(folder, name) as file:
         text = file.read(limit + 1)
     try:
         if len(text) > limit:
@@ -163,11 +169,6 @@ def _parse(folder: Path, name: str, limit: int = _LIMIT) -> tuple[dict[str, Any]
     if not isinstance(content, dict):
         raise Damaged(f"{str(path)!r} of the checkpoint is not a JSON object")
     return content, hashlib.sha256(text).hexdigest()
-
-
-def _sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says, with a checksum of that."""
-    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def _entry(name: str, written: Mapping[str, Any]) -> Entry:

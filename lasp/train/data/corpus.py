@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lasp.train.data.documents import Part, find_parts, open_file, read_documents
-from lasp.train.data.shards import Document, Shard, write_shard
+from lasp.train.data.shards import FORMAT, Document, Shard, write_shard
 from lasp.train.data.tokenizer import Tokenizer, load_tokenizer
 
 _SHARD = 64 << 20  # bytes of files that go into a shard together
@@ -168,7 +168,7 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _key(parts: Iterable[Part], field: str, tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(f"{tokenizer.key}\0{field}".encode())
+    digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.key}\0{field}".encode())
     for part in parts:
         status = _status(part.path)
         told = f"\0{part.path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{part.start}\0{part.stop}"

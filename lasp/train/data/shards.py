@@ -1,6 +1,7 @@
 """A shard: the tokens of some documents in one file, mapped into memory when it is read.
 
 header      one line of JSON, filled up with spaces to 4096 bytes: sizes, dtype, the tokenizer, a checksum of the rest
+            and one of itself
 bounds      [documents + 1] int64, where documents begin and end
 hashes      [documents] uint32, of their contents: who is held out is decided by them
 tokens      [tokens] uint16 or uint32, every document's last one its end
@@ -13,15 +14,17 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
 from lasp.kernels.chunks import ceil_div
+from lasp.train.files import NO_FILE, regular, sealed, unsealed
 
+FORMAT = "lasp tokens 2"
 _HEADER = 4096
-_FORMAT = "lasp tokens 1"
 _BLOCK = 1 << 24
+_KINDS = {"bounds": ("<i8",), "hashes": ("<u4",), "tokens": ("<u2", "<u4"), "spoken": ("|b1",)}
 
 
 class Document(NamedTuple):
@@ -50,20 +53,20 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """ValueError, naming the file, when it is no shard, or not as long as its header says."""
+        """ValueError, naming the file, when it is no shard, was changed or cut short, or cannot be read."""
         try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(_HEADER))
-            sections = header["sections"]
-            whole = header["format"] == _FORMAT and path.stat().st_size == header["size"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            with open(path, "rb", opener=regular) as file:
+                text, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
+                header, sections = _read_header(text, size)
+                arrays = {name: _mapped(file, *section) for name, section in sections.items()}
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise ValueError(f"cannot read {str(path)!r} of the tokens: {error.strerror}") from error
             raise ValueError(f"{str(path)!r} is no file of tokens: remove it, and it is built anew") from error
-        if not whole:
-            raise ValueError(f"{str(path)!r} of the tokens was cut short or changed: remove it, and it is built anew")
-        arrays = {
-            name: np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)) if count else np.zeros(0, dtype)
-            for name, (dtype, offset, count) in sections.items()
-        }
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path)!r} of the tokens was cut short or changed ({error}): remove it, and it is built anew"
+            ) from error
         return cls(path, header, arrays["bounds"], arrays["hashes"], arrays["tokens"], arrays.get("spoken"))
 
     @property
@@ -72,8 +75,12 @@ class Shard:
         return str(self.header["checksum"])
 
     def check(self) -> None:
-        """Read it all once. ValueError when it is not what was written."""
-        if _checksum(self.path) != self.checksum:
+        """Read it all once. ValueError when it is not what was written, or cannot be read."""
+        try:
+            found = _checksum(self.path)
+        except OSError as error:
+            raise ValueError(f"cannot read {str(self.path)!r} of the tokens: {error.strerror}") from error
+        if found != self.checksum:
             raise ValueError(f"{str(self.path)!r} of the tokens is damaged: remove it, and it is built anew")
 
 
@@ -111,13 +118,39 @@ def write_shard(path: Path, documents: Iterable[Document], vocab_size: int, abou
                             file.write(block)
                 else:
                     file.write(np.asarray({"bounds": bounds, "hashes": hashes}[name], kind).tobytes())
-        header = {"format": _FORMAT, **about, "size": offset, "sections": sections, "checksum": _checksum(partial)}
+        header = {"format": FORMAT, **about, "size": offset, "sections": sections, "checksum": _checksum(partial)}
         with partial.open("r+b") as file:
-            file.write(json.dumps(header).encode().ljust(_HEADER - 1) + b"\n")
+            file.write(json.dumps(sealed(header)).encode().ljust(_HEADER - 1) + b"\n")
         partial.replace(path)
     finally:
         for left in (partial, *parts.values()):
             left.unlink(missing_ok=True)
+
+
+def _read_header(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, tuple[str, int, int]]]:
+    """The header of a file of so many bytes, and its sections: dtype, offset, count. ValueError for one that was not
+    written so."""
+    try:
+        header = unsealed(json.loads(text))
+        sections = {str(name): tuple(section) for name, section in header["sections"].items()}
+        tokens, documents = sections["tokens"][2], sections["hashes"][2]
+        counts = {"bounds": documents + 1, "hashes": documents, "tokens": tokens, "spoken": tokens}
+        fits = [
+            kind in _KINDS[name]
+            and count == counts[name]
+            and isinstance(at * count, int)
+            and _HEADER <= at <= size - count * np.dtype(kind).itemsize
+            for name, (kind, at, count) in sections.items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("its header is not what was written") from error
+    if header.get("format") != FORMAT or header.get("size") != size or not all(fits) or min(tokens, documents) < 0:
+        raise ValueError(f"its header says other things than its {size} bytes")
+    return header, sections
+
+
+def _mapped(file: BinaryIO, kind: str, start: int, count: int) -> np.ndarray:
+    return np.memmap(file, kind, "r", start, (count,)) if count else np.zeros(0, kind)
 
 
 def _checksum(path: Path) -> str:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from itertools import chain, islice
+import warnings
+from collections.abc import Collection, Iterator
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,6 @@ import numpy as np
 
 _PIECE = 1 << 20  # letters of a text that are encoded at a time, at least
 _TOGETHER = 8  # pieces that the library shares out over cores; what it makes of a piece is 150 times as large
-_END = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -93,7 +93,7 @@ class FileTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if not ids:
             raise ValueError(f"data.tokenizer {path!r} has no tokens")
-        self.end = max(ids) + 1  # ids may have gaps
+        self.end = _largest(ids, path) + 1
         self.vocab_size = self.end + 1
         self.key = f"pieces-{hashlib.sha256(content).hexdigest()}"
 
@@ -132,8 +132,7 @@ class ModelTokenizer:
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"data.tokenizer {name!r} has no end-of-sequence token to end documents with")
         self.end = int(self._tokenizer.eos_token_id)
-        ids = self._tokenizer.get_vocab().values()
-        self.vocab_size = max(*ids, self.end) + 1
+        self.vocab_size = _largest([*self._tokenizer.get_vocab().values(), self.end], name) + 1
         self._start = [i for i in self._tokenizer("")["input_ids"] if i != self.end]
         said = [sorted(self._tokenizer.get_vocab().items()), self._start, self.end, self._tokenizer.chat_template]
         said.append(getattr(self._tokenizer, "backend_tokenizer", None) and self._tokenizer.backend_tokenizer.to_str())
@@ -181,6 +180,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     return FileTokenizer(name) if name.endswith(".json") or Path(name).is_file() else ModelTokenizer(name)
 
 
+def _largest(ids: Collection[int], name: str) -> int:
+    """The largest id. ValueError where most of those below it are nobody's: a model has a row for each."""
+    largest = max(ids)
+    if largest > 10 * len(ids) + 100_000:
+        raise ValueError(f"data.tokenizer {name!r} has {len(ids)} tokens, and ids up to {largest}")
+    return largest
+
+
 def _pieces(text: bytes) -> Iterator[str]:
     """A text in pieces of a million letters or two, so that one large file needs no more memory: they end with a line,
     in a longer line before a space, and without one anywhere."""
@@ -198,9 +205,17 @@ def _pieces(text: bytes) -> Iterator[str]:
 
 
 def _save(library: Any, end: int, folder: Path) -> None:
-    """Write a tokenizer whose next id ends a document; nothing where ids have gaps, which no file can say."""
+    """Write a tokenizer whose next id ends a document; where ids have gaps, which no file can say, a warning."""
     from transformers import PreTrainedTokenizerFast
 
-    library.add_special_tokens([_END])
-    if library.token_to_id(_END) == end:
-        PreTrainedTokenizerFast(tokenizer_object=library, eos_token=_END).save_pretrained(folder)
+    names = (f"<|endoftext{number or ''}|>" for number in count())
+    name = next(name for name in names if library.token_to_id(name) is None)  # GPT-2 has the first
+    library.add_special_tokens([name])
+    if (found := library.token_to_id(name)) == end:
+        PreTrainedTokenizerFast(tokenizer_object=library, eos_token=name).save_pretrained(folder)
+    else:
+        warnings.warn(
+            f"no tokenizer is written beside the model: its ids have gaps, documents end with {end}, and a file of "
+            f"tokenizers would give that end {found}",
+            stacklevel=2,
+        )
