@@ -242,6 +242,53 @@ def test_where_no_checkpoint_is_whole_nothing_begins_anew(again):
     assert sorted(os.listdir(checkpoint_folder(again.output))) == before
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(again, monkeypatch, number, call):
+    """It may be whole: nothing is renamed, and no older one taken."""
+    folder = checkpoint_folder(again.output)
+    before = sorted(os.listdir(folder))
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def fail_for_one(path: object, *rest: object) -> int:
+        return fail() if "index.json" in str(path) else opened(path, *rest)
+
+    opened = os.open
+    if call == "open":
+        monkeypatch.setattr(os, "open", fail_for_one)
+    else:
+        monkeypatch.setattr(manifests.hashlib, "file_digest", fail)
+    with pytest.raises(ValueError, match=f"^cannot read '.*' of the checkpoint: {os.strerror(number)}$") as caught:
+        Run.prepare(again)
+    assert not isinstance(caught.value, Damaged)
+    assert "step-000006/" in str(caught.value)
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_an_empty_one(again, monkeypatch):
+    def fail(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(OSError, match=r"Permission denied: '.*checkpoints'"):
+        Run.prepare(again)
+
+
+def test_a_name_in_other_digits_is_no_checkpoint(tmp_path):
+    for name in ("step-٠٠٠٠٩٠", "step-000050", "step-50", "step-000050x", "Step-000060"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000050"]
+
+
+def test_checkpoints_that_an_earlier_run_was_asked_for_stay(again):
+    trained(replace(again, steps=11, save_every=2, save_minutes=0))
+    assert sorted(os.listdir(checkpoint_folder(again.output))) == [f"step-{step:06d}" for step in (3, 6, 8, 10, 11)]
+    trained(replace(again, steps=12, save_every=2, keep_last=2))
+    assert sorted(os.listdir(checkpoint_folder(again.output))) == ["step-000011", "step-000012"]
+
+
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(again):
     path = checkpoint_folder(again.output) / "step-000006"
     flip(path / "run.json")

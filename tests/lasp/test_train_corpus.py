@@ -1,5 +1,6 @@
 """The corpus on disk: what is read of files, and what is refused."""
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.documents import find_parts
 from lasp.train.data.shards import Document, Shard, write_shard
 from lasp.train.data.tokenizer import ByteTokenizer, FileTokenizer, ModelTokenizer, _pieces, load_tokenizer
+from lasp.train.files import sealed, unsealed
 from tests.launch.forked import alive
 
 END = 256
@@ -188,6 +190,70 @@ def test_a_damaged_shard_is_found_before_anything_is_trained(texts, tmp_path):
             built(texts, tmp_path)
 
 
+def test_every_bit_of_a_header_is_looked_at(tmp_path):
+    path = tmp_path / "a.tokens"
+    write_shard(path, [Document(np.array([5, 6]), 7, None)], 257, {"tokenizer": "bytes"})
+    whole = path.read_bytes()
+    for bit in range(8 * 4096):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"a\.tokens' of the tokens was cut short or changed"):
+            Shard.open(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("tokens", [">u2", 4224, 2]),
+        ("tokens", ["nonsense", 4224, 2]),
+        ("tokens", [["<u2"], 4224, 2]),
+        ("tokens", ["<u2", 4224, 2.0]),
+        ("tokens", ["<u2", 4224, -2]),
+        ("tokens", ["<u2", 4224, 1 << 40]),
+        ("tokens", ["<u2", 0, 2]),
+        ("tokens", ["<u2", 4226 + 64, 2]),
+        ("tokens", ["<u2", 4224]),
+        ("hashes", ["<u4", 4160, 2]),
+        ("bounds", None),
+        ("surprise", ["<u2", 4224, 2]),
+        ("spoken", ["|b1", 4224, 1]),
+    ],
+)
+def test_a_header_that_says_what_cannot_be_is_refused_though_its_checksum_fits(tmp_path, name, section):
+    path = tmp_path / "a.tokens"
+    write_shard(path, [Document(np.array([5, 6]), 7, None)], 257, {})
+    whole = path.read_bytes()
+    header = unsealed(json.loads(whole[:4096]))
+    header["sections"][name] = section
+    header["sections"] = {name: section for name, section in header["sections"].items() if section is not None}
+    path.write_bytes(json.dumps(sealed(header)).encode().ljust(4096) + whole[4096:])
+    with pytest.raises(ValueError, match=r"a\.tokens' of the tokens was cut short or changed \(its header"):
+        Shard.open(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_no_file_of_tokens(tmp_path, make):
+    make(tmp_path / "a.tokens")
+    with pytest.raises(ValueError, match=r"a\.tokens' is no file of tokens: remove it"):
+        Shard.open(tmp_path / "a.tokens")
+
+
+def test_tokens_that_cannot_be_read_are_not_to_be_removed(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tokens", [Document(np.array([5, 6]), 7, None)], 257, {})
+    shard = Shard.open(tmp_path / "a.tokens")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(ValueError, match=r"^cannot read '.*a\.tokens' of the tokens: Permission denied$"):
+        Shard.open(tmp_path / "a.tokens")
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ValueError, match=r"^cannot read '.*a\.tokens' of the tokens: Permission denied$"):
+        shard.check()
+
+
 def test_ids_beyond_the_vocabulary_are_found_when_they_are_written(tmp_path):
     with pytest.raises(ValueError, match="the tokenizer gave id 300 of 257"):
         write_shard(tmp_path / "a.tokens", [Document(np.array([1, 300]), 0, None)], 257, {})
@@ -255,6 +321,31 @@ def test_the_end_of_a_document_is_no_token_of_a_vocabulary_with_gaps(tmp_path, l
     assert tokenizer.vocab_size == last + 2
     (tmp_path / "text").write_bytes(b"to be or")
     assert documents(built(tmp_path / "text", tmp_path, name=words(tmp_path, last))) == [[0, 1, last, last + 1]]
+
+
+def test_ids_that_few_tokens_have_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"words\.json' has 3 tokens, and ids up to 200000"):
+        load_tokenizer(words(tmp_path, 200_000))
+
+
+@pytest.mark.parametrize("known", [[], ["<|endoftext|>"], ["<|endoftext|>", "<|endoftext1|>"]])
+def test_a_tokenizer_is_written_with_an_end_of_its_own(tmp_path, known):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer
+
+    vocabulary = {name: number for number, name in enumerate(["to", "be", *known])}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="to")).save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    tokenizer.save(tmp_path / "model")
+    written = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert written.eos_token_id == tokenizer.end == 2 + len(known)
+    assert written.eos_token not in vocabulary
+
+
+def test_a_tokenizer_that_no_file_can_hold_is_left_out_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="its ids have gaps, documents end with 10"):
+        load_tokenizer(words(tmp_path, 9)).save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_tokenizer_without_tokens_is_refused(tmp_path):

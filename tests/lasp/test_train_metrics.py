@@ -1,5 +1,6 @@
 """The metrics file, the plot, what a run shows, the optimizer's schedule, and the checks of a configuration."""
 
+import errno
 import io
 import json
 import logging
@@ -50,10 +51,20 @@ def test_metrics_round_trip_and_resume_drops_what_will_be_done_again(tmp_path):
         assert read_metrics(path) == []
 
 
+WHOLE = '{"step": 2, "loss": %s, "lr": 0.1, "grad_norm": 1, "tokens_per_second": 9, "validation": %s}'
+
+
 @pytest.mark.parametrize(
     "damage",
-    ["", "{}", "[]", "null", "NaN", '{"step": "1"', "\x00", '{"step": 1, "loss": "low"}', "[" * 9999],
-    ids=range(9),
+    [
+        *("", "{}", "[]", "null", "NaN", '{"step": "1"', "\x00", '{"step": 1, "loss": "low"}', "[" * 9999),
+        WHOLE % ("1" + "0" * 400, "null"),
+        WHOLE % ("1", "[2.0]"),
+        WHOLE % ("1", '{"a": "low"}'),
+        WHOLE % ("1", '{"a": {"b": 1}}'),
+        WHOLE % ("1", '{"a": null}'),
+    ],
+    ids=range(14),
 )
 def test_a_line_that_is_no_step_is_left_out_with_a_warning_that_names_it(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
@@ -63,6 +74,21 @@ def test_a_line_that_is_no_step_is_left_out_with_a_warning_that_names_it(tmp_pat
         more.write(damage + "\n")
     with pytest.warns(UserWarning, match=r"metrics.jsonl', line 2 is no step of a run"):
         assert read_metrics(path) == [of_step(1)]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_has_no_steps(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match=r"Input/output error: '.*metrics\.jsonl'"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_fields_of_a_later_version_are_passed_over(tmp_path):
