@@ -1,5 +1,6 @@
 """`lasp runs FOLDER`: the runs in a folder, the state of each and how far it is."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -109,7 +110,8 @@ def _printable(text: str) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or checkpoint_folder(folder).is_dir()
+    """Whether it is one, as far as it can be looked into."""
+    return os.path.isfile(folder / "metrics.jsonl") or os.path.isdir(checkpoint_folder(folder))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lasp.parallel import collectives
 from lasp.parallel.group import shutdown
 from lasp.train.checkpoints import manifest as manifests
 from lasp.train.checkpoints import writer
-from lasp.train.checkpoints.export import read_weights
+from lasp.train.checkpoints.export import export, read_weights
 from lasp.train.checkpoints.folders import (
     checkpoint_folder,
     checkpoint_path,
@@ -591,6 +591,15 @@ def test_export_gives_a_model_that_transformers_reads(again, tmp_path, name, cap
     assert export_command([str(source), str(tmp_path / "model")]) == 2
     assert export_command([str(tmp_path), str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize("to", ["nowhere", "empty"])
+def test_no_link_is_exported_into(again, tmp_path, to):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").symlink_to(to)
+    with pytest.raises(ValueError, match="model' exists already"):
+        export(Path(again.output) / "checkpoints" / "step-000006", tmp_path / "model")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "model", "run"]
 
 
 def test_a_model_that_was_exported_is_trained_on(again, tmp_path):

@@ -1,11 +1,14 @@
 """Training on one device, and the checkpoints it leaves and resumes from."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import ClassVar
 
 import pytest
@@ -13,10 +16,11 @@ import torch
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import shutdown
+from lasp.train.checkpoints import checkpointer
 from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_path, list_checkpoints
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
 from lasp.train.loop import Summary, Trainer, train
-from lasp.train.metrics import read_metrics
+from lasp.train.metrics import StepMetrics, read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
 from lasp.train.ranks import Ranks, fitted
 from lasp.train.run import Run
@@ -467,3 +471,61 @@ def test_a_loss_that_is_not_finite_is_skipped_and_a_fourth_in_a_row_ends_the_run
     with torch.no_grad():
         engine.model.lm_head.weight[0, 0] = good
     assert (trainer.step().skipped, trainer.skipped) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["log.txt", "loss.png", "metrics.jsonl", "status.json", ".loss.png", ".metrics.jsonl", ".status.json"],
+)
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(config, name):
+    Path(config.output).mkdir()
+    os.mkfifo(Path(config.output) / name)
+    summary = trained(replace(config, steps=2))
+    assert read_status(Path(config.output)).word == "done"
+    assert len(read_metrics(summary.metrics)) == 2
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run_and_is_told_once(config, caplog):
+    (Path(config.output) / "loss.png").mkdir(parents=True)
+    summary = trained(replace(config, save_every=1))
+    [told] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(r"cannot draw '.*/loss\.png': .*Is a directory.*", told)
+    assert summary.checkpoint.is_dir()
+
+
+def test_a_log_that_cannot_be_written_ends_no_run_and_is_told_once(config, capsys):
+    (Path(config.output) / "log.txt").mkdir(parents=True)
+    trained(config)
+    assert capsys.readouterr().err.count("lasp: warning: cannot write ") == 1
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("of the step")])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_fails_sees_first_to_what_is_written_in_the_background(config, monkeypatch, error, fails):
+    """A full disk is met by the next line of metrics before anybody asks what came of the checkpoint."""
+    write, begun = checkpointer.write_manifest, Event()
+
+    def slow_manifest(*arguments: object) -> None:
+        begun.wait()
+        full() if fails else write(*arguments)
+
+    def fail_at_3(trainer: Trainer) -> StepMetrics:
+        if trainer.steps_done == 2:
+            begun.set()
+            raise error
+        return step(trainer)
+
+    step = Trainer.step
+    monkeypatch.setattr(checkpointer, "write_manifest", slow_manifest)
+    monkeypatch.setattr(Trainer, "step", fail_at_3)
+    told = "cannot save '.*step-000002': .*No space left" if fails and isinstance(error, OSError) else str(error)
+    with pytest.raises(type(error), match=re.escape(told) if told == str(error) else told):
+        trained(replace(config, save_every=2, async_save=True))
+    folder = Path(config.output)
+    assert os.listdir(folder / "checkpoints") == ([] if fails else ["step-000002"])
+    assert read_status(folder).word == "failed"
+    assert ("checkpoint of step 2" in (folder / "log.txt").read_text()) == (not fails)

@@ -51,6 +51,22 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.startswith(f"lasp: warning: no lock on {str(tmp_path)!r} (Operation not supported)")
 
 
+@pytest.mark.parametrize(("make", "told"), [(os.mkfifo, "it is no file"), (os.mkdir, "Is a directory")])
+def test_a_lock_that_is_no_file_is_named(tmp_path, make, told):
+    make(tmp_path / ".lock")
+    with pytest.raises(ValueError, match=rf"cannot write to the output folder '.*': \.lock: {told}"), locked(tmp_path):
+        pytest.fail("locked")
+
+
+def test_a_full_disk_is_told_by_the_lock(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "pwrite", full)
+    with pytest.raises(ValueError, match=r"\.lock: No space left on device$"), locked(tmp_path):
+        pytest.fail("locked")
+
+
 def test_the_lock_is_no_link_to_elsewhere(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="cannot write to the output folder"), locked(tmp_path):

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -126,12 +127,13 @@ def test_held_out_losses_are_drawn_too(tmp_path):
 
 
 def test_names_of_folders_are_drawn_as_they_are(tmp_path):
-    steps = [StepMetrics(n, 2.0, 1e-3, 1.0, 9.0) for n in (1, 2)]
+    steps = [StepMetrics(n, 2.0, 1e-3, 1.0, 9.0, validation={"caf\udce9": 3.0}) for n in (1, 2)]
     with mpl.rc_context({"svg.fonttype": "none"}):
         draw({"_hidden": steps, "lr$\\no$": steps}, tmp_path / "a.svg")
     drawn = (tmp_path / "a.svg").read_text()
     assert "_hidden" in drawn
     assert "lr$\\no$" in drawn
+    assert "caf?" in drawn
 
 
 def test_nothing_of_a_picture_stays_in_memory(tmp_path):
@@ -144,8 +146,29 @@ def test_nothing_of_a_picture_stays_in_memory(tmp_path):
 @pytest.mark.timeout(20)
 def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(tmp_path):
     run = leave(tmp_path / "a", 2, 2)
-    for name in ("metrics.jsonl", ".lock"):
+    for name in ("metrics.jsonl", ".lock", "status.json"):
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
     [state] = runs.find_runs(tmp_path)
     assert (state.word, state.step) == ("stopped", 2)
+    [checkpoint] = (run / "checkpoints").iterdir()
+    (checkpoint / "run.json").unlink(missing_ok=True)
+    os.mkfifo(checkpoint / "run.json")
+    [state] = runs.find_runs(tmp_path)
+    assert (state.word, state.steps) == ("stopped", None)
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, monkeypatch):
+    for name in "ab":
+        leave(tmp_path / name, 2, 2)
+    iterdir = Path.iterdir
+
+    def fail(path: Path) -> Iterator[Path]:
+        if path.parent.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    first, second = runs.find_runs(tmp_path)
+    assert (first.name, first.word, second.name, second.word) == ("a", "unreadable", "b", "stopped")
+    assert first.told.startswith("[Errno 13] Permission denied")
