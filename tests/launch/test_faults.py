@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lasp.launch.cli import SAVED, STUCK
+from lasp.train.status import read_status
 from tests.launch.forked import Training, alive
 from tests.launch.tiny import losses, prepared, say, state
 
@@ -192,24 +193,29 @@ def disk(folder: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_what_is_there_stays(tmp_path):
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk_ends_the_run_in_one_line_and_what_is_there_stays(tmp_path, background):
     """R12: a small one that is full, one that is made larger, one that is read-only."""
     expected, folder = (prepared(tmp_path / name, 60) for name in ("undisturbed", "full"))
-    assert Training(expected, ["--sp", "2"]).end(120) == 0
+    options = ["--sp", "2", "--async_save", background]
+    assert Training(expected, options).end(120) == 0
     used = sum(path.stat().st_blocks * 512 for path in expected.rglob("run/**/*"))
     with disk(folder / "run", used // 2):
-        training = Training(folder, ["--sp", "2"])
+        training = Training(folder, options)
         assert training.end(60) == 1
         [line] = re.findall("^lasp: error: .*$", training.stderr.read_text(), re.MULTILINE)
         assert re.search(r"cannot save '.*/step-0000\d\d': .*No space left on device", line), line
         kept = sorted(os.listdir(folder / "run" / "checkpoints"))
         assert kept == [f"step-{step:06d}" for step in range(5, 5 * len(kept) + 1, 5)]
         assert 1 <= len(kept) < 12
+        assert read_status(folder / "run").word == "failed"
+        log = (folder / "run" / "log.txt").read_text()
+        assert re.findall(r"checkpoint of step (\d+)", log) == [str(int(name[5:])) for name in kept]
         subprocess.run(["mount", "-o", f"remount,size={4 * used}", folder / "run"], check=True)
-        assert Training(folder, ["--sp", "2", "--resume", "latest"]).end(60) == 0
+        assert Training(folder, [*options, "--resume", "latest"]).end(60) == 0
         assert state(folder, 60) == state(expected, 60)
         subprocess.run(["mount", "-o", "remount,ro", folder / "run"], check=True)
-        again = Training(folder, ["--sp", "2", "--resume", "latest", "--steps", "70"])
+        again = Training(folder, [*options, "--resume", "latest", "--steps", "70"])
         assert again.end(60) == 2
         assert again.stderr.read_text().endswith("': Read-only file system\n")
     say(f"R12: {line[13:]}")

@@ -54,7 +54,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(("make", "told"), [(os.mkfifo, "it is no file"), (os.mkdir, "Is a directory")])
 def test_a_lock_that_is_no_file_is_named(tmp_path, make, told):
     make(tmp_path / ".lock")
-    with pytest.raises(ValueError, match=rf"cannot write to the output folder '.*': \.lock: {told}"), locked(tmp_path):
+    with pytest.raises(ValueError, match=rf"cannot write to the output folder: '.*\.lock': {told}"), locked(tmp_path):
         pytest.fail("locked")
 
 
@@ -63,7 +63,7 @@ def test_a_full_disk_is_told_by_the_lock(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(lock.os, "pwrite", full)
-    with pytest.raises(ValueError, match=r"\.lock: No space left on device$"), locked(tmp_path):
+    with pytest.raises(ValueError, match=r"\.lock': No space left on device$"), locked(tmp_path):
         pytest.fail("locked")
 
 
