@@ -256,7 +256,8 @@ class TrainConfig:
     """A checkpoint, too, where the last one is older than this; 0 for none."""
 
     keep_last: int | None = None
-    """The newest so many checkpoints stay; by default all that `save_every` asks for, and of others the newest two."""
+    """The newest so many checkpoints stay; by default all that `save_every` asks for, or asked for when they were
+    written, and of others the newest two."""
 
     keep_every: int | None = None
     """Checkpoints of every so many steps stay for good."""
