@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lasp.train.files import replaced
+from lasp.train.files import regular, replaced
 from lasp.train.ranks import Ranks
 
 STAGES = ("teacher", "converted", "transferred", "trained")
@@ -27,12 +28,18 @@ class Report:
 
     @classmethod
     def open(cls, folder: Path, asked: dict[str, Any]) -> "Report":
-        """What is known so far. ValueError where another command has begun it."""
+        """What is known so far. ValueError where another command has begun it, or it cannot be read."""
         path = folder / "report.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             return cls(folder, asked, {})
-        found = json.loads(path.read_text(encoding="utf-8"))
-        before = found.pop("asked")
+        try:
+            with open(path, encoding="utf-8", opener=regular) as file:
+                found = json.load(file)
+            before = dict(found.pop("asked"))
+        except Exception as error:  # what was written may be anything
+            raise ValueError(
+                f"cannot read {str(path)!r} of the linearisation: {error}; choose another output"
+            ) from error
         if changed := sorted(name for name in asked if before.get(name) != asked[name]):
             told = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
             raise ValueError(f"{str(path)!r} is of another linearisation: {told}; choose another output")

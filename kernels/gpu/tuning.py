@@ -112,11 +112,14 @@ def cache_file() -> Path:
 
 @cache
 def measured() -> dict[str, Tiling]:
-    """What `lasp tune` has written, by the `Work` it is for, read once."""
+    """What `lasp tune` has written, by the `Work` it is for, read once. ValueError for a file that is none."""
     file = cache_file()
     if not file.exists():
         return {}
-    return {name: Tiling(**values) for name, values in json.loads(file.read_text(encoding="utf-8")).items()}
+    try:
+        return {name: Tiling(**values) for name, values in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} is no file of `lasp tune`, which writes it anew once it is gone") from error
 
 
 def origin() -> str:

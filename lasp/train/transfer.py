@@ -72,7 +72,8 @@ def transfer(
     for parameter in trained.values():
         parameter.requires_grad_(True)
     adam = torch.optim.AdamW(_groups(trained), lr=optimizer.lr, betas=optimizer.betas, weight_decay=0.0)
-    done, config, source = _load(state, trained, adam), run.config, run.open_source(ranks)
+    done = ranks.together(lambda: _load(state, trained, adam))
+    config, source = run.config, run.open_source(ranks)
     model.eval()
     while done < config.steps:
         for group in adam.param_groups:
@@ -165,13 +166,17 @@ def _save(path: Path, trained: dict[str, Tensor], adam: torch.optim.Optimizer, d
 
 @torch.no_grad()
 def _load(path: Path, trained: dict[str, Tensor], adam: torch.optim.Optimizer) -> int:
-    """The steps behind a file's state; 0 where there is no file."""
+    """The steps behind a file's state; 0 where there is no file. ValueError, naming it, where it cannot be read."""
     if not path.exists():
         return 0
-    found = torch.load(path, weights_only=True, map_location="cpu")
-    if found["weights"].keys() != trained.keys():
-        raise ValueError(f"{str(path)!r} is the state of another model")
-    for name, x in trained.items():
-        x.copy_(found["weights"][name])
-    adam.load_state_dict(found["optimizer"])
-    return int(found["step"])
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        if found["weights"].keys() != trained.keys():
+            raise ValueError("it is of another model")
+        for name, x in trained.items():
+            x.copy_(found["weights"][name])
+        adam.load_state_dict(found["optimizer"])
+        return int(found["step"])
+    except Exception as error:  # what was written may be anything
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot go on from {str(path)!r}: {told}") from error

@@ -46,8 +46,11 @@ def report(document: Path, benchmarks: dict[str, ModuleType]) -> list[Path]:
 def _read(path: Path, benchmarks: dict[str, ModuleType]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: there are no such figures")
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if figures.get("benchmark") not in benchmarks:
+    try:
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(figures, dict) or figures.get("benchmark") not in benchmarks:
         raise ValueError(f"{path}: no figures of a benchmark, which `lasp bench ... --json` writes")
     return figures
 

@@ -61,6 +61,14 @@ def test_tilings_come_from_what_was_measured_and_else_from_the_defaults(home: Pa
     assert len(tuning.measured()) == 2
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"attend": 5}', '{"attend": {"rows": 32}}'])
+def test_a_file_of_tilings_that_is_none_is_named(home: Path, content: str) -> None:
+    tuning.cache_file().parent.mkdir(parents=True)
+    tuning.cache_file().write_text(content)
+    with pytest.raises(ValueError, match=r"tilings-.*\.json' is no file of `lasp tune`"):
+        tuning.measured()
+
+
 def test_fp32_operands_leave_no_room_for_a_second_stage() -> None:
     work = Work("attend", 128, 128, 1, whole_keys=False, wide=False, short=True)
     assert tuning.default_tiling(work).stages > tuning.default_tiling(replace(work, short=False)).stages == 1

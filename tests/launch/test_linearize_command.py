@@ -15,6 +15,8 @@ import torch
 import transformers
 
 from lasp.launch import cli
+from lasp.launch.linearize_report import Report
+from lasp.train import transfer
 
 ARGUMENTS = [
     "--data", "{folder}/texts.jsonl", "--tokenizer", "bytes", "--seq-len", "64", "--held-out", "0.2", "--window", "8",
@@ -90,3 +92,25 @@ def test_what_it_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     ):
         assert cli.main(arguments(folder, *more)) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": 5}', "[" * 9999, None])
+def test_a_report_that_is_none_is_named(folder: Path, content: str | None) -> None:
+    path = folder / "report.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=r"^cannot read '.*report\.json' of the linearisation: .*another output$"):
+        Report.open(folder, {"method": "liger"})
+
+
+def test_the_state_of_a_transfer_that_cannot_be_read_is_named(folder: Path) -> None:
+    path, weight = folder / "transfer.pt", torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    adam.step()
+    transfer._save(path, {"weight": weight}, adam, 7)
+    assert transfer._load(path, {"weight": weight}, adam) == 7
+    whole = path.read_bytes()
+    for damaged, trained in ((whole[:100], "weight"), (b"", "weight"), (whole, "another")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^cannot go on from '.*transfer\.pt': ."):
+            transfer._load(path, {trained: weight}, adam)
