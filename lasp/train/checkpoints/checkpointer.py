@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from lasp.train.run import Run
 
 _RANDOM = "random: "
+_WRITTEN = "its part is written"
+"""Told to a watchdog where training waits for a save, so that it can name who has not written."""
 
 
 class Checkpointer(Protocol):
@@ -72,6 +74,7 @@ class Folders:
     """Who takes part."""
 
     _pending: Any = field(default=None, init=False)
+    _part: "Future[None]" = field(default_factory=Future, init=False)
     _writing: Path | None = field(default=None, init=False)
 
     def save(self, step: int, engine: Engine, last: bool, kept: Callable[[int], None]) -> None:
@@ -89,12 +92,8 @@ class Folders:
                 self._finish(step, partial, path, last, written)
                 kept(step)
 
-            writer = ShardWriter(
-                partial,
-                finish,
-                # Where training waits, a watchdog is told who has written.
-                None if self.run.config.async_save else lambda: reached("its part is written"),
-            )
+            self._part = part = Future[None]()
+            writer = ShardWriter(partial, finish, lambda: part.set_result(None))
             planner = DefaultSavePlanner(flatten_state_dict=False)
             options: dict[str, Any] = {"storage_writer": writer, "planner": planner}
             if self.run.config.async_save:
@@ -103,6 +102,7 @@ class Folders:
                 self._pending = self._writer.submit(dcp.save, staged, **options)
                 self._writing = path
             else:
+                part.add_done_callback(lambda _: reached(_WRITTEN))
                 dcp.save(state, process_group=self.ranks.everyone.control, **options)
         if last:
             self.close()
@@ -121,6 +121,8 @@ class Folders:
             return
         try:
             with self._saving(self._writing):
+                wait([pending, self._part], return_when=FIRST_COMPLETED)
+                reached(_WRITTEN)
                 pending.result()
         finally:
             if pending.done():  # where an interrupt ends the wait, the copy is still being written

@@ -31,10 +31,7 @@ class ShardWriter(StorageWriter):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        finish: Callable[[Mapping[str, Entry]], None],
-        written: Callable[[], None] | None = None,
+        self, folder: Path, finish: Callable[[Mapping[str, Entry]], None], written: Callable[[], None]
     ) -> None:
         self.folder, self._finish, self._written = folder, finish, written
 
@@ -63,8 +60,7 @@ class ShardWriter(StorageWriter):
             save_file({part_name(item.index): _own(planner.resolve_data(item)) for item in items}, path)
             kept = (name, flushed(path))
             results += [WriteResult(item.index, 0, kept) for item in items]
-        if self._written is not None:
-            self._written()
+        self._written()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
