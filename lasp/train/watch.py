@@ -45,6 +45,8 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._stack:
+            if error is not None and self._ranks.is_main and self._is_replaced():
+                raise ValueError(self._gone) from error
             told = "" if error is None else f"{type(error).__name__}: {error}"
             if told:
                 self._log(f"ended by {told}")
@@ -65,10 +67,7 @@ class Watch:
         if not self._ranks.is_main:
             return
         if self._is_replaced():
-            raise ValueError(
-                f"the output folder {str(self.folder)!r} was removed while the run was at work: what it kept is lost, "
-                "and the folder may be another run's by now"
-            )
+            raise ValueError(self._gone)
         self._file.write(metrics)
         self._steps.append(metrics)
         self._shown.update(metrics)
@@ -91,6 +90,13 @@ class Watch:
                 told = (str(error) or type(error).__name__).splitlines()[0]
                 logging.getLogger(__name__).warning("cannot draw %r: %s", str(self.plot), told)
             self._undrawn = True
+
+    @property
+    def _gone(self) -> str:
+        return (
+            f"the output folder {str(self.folder)!r} was removed or moved while the run was at work; it may be another "
+            "run's by now"
+        )
 
     def _is_replaced(self) -> bool:
         try:

@@ -181,7 +181,7 @@ def test_a_damaged_shard_is_found_before_anything_is_trained(texts, tmp_path):
     corpus.check()
     path = corpus.shards[0].path
     damaged(path, path.stat().st_size - 100, b"\x55")
-    with pytest.raises(ValueError, match="is damaged: remove it"):
+    with pytest.raises(ValueError, match=r"is damaged \(.*\): remove it"):
         built(texts, tmp_path).check()
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole + whole, bytes(len(whole)), b""):
@@ -198,7 +198,7 @@ def test_every_bit_of_a_header_is_looked_at(tmp_path):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        with pytest.raises(ValueError, match=r"a\.tokens' of the tokens was cut short or changed"):
+        with pytest.raises(ValueError, match=r"a\.tokens' of the tokens is damaged \("):
             Shard.open(path)
 
 
@@ -228,7 +228,7 @@ def test_a_header_that_says_what_cannot_be_is_refused_though_its_checksum_fits(t
     header["sections"][name] = section
     header["sections"] = {name: section for name, section in header["sections"].items() if section is not None}
     path.write_bytes(json.dumps(sealed(header)).encode().ljust(4096) + whole[4096:])
-    with pytest.raises(ValueError, match=r"a\.tokens' of the tokens was cut short or changed \(its header"):
+    with pytest.raises(ValueError, match=r"a\.tokens' of the tokens is damaged \(its header"):
         Shard.open(path)
 
 
@@ -247,11 +247,32 @@ def test_tokens_that_cannot_be_read_are_not_to_be_removed(tmp_path, monkeypatch)
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "open", fail)
-    with pytest.raises(ValueError, match=r"^cannot read '.*a\.tokens' of the tokens: Permission denied$"):
-        Shard.open(tmp_path / "a.tokens")
-    monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(ValueError, match=r"^cannot read '.*a\.tokens' of the tokens: Permission denied$"):
-        shard.check()
+    for read in (lambda: Shard.open(tmp_path / "a.tokens"), shard.check, lambda: shard.read(0, 2)):
+        with pytest.raises(ValueError, match=r"^cannot read '.*a\.tokens' of the tokens: Permission denied$"):
+            read()
+
+
+def test_tokens_that_are_cut_short_while_they_are_used_are_named(tmp_path):
+    """Of a mapped file that is the end of the process."""
+    write_shard(tmp_path / "a.tokens", [Document(np.array([5, 6]), 7, None)], 257, {})
+    shard = Shard.open(tmp_path / "a.tokens")
+    os.truncate(tmp_path / "a.tokens", 4226)
+    assert shard.read(0, 1)[0].tolist() == [5]
+    with pytest.raises(ValueError, match=r"a\.tokens' of the tokens is damaged \(it ends early\)"):
+        shard.read(0, 2)
+
+
+def test_shards_take_no_descriptors(tmp_path):
+    """A large corpus has more of them than a process may have files open."""
+    resource = pytest.importorskip("resource")
+    write_shard(tmp_path / "a.tokens", [Document(np.array([5, 6]), 7, np.array([True, False]))], 257, {})
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limit[1]))
+    try:
+        corpus = Corpus("a", tuple(Shard.open(tmp_path / "a.tokens") for _ in range(300)))
+        assert corpus.read(598, 600)[0].tolist() == [5, 6]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_ids_beyond_the_vocabulary_are_found_when_they_are_written(tmp_path):
@@ -267,9 +288,9 @@ def test_a_shard_holds_what_was_written(tmp_path, size):
     shard = Shard.open(tmp_path / "a.tokens")
     assert shard.bounds.tolist() == [0, 2, 3]
     assert shard.hashes.tolist() == [7, 1 << 31]
-    assert shard.tokens.tolist() == [5, size - 1, 3]
-    assert shard.spoken is not None
-    assert shard.spoken.tolist() == [True, True, False]
+    assert len(shard) == 3
+    assert [part.tolist() for part in shard.read(0, 3)] == [[5, size - 1, 3], [True, True, False]]
+    assert [part.tolist() for part in shard.read(1, 2)] == [[size - 1], [True]]
 
 
 def test_bytes_round_trip_and_what_is_no_text_is_replaced():

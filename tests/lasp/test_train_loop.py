@@ -299,7 +299,7 @@ def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_one_made_anew_is_le
         return step(self)
 
     monkeypatch.setattr(Trainer, "step", removing)
-    with pytest.raises(ValueError, match="was removed while the run was at work"):
+    with pytest.raises(ValueError, match="was removed or moved while the run was at work"):
         trained(replace(config, save_every=2))
     assert not anew or os.listdir(config.output) == []
 

@@ -53,15 +53,13 @@ class Corpus:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *(len(shard.tokens) for shard in self.shards)])
+        return np.cumsum([0, *map(len, self.shards)])
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a range within a document, int64, and which of them are targets, bool."""
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        shard, first = self.shards[number], int(self._starts[number])
-        own = slice(start - first, stop - first)
-        spoken = np.ones(stop - start, bool) if shard.spoken is None else np.asarray(shard.spoken[own])
-        return shard.tokens[own].astype(np.int64), spoken
+        first = int(self._starts[number])
+        return self.shards[number].read(start - first, stop - first)
 
     def check(self) -> None:
         """Read all of it once. ValueError when it is not what was written."""
