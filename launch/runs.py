@@ -110,8 +110,9 @@ def _printable(text: str) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether it is one, as far as it can be looked into."""
-    return os.path.isfile(folder / "metrics.jsonl") or os.path.isdir(checkpoint_folder(folder))
+    """Whether it is one, or may be one and cannot be looked into."""
+    there = os.path.isfile(folder / "metrics.jsonl") or os.path.isdir(checkpoint_folder(folder))
+    return there or not os.access(folder, os.R_OK | os.X_OK)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,17 @@ def regular(path: str, flags: int) -> int:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` when the block ends; nothing is left where that fails."""
+    """Where to write a file that takes the place of `path` when the block ends; nothing is left where that fails.
+    OSErrors of the block name it."""
     partial = path.with_name(f".{path.name}")
     partial.unlink(missing_ok=True)  # whatever it is
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of writing: there is none that it knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -4,7 +4,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -55,6 +55,10 @@ class _Lines(logging.FileHandler):
             super().emit(record)
         except OSError:  # of opening it
             self.handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written was told
+            super().close()
 
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=regular)

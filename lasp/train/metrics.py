@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,7 +91,8 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # each line was flushed, or `write` has told why not
+            self._file.close()
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step, readable by others at once. OSError, naming the file, where that cannot be done."""

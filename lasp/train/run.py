@@ -70,6 +70,13 @@ class Run:
         corpus, a checkpoint that is missing, of another model or leaves no step to do (but for the newest one, which
         may be that of the last step), and for an output folder that holds another run or cannot be written.
         """
+        try:
+            return cls._prepare(config, tell, look)
+        except OSError as error:  # of a file that cannot be looked at: the user can put it right
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def _prepare(cls, config: TrainConfig, tell: Tell | None, look: bool) -> Self:
         check_engine(config)
         check_tracker(config.tracker)
         tokenizer = load_tokenizer(config.tokenizer)
@@ -162,7 +169,7 @@ class Run:
         """The run, or why there is none."""
         try:
             return cls.prepare(config, tell, look), None
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             return None, str(error)
 
     def _fingerprint(self) -> dict[str, str | int | None]:
@@ -246,6 +253,9 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} is a file, not a folder") from error
     except OSError as error:
         raise ValueError(f"cannot write to the output folder {str(place)!r}: {error.strerror}") from error
+    for place in (folder / "metrics.jsonl", folder / "status.json"):
+        if os.path.isdir(place) or (os.path.isfile(place) and not os.access(place, os.R_OK)):
+            raise ValueError(f"{str(place)!r} of the output folder is a folder, or may not be read: move it away")
 
 
 def _check_alike(whole: nn.Module, skeleton: nn.Module) -> None:

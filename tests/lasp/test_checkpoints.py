@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from lasp.launch.export import main as export_command
 from lasp.parallel import collectives
 from lasp.parallel.group import shutdown
+from lasp.train.checkpoints import folders, writer
 from lasp.train.checkpoints import manifest as manifests
-from lasp.train.checkpoints import writer
 from lasp.train.checkpoints.export import export, read_weights
 from lasp.train.checkpoints.folders import (
     checkpoint_folder,
@@ -272,7 +272,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_an_empty_o
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "iterdir", fail)
-    with pytest.raises(OSError, match=r"Permission denied: '.*checkpoints'"):
+    with pytest.raises(ValueError, match=r"Permission denied: '.*checkpoints'"):
         Run.prepare(again)
 
 
@@ -287,6 +287,57 @@ def test_checkpoints_that_an_earlier_run_was_asked_for_stay(again):
     assert sorted(os.listdir(checkpoint_folder(again.output))) == [f"step-{step:06d}" for step in (3, 6, 8, 10, 11)]
     trained(replace(again, steps=12, save_every=2, keep_last=2))
     assert sorted(os.listdir(checkpoint_folder(again.output))) == ["step-000011", "step-000012"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(again, monkeypatch, caplog, background):
+    """NFS keeps what somebody still reads; a folder may be protected."""
+    folder = checkpoint_folder(again.output)
+    (folder / ".step-000001.deleted").mkdir()
+    (folder / ".step-000001.deleted" / "tokenizer.json").touch()
+    rename = Path.rename
+
+    def protected(path: Path, to: Path) -> Path:
+        if path.name == "step-000006":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return rename(path, to)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "tokenizer.json")
+
+    monkeypatch.setattr(Path, "rename", protected)
+    monkeypatch.setattr(folders.shutil, "rmtree", fail)
+    trained(replace(again, keep_last=1, async_save=background))
+    told = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert re.search(r"cannot remove '.*/\.step-000001\.deleted', which is no checkpoint any more: .*not empty", told)
+    assert re.search(r"cannot remove '.*/\.step-000003\.deleted', which is no checkpoint any more: .*not empty", told)
+    assert re.search(r"cannot delete the checkpoint '.*/step-000006': Permission denied", told)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-000006", "step-000008"]
+    assert "checkpoint of step 8" in (Path(again.output) / "log.txt").read_text()
+
+
+def test_what_is_left_of_the_very_checkpoint_is_not_written_into(again, monkeypatch):
+    (checkpoint_folder(again.output) / ".step-000008.partial").mkdir()
+    monkeypatch.setattr(folders, "_remove", lambda path: None)
+    with pytest.raises(OSError, match=r"cannot save '.*step-000008': .*File exists: '.*\.step-000008\.partial'"):
+        trained(again)
+
+
+def test_checkpoints_that_cannot_be_looked_at_are_the_users_mistake(again, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "step-000006")
+
+    monkeypatch.setattr(Manifest, "read", fail)
+    with pytest.raises(ValueError, match="Stale file handle: 'step-000006'"):
+        Run.prepare(again)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json"])
+def test_folders_in_the_place_of_a_runs_files_are_refused_before_it_begins(again, name):
+    (Path(again.output) / name).unlink(missing_ok=True)
+    (Path(again.output) / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}' of the output folder is a folder, or may not be read: move it away"):
+        Run.prepare(again)
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(again):
@@ -500,7 +551,7 @@ def test_a_save_that_fails_leaves_the_others_as_they_were(again, background, pla
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
         monkeypatch.setattr(Path, "mkdir", full)
-        wrong = r"step-000009': .*No space left.*/\.step-000009\.partial/"
+        wrong = r"step-000009': .*No space left.*/\.step-000009\.partial'"
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
         wrong = r"step-000009': .*File too large.*\(rank 0\)"

@@ -3,11 +3,13 @@
 import errno
 import gzip
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -168,6 +170,77 @@ def test_tables(tmp_path):
     with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table.slice(0, 1))
     assert documents(built(saved, tmp_path, "body")) == [[*b"one", END]]
+
+
+def failing(monkeypatch, name: str, where: str, number: int) -> None:
+    """Let a call of the operating system fail for one path."""
+    call = getattr(os, name)
+
+    def fail(path: object = ".", *rest: object, **options: object) -> object:
+        if str(path).endswith(where):
+            raise OSError(number, os.strerror(number), str(path))
+        return call(path, *rest, **options)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+@pytest.mark.parametrize("source", ["", "/**/*.md", "/*/*.md"])
+@pytest.mark.parametrize(("name", "where"), [("scandir", "deep"), ("stat", "c.md")])
+def test_a_source_of_which_a_part_cannot_be_read_is_refused(texts, tmp_path, monkeypatch, source, name, where):
+    """It would be a smaller corpus, without a word."""
+    failing(monkeypatch, name, where, errno.ESTALE)
+    with pytest.raises(ValueError, match=rf"cannot read '.*{where}' of the corpus: Stale file handle"):
+        built(f"{texts}{source}", tmp_path)
+
+
+def test_hidden_folders_need_not_be_readable(texts, tmp_path, monkeypatch):
+    (texts / ".git").mkdir()
+    failing(monkeypatch, "scandir", ".git", errno.EACCES)
+    assert len(documents(built(texts, tmp_path))) == 3
+    assert len(documents(built(f"{texts}/**/*.md", tmp_path))) == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_disk_that_fails_makes_no_smaller_corpus(texts, tmp_path, monkeypatch, number):
+    """The first look tells whether it is text, a later one reads it."""
+
+    class Failing(io.FileIO):
+        def readall(self) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def readinto(self, _: object) -> int:
+            self.readall()
+
+    looks, opened = [], Path.open
+
+    def fail(path: Path, *rest: object) -> io.IOBase:
+        if path.name != "b.txt":
+            return opened(path, *rest)
+        looks.append(path)
+        return io.BufferedReader(Failing(path)) if len(looks) >= number else opened(path, *rest)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ValueError, match=r"cannot read '.*b\.txt' of the corpus: Input/output error"):
+        built(texts, tmp_path)
+
+
+def test_a_gzip_that_is_cut_short_or_damaged_is_refused(tmp_path):
+    whole = gzip.compress(b"To be, or not to be, that is the question.\n")
+    for damage in (whole[:20], whole[:-1], whole[:-6] + b"12" + whole[-4:], whole[:10] + b"\xff" * 9 + whole[19:]):
+        (tmp_path / "a.txt.gz").write_bytes(damage)
+        for source in (tmp_path, tmp_path / "a.txt.gz"):
+            with pytest.raises(ValueError, match=r"cannot read '.*a\.txt\.gz' of the corpus: "):
+                built(source, tmp_path)
+
+
+def test_a_build_that_fails_or_is_killed_leaves_nothing_but_what_it_assembles(tmp_path):
+    def texts() -> Iterator[Document]:
+        yield Document(np.array([1]), 0, None)
+        assert os.listdir(tmp_path) == []
+        yield Document(np.array([2]), 0, None)
+
+    write_shard(tmp_path / "a.tokens", texts(), 257, {})
+    assert os.listdir(tmp_path) == ["a.tokens"]
 
 
 def damaged(path: Path, at: int, byte: bytes) -> None:

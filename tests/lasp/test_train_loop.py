@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -20,7 +21,7 @@ from lasp.train.checkpoints import checkpointer
 from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_path, list_checkpoints
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
 from lasp.train.loop import Summary, Trainer, train
-from lasp.train.metrics import StepMetrics, read_metrics
+from lasp.train.metrics import MetricsFile, StepMetrics, read_metrics
 from lasp.train.optimizer import build_optimizers, learning_rate
 from lasp.train.ranks import Ranks, fitted
 from lasp.train.run import Run
@@ -287,8 +288,11 @@ def test_checkpoints_that_could_not_be_written_are_missed_before_the_first_step(
         Run.prepare(config)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("anew", [False, True])
-def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_one_made_anew_is_left_alone(config, monkeypatch, anew):
+def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_one_made_anew_is_left_alone(
+    config, tmp_path, monkeypatch, anew, elsewhere
+):
     step = Trainer.step
 
     def removing(self: Trainer):
@@ -299,6 +303,8 @@ def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_one_made_anew_is_le
         return step(self)
 
     monkeypatch.setattr(Trainer, "step", removing)
+    if elsewhere:
+        config = replace(config, data=replace(config.data, cache=str(tmp_path / "tokens")))
     with pytest.raises(ValueError, match="was removed or moved while the run was at work"):
         trained(replace(config, save_every=2))
     assert not anew or os.listdir(config.output) == []
@@ -497,6 +503,38 @@ def test_a_log_that_cannot_be_written_ends_no_run_and_is_told_once(config, capsy
     (Path(config.output) / "log.txt").mkdir(parents=True)
     trained(config)
     assert capsys.readouterr().err.count("lasp: warning: cannot write ") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json"])
+def test_a_file_that_cannot_be_begun_is_named(config, monkeypatch, name):
+    write = Path.write_text
+
+    def fail(path: Path, *rest: object, **options: object) -> int:
+        return full() if path.name == f".{name}" else write(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '.*/{name}'"):
+        trained(config)
+
+
+def test_a_log_on_a_full_disk_ends_no_run(config, capsys):
+    Path(config.output).mkdir()
+    (Path(config.output) / "log.txt").symlink_to("/dev/full")
+    trained(config)
+    assert capsys.readouterr().err.count("lasp: warning: cannot write ") == 1
+
+
+def test_lines_of_metrics_that_cannot_be_written_name_their_file(config, monkeypatch):
+    path = Path(config.output) / "metrics.jsonl"
+    enter = MetricsFile.__enter__
+
+    def onto_a_full_disk(file: MetricsFile) -> MetricsFile:
+        file._file = SimpleNamespace(write=full, close=full, name=str(path))
+        return enter(file)
+
+    monkeypatch.setattr(MetricsFile, "__enter__", onto_a_full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        trained(config)
 
 
 def full(*_: object, **__: object) -> None:

@@ -170,5 +170,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", fail)
     first, second = runs.find_runs(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a")
+    assert len(runs.find_runs(tmp_path)) == 2
     assert (first.name, first.word, second.name, second.word) == ("a", "unreadable", "b", "stopped")
     assert first.told.startswith("[Errno 13] Permission denied")

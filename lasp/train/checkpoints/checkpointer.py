@@ -1,6 +1,7 @@
 """Checkpointer: what the loop asks of whoever keeps its states; and the one that keeps a folder per state."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -40,6 +41,7 @@ from lasp.train.ranks import Ranks
 if TYPE_CHECKING:
     from lasp.train.run import Run
 
+_LOG = logging.getLogger(__name__)
 _RANDOM = "random: "
 _WRITTEN = "its part is written"
 """Told to a watchdog where training waits for a save, so that it can name who has not written."""
@@ -91,6 +93,7 @@ class Folders:
             def finish(written: Mapping[str, Entry]) -> None:
                 self._finish(step, partial, path, last, written)
                 kept(step)
+                self._delete_superseded(path.parent)
 
             self._part = part = Future[None]()
             writer = ShardWriter(partial, finish, lambda: part.set_result(None))
@@ -180,7 +183,8 @@ class Folders:
             try:
                 if partial.parent.exists():
                     delete_partial(partial.parent)
-                (partial / FOLDER).mkdir(parents=True)
+                partial.mkdir(parents=True)
+                (partial / FOLDER).mkdir()
             except OSError as error:
                 raise ValueError(str(error)) from error
 
@@ -196,9 +200,16 @@ class Folders:
         write_manifest(partial, step, written)
         partial.rename(path)
         flush_folder(path.parent)
-        for old in superseded(list_checkpoints(path.parent), run.config):
-            if run.config.keep_last is not None or not was_asked(old):
-                delete_checkpoint(old)
+
+    def _delete_superseded(self, folder: Path) -> None:
+        """Delete what is not to stay, with a warning for what cannot be: the new one is there, and training goes on."""
+        config = self.run.config
+        for old in superseded(list_checkpoints(folder), config):
+            if config.keep_last is not None or not was_asked(old):
+                try:
+                    delete_checkpoint(old)
+                except OSError as error:
+                    _LOG.warning("cannot delete the checkpoint %r: %s", str(old), error.strerror)
 
     def _read(self) -> dict[str, Any]:
         """What a step reads."""

@@ -1,11 +1,13 @@
 """Where the checkpoints of a run lie: their names, in order, and what remains of those that did not get one."""
 
+import logging
 import re
 import shutil
 from pathlib import Path
 
 from lasp.train.config import TrainConfig
 
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{6,})", re.ASCII)
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.\w+", re.ASCII)
 
@@ -61,7 +63,8 @@ def superseded(present: list[Path], config: TrainConfig) -> list[Path]:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, which from the first moment is none any more."""
+    """Remove a checkpoint, which from the first moment is none any more. OSError where it stays one; for what remains
+    of it otherwise, a warning."""
     gone = path.with_name(f".{path.name}.deleted")
     path.rename(gone)
     _remove(gone)
@@ -75,7 +78,7 @@ def delete_checkpoints(output: str | Path) -> None:
 
 
 def delete_partial(folder: Path) -> None:
-    """Remove what a process that was killed while saving or deleting has left."""
+    """Remove what a process that was killed while saving or deleting has left, with a warning where that stays."""
     for path in folder.glob(".step-*"):
         if _PARTIAL.fullmatch(path.name):
             _remove(path)
@@ -83,7 +86,10 @@ def delete_partial(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a folder and what is in it; of a link the link alone: somebody has moved a checkpoint to another disk."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        _LOG.warning("cannot remove %r, which is no checkpoint any more: %s", str(path), error)

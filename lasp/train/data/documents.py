@@ -4,10 +4,15 @@ import glob
 import gzip
 import json
 import os
+import stat
 import sysconfig
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from lasp.train.files import NO_FILE
 
 # Below the standard library lie third-party code and tests too, which differ between machines, and tables of character
 # sets, which are no text.
@@ -16,6 +21,7 @@ _LINES = (".jsonl", ".ndjson", ".json")
 _TABLES = (".parquet", ".arrow")
 _PART = 64 << 20  # bytes of a file of JSON lines that are read as one part
 _BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
 
 
 class Part(NamedTuple):
@@ -40,11 +46,12 @@ def find_parts(source: str) -> list[Part]:
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in root.rglob("*.py") if not _NOT_STDLIB & set(path.relative_to(root).parts)]
     elif glob.has_magic(source) and not os.path.exists(source):
-        paths = [Path(path) for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
+        _check_folders(source)
+        paths = [path for path in map(Path, glob.glob(source, recursive=True)) if _is_file(path)]
     elif os.path.isfile(os.path.join(source, "state.json")) and glob.glob(os.path.join(source, "*.arrow")):
         paths = list(Path(source).glob("*.arrow"))
     elif os.path.isdir(source):
-        paths = [path for path in Path(source).rglob("*") if path.is_file() and _is_readable(path, Path(source))]
+        paths = [path for path in _below(Path(source)) if _is_file(path) and _is_text(path)]
     elif os.path.exists(source) and not os.path.isfile(source):
         raise ValueError(f"data.source {source!r} is neither a file nor a folder")
     else:
@@ -73,28 +80,67 @@ def read_documents(part: Part, field: str) -> Iterator[tuple[str, Text]]:
             yield place, value
 
 
-def open_file(path: Path) -> BinaryIO:
-    """A file, its gzip undone. ValueError when it cannot be opened."""
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file, its gzip undone, open for reading. ValueError, naming it, when it cannot be read."""
     try:
-        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file  # type: ignore[misc]
+    except (OSError, EOFError, zlib.error) as error:  # the last two of gzip
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path | str, error: Exception) -> ValueError:
+    told = (isinstance(error, OSError) and error.strerror) or error
+    return ValueError(f"cannot read {str(path)!r} of the corpus: {told}")
+
+
+def _is_file(path: Path) -> bool:
+    """ValueError where that cannot be known: no file is passed over without a word."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r} of the corpus: {error.strerror}") from error
+        if error.errno in NO_FILE:
+            return False
+        raise _unreadable(path, error) from error
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """All that is in a folder and those below it, but for what is hidden. ValueError for one that cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from error
+
+    for folder, folders, files in os.walk(root, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _check_folders(pattern: str) -> None:
+    """ValueError for a folder in which a pattern looks for names and that cannot be read: glob passes over those."""
+    while (place := os.path.dirname(pattern)) != pattern:
+        looks = glob.has_magic(os.path.basename(pattern))
+        for folder in glob.glob(place or ".", recursive=True) if looks else ():
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                if error.errno not in NO_FILE:
+                    raise _unreadable(folder, error) from error
+        pattern = place
 
 
 def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _is_readable(path: Path, root: Path) -> bool:
-    if any(part.startswith(".") for part in path.relative_to(root).parts):
-        return False
+def _is_text(path: Path) -> bool:
+    """Whether a file is one of text, or a table."""
     if _suffix(path) in _TABLES:
         return True
     with open_file(path) as file:
-        try:
-            return b"\0" not in file.read(8192)
-        except OSError:  # no gzip
+        if isinstance(file, gzip.GzipFile) and file.fileobj.peek(2)[:2] != _GZIP:
             return False
+        return b"\0" not in file.read(8192)
 
 
 def _parts(path: Path) -> list[Part]:
@@ -108,10 +154,7 @@ def _parts(path: Path) -> list[Part]:
 
 def _read_text(path: Path) -> bytes:
     with open_file(path) as file:
-        try:
-            text = file.read()
-        except (OSError, EOFError) as error:  # of gzip
-            raise ValueError(f"cannot read {str(path)!r} of the corpus: {error}") from error
+        text = file.read()
     if (at := text.find(b"\0")) >= 0:
         raise ValueError(f"{str(path)!r} of the corpus is no text: it has a NUL byte at {at}")
     return text.removeprefix(_BOM)
