@@ -40,7 +40,7 @@ def find_parts(source: str) -> list[Part]:
     """The files that a source names, sorted by path; large files of JSON lines in several parts.
 
     A folder gives all its text files, at any depth, but for hidden ones and those with a NUL byte near their start; one
-    that `datasets` has saved gives its tables. ValueError when nothing is found.
+    that `datasets` has saved gives its tables. ValueError when nothing is found, or it cannot be looked for.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
