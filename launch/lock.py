@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         file = regular(str(folder / NAME), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder: {str(folder / NAME)!r}: {error.strerror}") from error
+        raise _unwritable(folder, error) from error
     try:
         _take(file, folder)
         yield
@@ -74,7 +74,11 @@ def _take(file: int, folder: Path) -> None:
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder: {str(folder / NAME)!r}: {error.strerror}") from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"cannot write to the output folder: {str(folder / NAME)!r}: {error.strerror}")
 
 
 def _lock(file: int, tries: int = 3) -> None:

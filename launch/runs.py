@@ -23,14 +23,15 @@ class State(NamedTuple):
     word: str
     """"running"; "done", all of its steps; "stopped", told to, and saved; "failed", by an error of its own, which
     `told` says; "crashed", killed from outside. Resuming goes on with the last three. "no checkpoint" where a run left
-    neither a word of its own nor a checkpoint; "unreadable" where its files cannot be read, `told` says why."""
+    neither a word of its own nor a checkpoint; "unreadable" where its files, or a folder that may be one, cannot be
+    read: `told` says why."""
 
     step: int
     steps: int | None
     saved: int | None
     loss: float | None
     changed: float
-    """When the last step was, in seconds since 1970."""
+    """When the last step was, in seconds since 1970; 0 where that cannot be read."""
 
     told: str = ""
     """What it failed by, or cannot be read by."""
@@ -49,7 +50,7 @@ def _print(arguments: list[str]) -> int:
     for state in find_runs(folder):
         loss = "" if state.loss is None else f"{state.loss:.3f}"
         step = str(state.step) if state.steps is None else f"{state.step}/{state.steps}"
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.changed))
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.changed)) if state.changed else ""
         saved = "" if state.saved is None else str(state.saved)
         rows.append((state.name, state.word, step, loss, saved, f"{when}  {state.told}".rstrip()))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -62,7 +63,7 @@ def find_runs(folder: Path) -> list[State]:
     """The runs right below a folder, or that folder itself where it is one, by name; ValueError where it is none."""
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder")
-    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    below = sorted(path for path in folder.iterdir() if os.path.isdir(path))
     return [state_of(path) for path in ([folder] if _is_run(folder) else below) if _is_run(path)]
 
 
@@ -71,8 +72,7 @@ def state_of(folder: Path) -> State:
     try:
         return _read(folder)
     except OSError as error:  # one that cannot be read hides no other
-        told = _printable(str(error))
-        return State(_printable(folder.name), "unreadable", 0, None, None, None, folder.stat().st_mtime, told)
+        return State(_printable(folder.name), "unreadable", 0, None, None, None, 0.0, _printable(str(error)))
 
 
 def _read(folder: Path) -> State:

@@ -12,7 +12,8 @@ import torch
 
 from lasp.parallel.parameters import find_difference, replicated
 from lasp.train.checkpoints.checkpointer import Checkpointer, Folders
-from lasp.train.checkpoints.folders import checkpoint_path, delete_checkpoints
+from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_path, list_checkpoints
+from lasp.train.checkpoints.retention import Retention
 from lasp.train.data.batches import all_rows
 from lasp.train.engines import start_engine
 from lasp.train.engines.engine import Engine
@@ -216,7 +217,7 @@ def train(
     """
     trainer = Trainer.start(run, ranks)
     if ranks.is_main and run.config.overwrite:
-        delete_checkpoints(run.config.output)
+        _delete_checkpoints(run)
     losses: list[float] = []
     validation: dict[str, float] = {}
     with ExitStack() as stack:
@@ -239,6 +240,14 @@ def train(
     return Summary(losses, validation, watch.metrics, watch.plot, checkpoint, done < run.config.steps)
 
 
+def _delete_checkpoints(run: Run) -> None:
+    """Delete those of an output folder, complete or not; whatever else lies there stays."""
+    retention, folder = Retention(run.config), checkpoint_folder(run.config.output)
+    retention.delete_leftovers(folder)
+    for path in list_checkpoints(folder):
+        retention.delete(path)
+
+
 @contextmanager
 def _settled(checkpoints: Checkpointer) -> Iterator[None]:
     """Where the block fails, see first that what is written in the background is there, or gone."""
@@ -248,7 +257,7 @@ def _settled(checkpoints: Checkpointer) -> Iterator[None]:
         checkpoints.close()  # which raises its own: a disk that has no room for a line has none for a checkpoint either
         raise
     except Exception:
-        with suppress(OSError):
+        with suppress(Exception):  # the first error is the one to tell
             checkpoints.close()
         raise
 

@@ -110,7 +110,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     record, and no run depends on it.
     """
     try:
-        with open(path, encoding="utf-8", errors="replace", newline="\n", opener=regular) as file:
+        with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
             lines = file.readlines()
     except OSError as error:
         if error.errno in NO_FILE:
@@ -138,10 +138,14 @@ def _step(line: str) -> StepMetrics:
         raise TypeError(f"it has no {', '.join(lacking)}")
     held = known.get("validation", {})
     numbers = [value for name, value in known.items() if name != "validation"]
-    if not isinstance(held, dict) or not all(isinstance(value, int | float) for value in (*numbers, *held.values())):
+    if not isinstance(held, dict) or not all(map(_is_number, (*numbers, *held.values()))):
         raise TypeError("a value of it is of another kind")
-    sum(map(float, (*numbers, *held.values())))  # OverflowError: not every whole number is one that can be drawn
     return StepMetrics(**known)
+
+
+def _is_number(value: object) -> bool:
+    """OverflowError for a whole number so large that it cannot be drawn."""
+    return isinstance(value, int | float) and isinstance(float(value), float)
 
 
 def _line(metrics: StepMetrics) -> str:

@@ -253,9 +253,9 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} is a file, not a folder") from error
     except OSError as error:
         raise ValueError(f"cannot write to the output folder {str(place)!r}: {error.strerror}") from error
-    for place in (folder / "metrics.jsonl", folder / "status.json"):
-        if os.path.isdir(place) or (os.path.isfile(place) and not os.access(place, os.R_OK)):
-            raise ValueError(f"{str(place)!r} of the output folder is a folder, or may not be read: move it away")
+    for file in (folder / "metrics.jsonl", folder / "status.json"):
+        if os.path.isdir(file) or (os.path.isfile(file) and not os.access(file, os.R_OK)):
+            raise ValueError(f"{str(file)!r} of the output folder is a folder, or may not be read: move it away")
 
 
 def _check_alike(whole: nn.Module, skeleton: nn.Module) -> None:

@@ -35,4 +35,5 @@ def read_status(folder: Path) -> Status | None:
             found = Status(**json.loads(file.read(_LIMIT)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return found if found.word in WORDS and isinstance(found.steps, int) else None
+    known = found.word in WORDS and isinstance(found.steps, int) and isinstance(found.told, str)
+    return found if known else None

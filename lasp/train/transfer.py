@@ -4,6 +4,7 @@ One forward serves all of them: each attends to what the softmax layers before i
 own softmax attention does, and is told how far it is from that (LoLCATs, arXiv:2410.10254, 3.2).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def _save(path: Path, trained: dict[str, Tensor], adam: torch.optim.Optimizer, d
 @torch.no_grad()
 def _load(path: Path, trained: dict[str, Tensor], adam: torch.optim.Optimizer) -> int:
     """The steps behind a file's state; 0 where there is no file. ValueError, naming it, where it cannot be read."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")

@@ -45,7 +45,7 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._stack:
-            if error is not None and self._ranks.is_main and self._is_replaced():
+            if isinstance(error, Exception) and self._ranks.is_main and self._is_replaced():
                 raise ValueError(self._gone) from error
             told = "" if error is None else f"{type(error).__name__}: {error}"
             if told:

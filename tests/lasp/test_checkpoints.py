@@ -9,9 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from lasp.launch.export import main as export_command
 from lasp.parallel import collectives
 from lasp.parallel.group import shutdown
-from lasp.train.checkpoints import folders, writer
+from lasp.train.checkpoints import folders, retention, writer
 from lasp.train.checkpoints import manifest as manifests
 from lasp.train.checkpoints.export import export, read_weights
 from lasp.train.checkpoints.folders import (
@@ -29,9 +32,9 @@ from lasp.train.checkpoints.folders import (
     checkpoint_path,
     checkpoint_step,
     list_checkpoints,
-    superseded,
 )
 from lasp.train.checkpoints.manifest import Damaged, Manifest, write_manifest
+from lasp.train.checkpoints.retention import superseded, was_asked
 from lasp.train.checkpoints.staging import Copies
 from lasp.train.config import DataConfig, TrainConfig
 from lasp.train.engines.engine import flatten
@@ -307,18 +310,18 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(again, monkeypatch
 
     monkeypatch.setattr(Path, "rename", protected)
     monkeypatch.setattr(folders.shutil, "rmtree", fail)
-    trained(replace(again, keep_last=1, async_save=background))
+    trained(replace(again, keep_last=1, save_every=1, async_save=background))
     told = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert re.search(r"cannot remove '.*/\.step-000001\.deleted', which is no checkpoint any more: .*not empty", told)
-    assert re.search(r"cannot remove '.*/\.step-000003\.deleted', which is no checkpoint any more: .*not empty", told)
-    assert re.search(r"cannot delete the checkpoint '.*/step-000006': Permission denied", told)
+    assert len(re.findall(r"cannot delete '.*/\.step-000001\.deleted': .*not empty", told)) == 1
+    assert len(re.findall(r"cannot delete '.*/\.step-000003\.deleted': .*not empty", told)) == 1
+    assert len(re.findall(r"cannot delete '.*/step-000006': .*Permission denied", told)) == 1
     assert [path.name for path in list_checkpoints(folder)] == ["step-000006", "step-000008"]
     assert "checkpoint of step 8" in (Path(again.output) / "log.txt").read_text()
 
 
 def test_what_is_left_of_the_very_checkpoint_is_not_written_into(again, monkeypatch):
     (checkpoint_folder(again.output) / ".step-000008.partial").mkdir()
-    monkeypatch.setattr(folders, "_remove", lambda path: None)
+    monkeypatch.setattr(retention, "remove", lambda path: None)
     with pytest.raises(OSError, match=r"cannot save '.*step-000008': .*File exists: '.*\.step-000008\.partial'"):
         trained(again)
 
@@ -581,6 +584,34 @@ def test_which_checkpoints_stay(fields, expected):
     assert [checkpoint_step(path) for path in present if path not in gone] == expected
 
 
+@pytest.mark.parametrize(
+    ("run", "asked"),
+    [
+        ('{"save_every": 3, "steps": 9}', True),
+        ('{"save_every": 4, "steps": 6}', True),
+        ('{"save_every": 4, "steps": 9}', False),
+        ('{"save_every": null, "steps": 9}', False),
+        ('{"steps": 9}', True),
+        ("{", True),
+    ],
+)
+def test_what_a_run_was_asked_for_is_written_there_and_stays_where_that_cannot_be_read(tmp_path, run, asked):
+    (tmp_path / "step-000006").mkdir()
+    (tmp_path / "step-000006" / "run.json").write_text(run)
+    assert was_asked(tmp_path / "step-000006") == asked
+
+
+def test_where_the_old_ones_cannot_be_listed_the_new_one_is_there(again, monkeypatch, caplog):
+    def fail(_: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(retention, "list_checkpoints", fail)
+    assert trained(again).checkpoint.name == "step-000008"
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert "Too many open files" in told[0]
+
+
 def test_time_asks_for_checkpoints_too(again):
     trained(replace(again, resume=None, overwrite=True, save_every=4, save_minutes=1e-9))
     assert sorted(os.listdir(checkpoint_folder(again.output))) == ["step-000004", "step-000007", "step-000008"]
@@ -612,6 +643,30 @@ def test_who_watches_is_told_which_rank_has_written_where_training_waits(again, 
     with collectives.following(last):
         trainer.checkpoints.save(7, trainer.engine, True, trainer.kept)
     assert (last.count, last.name) == (1, "its part is written")
+
+
+def test_who_has_not_written_in_the_background_is_not_told_as_one_who_has(again, monkeypatch):
+    trainer, save_file = (
+        Trainer.start(Run.prepare(replace(again, async_save=True)), Ranks.join(again)),
+        writer.save_file,
+    )
+    last, begun, go_on = collectives.Last(), Event(), Event()
+
+    def slow(*arguments: object) -> None:
+        begun.set()
+        go_on.wait()
+        save_file(*arguments)
+
+    monkeypatch.setattr(writer, "save_file", slow)
+    trainer.checkpoints.save(7, trainer.engine, False, trainer.kept)
+    with collectives.following(last), ThreadPoolExecutor(1) as pool:
+        begun.wait()
+        waits = pool.submit(trainer.checkpoints.close)
+        time.sleep(0.2)
+        assert (last.count, waits.done()) == (0, False)
+        go_on.set()
+        waits.result()
+    assert last.count == 1
 
 
 @pytest.mark.parametrize("saves", [2, pytest.param(100, marks=pytest.mark.slow)])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from lasp.train.data import corpus as corpora
+from lasp.train.data import shards
 from lasp.train.data.corpus import Corpus, build_corpus
 from lasp.train.data.documents import find_parts
 from lasp.train.data.shards import Document, Shard, write_shard
@@ -184,8 +185,16 @@ def failing(monkeypatch, name: str, where: str, number: int) -> None:
     monkeypatch.setattr(os, name, fail)
 
 
-@pytest.mark.parametrize("source", ["", "/**/*.md", "/*/*.md"])
-@pytest.mark.parametrize(("name", "where"), [("scandir", "deep"), ("stat", "c.md")])
+@pytest.mark.parametrize(
+    ("source", "name", "where"),
+    [
+        *((source, "scandir", "deep") for source in ("", "/**/*.md", "/*/*.md", "/**")),
+        *((source, "stat", "c.md") for source in ("", "/**/*.md", "/*/*.md", "/**")),
+        ("/*/c.md", "stat", "c.md"),
+        ("/**/c.md", "stat", "c.md"),
+        ("/**/c.md", "scandir", "deep"),
+    ],
+)
 def test_a_source_of_which_a_part_cannot_be_read_is_refused(texts, tmp_path, monkeypatch, source, name, where):
     """It would be a smaller corpus, without a word."""
     failing(monkeypatch, name, where, errno.ESTALE)
@@ -224,6 +233,13 @@ def test_a_disk_that_fails_makes_no_smaller_corpus(texts, tmp_path, monkeypatch,
         built(texts, tmp_path)
 
 
+def test_what_is_called_a_gzip_and_is_none_is_no_text(texts, tmp_path):
+    (texts / "b.txt.gz").write_bytes(b"\x1e\x8b" + gzip.compress(b"To be")[2:])
+    assert len(documents(built(texts, tmp_path))) == 3
+    with pytest.raises(ValueError, match=r"cannot read '.*b\.txt\.gz' of the corpus: Not a gzip"):
+        built(texts / "b.txt.gz", tmp_path)
+
+
 def test_a_gzip_that_is_cut_short_or_damaged_is_refused(tmp_path):
     whole = gzip.compress(b"To be, or not to be, that is the question.\n")
     for damage in (whole[:20], whole[:-1], whole[:-6] + b"12" + whole[-4:], whole[:10] + b"\xff" * 9 + whole[19:]):
@@ -233,14 +249,44 @@ def test_a_gzip_that_is_cut_short_or_damaged_is_refused(tmp_path):
                 built(source, tmp_path)
 
 
-def test_a_build_that_fails_or_is_killed_leaves_nothing_but_what_it_assembles(tmp_path):
+def test_a_build_that_is_killed_leaves_nothing_and_one_that_fails_neither(tmp_path, monkeypatch):
     def texts() -> Iterator[Document]:
         yield Document(np.array([1]), 0, None)
-        assert os.listdir(tmp_path) == []
+        assert os.listdir(tmp_path) == [], "what has a name would stay"
         yield Document(np.array([2]), 0, None)
 
+    def fail(_: object) -> str:
+        assert len(os.listdir(tmp_path)) == 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_checksum", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_shard(tmp_path / "a.tokens", texts(), 257, {})
+    assert os.listdir(tmp_path) == []
     write_shard(tmp_path / "a.tokens", texts(), 257, {})
     assert os.listdir(tmp_path) == ["a.tokens"]
+
+
+def test_two_that_write_one_shard_do_not_meet(tmp_path):
+    """Their processes may have one number: on two hosts, in two containers."""
+
+    def texts(other: bool) -> Iterator[Document]:
+        yield Document(np.array([1, 2]), 0, None)
+        if other:
+            write_shard(tmp_path / "a.tokens", texts(False), 257, {})
+        yield Document(np.array([3]), 1, None)
+
+    write_shard(tmp_path / "a.tokens", texts(True), 257, {})
+    assert os.listdir(tmp_path) == ["a.tokens"]
+    Shard.open(tmp_path / "a.tokens").check()
+    assert Shard.open(tmp_path / "a.tokens").read(0, 3)[0].tolist() == [1, 2, 3]
+
+
+def test_shards_of_another_format_are_built_anew(texts, tmp_path, monkeypatch):
+    before = built(texts, tmp_path).shards[0].path
+    monkeypatch.setattr(corpora, "FORMAT", "of another version")
+    assert built(texts, tmp_path).shards[0].path != before
 
 
 def damaged(path: Path, at: int, byte: bytes) -> None:
@@ -361,7 +407,7 @@ def test_a_shard_holds_what_was_written(tmp_path, size):
     shard = Shard.open(tmp_path / "a.tokens")
     assert shard.bounds.tolist() == [0, 2, 3]
     assert shard.hashes.tolist() == [7, 1 << 31]
-    assert len(shard) == 3
+    assert shard.tokens == 3
     assert [part.tolist() for part in shard.read(0, 3)] == [[5, size - 1, 3], [True, True, False]]
     assert [part.tolist() for part in shard.read(1, 2)] == [[size - 1], [True]]
 

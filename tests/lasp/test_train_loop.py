@@ -17,6 +17,7 @@ import torch
 
 from lasp.models import LinearLlamaConfig, LinearLlamaForCausalLM
 from lasp.parallel.group import shutdown
+from lasp.train import log
 from lasp.train.checkpoints import checkpointer
 from lasp.train.checkpoints.folders import checkpoint_folder, checkpoint_path, list_checkpoints
 from lasp.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig, ValidationConfig
@@ -505,6 +506,16 @@ def test_a_log_that_cannot_be_written_ends_no_run_and_is_told_once(config, capsy
     assert capsys.readouterr().err.count("lasp: warning: cannot write ") == 1
 
 
+def test_an_interrupt_stays_one_where_the_folder_is_gone(config, monkeypatch):
+    def interrupted(_: Trainer) -> None:
+        shutil.rmtree(config.output)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "status.json"])
 def test_a_file_that_cannot_be_begun_is_named(config, monkeypatch, name):
     write = Path.write_text
@@ -517,9 +528,8 @@ def test_a_file_that_cannot_be_begun_is_named(config, monkeypatch, name):
         trained(config)
 
 
-def test_a_log_on_a_full_disk_ends_no_run(config, capsys):
-    Path(config.output).mkdir()
-    (Path(config.output) / "log.txt").symlink_to("/dev/full")
+def test_a_log_on_a_full_disk_ends_no_run(config, monkeypatch, capsys):
+    monkeypatch.setattr(log._Lines, "_open", lambda _: open("/dev/full", "a"))  # noqa: SIM115
     trained(config)
     assert capsys.readouterr().err.count("lasp: warning: cannot write ") == 1
 

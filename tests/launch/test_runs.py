@@ -151,6 +151,10 @@ def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(tmp_path):
         os.mkfifo(run / name)
     [state] = runs.find_runs(tmp_path)
     assert (state.word, state.step) == ("stopped", 2)
+    (run / "status.json").unlink()
+    (run / "status.json").write_text('{"word": "failed", "steps": 4, "told": 5}')
+    [state] = runs.find_runs(tmp_path)
+    assert state.word == "stopped"
     [checkpoint] = (run / "checkpoints").iterdir()
     (checkpoint / "run.json").unlink(missing_ok=True)
     os.mkfifo(checkpoint / "run.json")

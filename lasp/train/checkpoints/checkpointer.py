@@ -1,7 +1,6 @@
 """Checkpointer: what the loop asks of whoever keeps its states; and the one that keeps a folder per state."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,19 +19,16 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 
 from lasp.parallel.collectives import reached
-from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read, was_asked
+from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
 from lasp.train.checkpoints.export import read_weights, write_model
 from lasp.train.checkpoints.folders import (
     checkpoint_path,
     checkpoint_step,
-    delete_checkpoint,
-    delete_partial,
-    list_checkpoints,
     partial_path,
-    superseded,
 )
 from lasp.train.checkpoints.manifest import Entry, Manifest, flush_folder, write_manifest
 from lasp.train.checkpoints.reader import Saved, read_index, read_into
+from lasp.train.checkpoints.retention import Retention
 from lasp.train.checkpoints.staging import Copies
 from lasp.train.checkpoints.writer import FOLDER, ShardWriter
 from lasp.train.engines.engine import Engine, State, compare, flatten
@@ -41,7 +37,6 @@ from lasp.train.ranks import Ranks
 if TYPE_CHECKING:
     from lasp.train.run import Run
 
-_LOG = logging.getLogger(__name__)
 _RANDOM = "random: "
 _WRITTEN = "its part is written"
 """Told to a watchdog where training waits for a save, so that it can name who has not written."""
@@ -93,20 +88,20 @@ class Folders:
             def finish(written: Mapping[str, Entry]) -> None:
                 self._finish(step, partial, path, last, written)
                 kept(step)
-                self._delete_superseded(path.parent)
+                self._retention.delete_superseded(path.parent)
 
-            self._part = part = Future[None]()
-            writer = ShardWriter(partial, finish, lambda: part.set_result(None))
             planner = DefaultSavePlanner(flatten_state_dict=False)
-            options: dict[str, Any] = {"storage_writer": writer, "planner": planner}
+            options: dict[str, Any] = {"planner": planner}
             if self.run.config.async_save:
                 # Not dcp.async_save, which starts a thread and logs every tensor while training waits.
                 staged, options["process_group"] = self._copies.of(state), self._group
-                self._pending = self._writer.submit(dcp.save, staged, **options)
+                self._part = part = Future[None]()
+                writer = ShardWriter(partial, finish, lambda: part.set_result(None))
+                self._pending = self._writer.submit(dcp.save, staged, storage_writer=writer, **options)
                 self._writing = path
             else:
-                part.add_done_callback(lambda _: reached(_WRITTEN))
-                dcp.save(state, process_group=self.ranks.everyone.control, **options)
+                writer = ShardWriter(partial, finish, lambda: reached(_WRITTEN))
+                dcp.save(state, process_group=self.ranks.everyone.control, storage_writer=writer, **options)
         if last:
             self.close()
 
@@ -130,6 +125,10 @@ class Folders:
         finally:
             if pending.done():  # where an interrupt ends the wait, the copy is still being written
                 self._pending = None
+
+    @cached_property
+    def _retention(self) -> Retention:
+        return Retention(self.run.config)
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
@@ -181,8 +180,7 @@ class Folders:
     def _begin(self, partial: Path) -> None:
         if self.ranks.is_main:
             try:
-                if partial.parent.exists():
-                    delete_partial(partial.parent)
+                self._retention.delete_leftovers(partial.parent)
                 partial.mkdir(parents=True)
                 (partial / FOLDER).mkdir()
             except OSError as error:
@@ -200,16 +198,6 @@ class Folders:
         write_manifest(partial, step, written)
         partial.rename(path)
         flush_folder(path.parent)
-
-    def _delete_superseded(self, folder: Path) -> None:
-        """Delete what is not to stay, with a warning for what cannot be: the new one is there, and training goes on."""
-        config = self.run.config
-        for old in superseded(list_checkpoints(folder), config):
-            if config.keep_last is not None or not was_asked(old):
-                try:
-                    delete_checkpoint(old)
-                except OSError as error:
-                    _LOG.warning("cannot delete the checkpoint %r: %s", str(old), error.strerror)
 
     def _read(self) -> dict[str, Any]:
         """What a step reads."""

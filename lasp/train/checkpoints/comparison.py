@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lasp.train.checkpoints.folders import checkpoint_step
 from lasp.train.checkpoints.manifest import read_json
 from lasp.train.config import TrainConfig
 
@@ -30,18 +29,6 @@ def check_checkpoint(path: Path, model: Any, config: TrainConfig) -> list[str]:
             f"the run that wrote {str(path)!r} was another: {'; '.join(deciding)}; --allow-change goes on nevertheless"
         )
     return list(changed.values())
-
-
-def was_asked(path: Path) -> bool:
-    """Whether a checkpoint is one that the run which wrote it was asked for, by `save_every` or as its last; also where
-    that cannot be known."""
-    try:
-        run = read_json(path, RUN)
-        every, steps = run["save_every"], run["steps"]
-    except (ValueError, KeyError):
-        return True
-    step = checkpoint_step(path)
-    return step == steps or (isinstance(every, int) and every > 0 and step % every == 0)
 
 
 def _check_model(path: Path, config: Any) -> None:

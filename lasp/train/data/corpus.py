@@ -53,7 +53,7 @@ class Corpus:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *map(len, self.shards)])
+        return np.cumsum([0, *(shard.tokens for shard in self.shards)])
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a range within a document, int64, and which of them are targets, bool."""

@@ -118,14 +118,15 @@ def _below(root: Path) -> Iterator[Path]:
 
 def _check_folders(pattern: str) -> None:
     """ValueError for a folder in which a pattern looks for names and that cannot be read: glob passes over those."""
-    while (place := os.path.dirname(pattern)) != pattern:
-        looks = glob.has_magic(os.path.basename(pattern))
-        for folder in glob.glob(place or ".", recursive=True) if looks else ():
+    while glob.has_magic(pattern):
+        place, name = os.path.split(pattern)
+        deeper = glob.iglob(pattern, recursive=True) if name == "**" else ()  # which looks in all that it finds
+        for folder in (*glob.glob(place or ".", recursive=True), *deeper):
             try:
-                os.scandir(folder).close()
+                os.scandir(folder).close() if glob.has_magic(name) else os.stat(os.path.join(folder, name))
             except OSError as error:
                 if error.errno not in NO_FILE:
-                    raise _unreadable(folder, error) from error
+                    raise _unreadable(error.filename, error) from error
         pattern = place
 
 
@@ -134,7 +135,7 @@ def _suffix(path: Path) -> str:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file is one of text, or a table."""
+    """Whether a file is one of text, or a table. What is called .gz and is none is neither."""
     if _suffix(path) in _TABLES:
         return True
     with open_file(path) as file:
