@@ -1,6 +1,7 @@
 """The command `lasp`: finds the subcommand and leaves the rest to it."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -68,6 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code; 2 when there is no such subcommand."""
+    fill_descriptors()
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
@@ -88,6 +90,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("stopped by SIGINT")
         return INTERRUPTED
+
+
+def fill_descriptors() -> None:
+    """Give what was started without standard input, output or error (`>&-`) those that lead nowhere: the next file that
+    it opened would be one of them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def print_error(message: str) -> None:

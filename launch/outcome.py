@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-import torch.distributed as dist
-
 from lasp.launch.cli import INTERRUPTED, USER_ERROR, print_error
+from lasp.parallel.collectives import is_lost_peer
 
 
 class Failure(Exception):
@@ -49,9 +48,7 @@ class Outcome:
         except (Failure, OSError) as error:
             return cls(1, str(error))
         except Exception as error:
-            # gloo's errors are RuntimeErrors that begin with the place in its sources.
-            lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
-            return cls(1, f"{type(error).__name__}: {error}", traceback.format_exc(), lost_peer=lost)
+            return cls(1, f"{type(error).__name__}: {error}", traceback.format_exc(), lost_peer=is_lost_peer(error))
 
     def tell(self, prefix: str = "") -> int:
         """Say on stderr what there is to tell; returns the code."""

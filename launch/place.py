@@ -6,7 +6,10 @@ meshes, DeepSpeed) understand, and a process group.
 
 import os
 import re
+import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from lasp.launch.attempt import own_store
-from lasp.launch.cli import USER_ERROR
+from lasp.launch.cli import SAVED, USER_ERROR, fill_descriptors
 from lasp.launch.outcome import Failure, Outcome
 from lasp.launch.rank import tie
 from lasp.launch.ranks import loopback
@@ -24,6 +27,9 @@ from lasp.parallel.group import create_world
 
 JOIN = 600.0
 """Seconds in which all ranks have to meet."""
+
+RESOLVE = 60.0
+"""Seconds in which the name of rank 0's host has to get an address: those of containers come late."""
 
 LOOPBACK = "127.0.0.1"
 Look = Callable[["Place", dist.Store], None]
@@ -55,7 +61,10 @@ class Place:
         One task of srun or mpirun is on its own as well, and a batch script of Slurm, which is no task. ValueError for
         what is no number, or not enough.
         """
-        return _torch(told) or _open_mpi(told) or _slurm(told) or _hydra(told)
+        place = _torch(told) or _open_mpi(told) or _slurm(told) or _hydra(told)
+        if place is None and "RANK" in told and "WORLD_SIZE" not in told:
+            raise ValueError(f"RANK={told['RANK']!r} is set, but WORLD_SIZE not: of how many ranks?")
+        return place
 
     @property
     def variables(self) -> dict[str, str]:
@@ -78,6 +87,7 @@ class Place:
         """
         tie(os.getppid())  # torchrun and mpirun, killed, would leave their ranks at work
         os.environ.update(self.variables)
+        _check_interface(os.environ.get("GLOO_SOCKET_IFNAME"))
         store = self._meet_again() if self.elastic else self._meet()
         if look is not None:
             look(self, dist.PrefixStore("look", store))
@@ -101,6 +111,7 @@ class Place:
         if self.size == 1:
             return dist.HashStore()
         where = f"{self.address}:{self.port}"
+        _resolve(self.address)
         try:
             store = dist.TCPStore(
                 self.address, self.port, self.size, self.rank == 0, timedelta(seconds=JOIN), wait_for_workers=False
@@ -127,6 +138,7 @@ def run_command(alone: Callable[[], int], as_rank: Callable[[], int], look: Look
 
     look: as in `Place.join`.
     """
+    fill_descriptors()
     try:
         place = Place.read(os.environ)
     except ValueError as error:
@@ -140,7 +152,35 @@ def run_command(alone: Callable[[], int], as_rank: Callable[[], int], look: Look
 
     # What all ranks say alike is said once per node: their logs may be files of their own.
     first = place.local_rank == 0 if place.local_rank is not None else place.rank == 0
-    return Outcome.of(work).tell_as(place.rank, speaks=first)
+    outcome = Outcome.of(work)
+    if outcome.code == SAVED:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # schedulers send it more than once
+    return outcome.tell_as(place.rank, speaks=first)
+
+
+def _check_interface(name: str | None) -> None:
+    """ValueError for a network interface that this machine has not: gloo's own error looks like that of a lost rank."""
+    known = [interface for _, interface in socket.if_nameindex()]
+    if name and (unknown := sorted(set(name.split(",")) - set(known))):
+        raise ValueError(f"GLOO_SOCKET_IFNAME: this machine has no interface {unknown[0]!r}, but {', '.join(known)}")
+
+
+def _resolve(address: str, seconds: float = RESOLVE) -> None:
+    """Wait until a name has an address, and say so. ValueError where it has none in time."""
+    until, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > until:
+                raise ValueError(f"MASTER_ADDR={address!r} has no address here: {error}") from error
+        if not told:
+            print(
+                f"lasp: waiting for MASTER_ADDR={address!r}, which has no address here yet", file=sys.stderr, flush=True
+            )
+        told = True
+        time.sleep(1)
 
 
 def _torch(told: Mapping[str, str]) -> Place | None:

@@ -28,8 +28,10 @@ def main(parent: str, folder: str, rank: str, size: str, module: str, *arguments
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing yet that a KeyboardInterrupt would tidy up
     tie(int(parent))
     with importing():
+        from lasp.launch.cli import fill_descriptors
         from lasp.launch.outcome import Outcome
 
+    fill_descriptors()
     try:
         outcome = Outcome.of(lambda: _work(Path(folder), int(rank), int(size), module, list(arguments)))
     except SystemExit as error:

@@ -164,6 +164,12 @@ def record(op: str, phase: str, num_bytes: int, steps: int) -> None:
     reached(f"{op} of {phase}")
 
 
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error of an exchange says that another rank is gone, as far as this one can tell."""
+    # gloo's errors are RuntimeErrors that begin with the place in its sources.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def reached(place: str) -> None:
     """Tell who follows that this rank has come to a place which all ranks come to: an exchange, or what is like one."""
     for last in _followers:

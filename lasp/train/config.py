@@ -257,7 +257,7 @@ class TrainConfig:
 
     keep_last: int | None = None
     """The newest so many checkpoints stay; by default all that `save_every` asks for, or asked for when they were
-    written, and of others the newest two."""
+    written, and others as long as they are among the newest two."""
 
     keep_every: int | None = None
     """Checkpoints of every so many steps stay for good."""

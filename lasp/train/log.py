@@ -15,8 +15,8 @@ Say = Callable[[str], None]
 
 @contextmanager
 def logged(path: Path, rank: int) -> Iterator[Say]:
-    """Append to a log while the block runs: what is said on rank 0, with its time, and everybody's warnings, those of
-    other ranks with rank and host. Warnings go to stderr as well, as before."""
+    """Append to a log while the block runs: what is said, with its time, and warnings, those of ranks other than 0 with
+    rank and host. Warnings go to stderr as well, as before."""
     handler, root = _Lines(path, rank), logging.getLogger()
     before = list(root.handlers)
     if not before and logging.lastResort is not None:  # which is silent where there is another handler
@@ -24,7 +24,7 @@ def logged(path: Path, rank: int) -> Iterator[Say]:
     root.addHandler(handler)
     logging.captureWarnings(True)
     try:
-        yield handler.say if rank == 0 else lambda line: None
+        yield handler.say
     finally:
         logging.captureWarnings(False)
         for added in (one for one in list(root.handlers) if one not in before):

@@ -256,7 +256,7 @@ def _settled(checkpoints: Checkpointer) -> Iterator[None]:
     except OSError:
         checkpoints.close()  # which raises its own: a disk that has no room for a line has none for a checkpoint either
         raise
-    except Exception:
+    except (Exception, SystemExit):
         with suppress(Exception):  # the first error is the one to tell
             checkpoints.close()
         raise

@@ -39,8 +39,8 @@ class StepMetrics:
     """Mean loss of what is held out, source by source, after the step's update; None where it was not asked for."""
 
     tokens: int | None = None
-    """Tokens that were trained on up to this step. This and all below is known every `log_every` steps: means over the
-    steps since the last time, None elsewhere."""
+    """Tokens up to this step, of steps as large as this one. This and all below is known every `log_every` steps: means
+    over the steps since the last time, None elsewhere."""
 
     seconds: float | None = None
     """Of a step, on the rank that took longest."""

@@ -1,10 +1,11 @@
 """What a run shows while it runs: a bar on a terminal, a line now and then elsewhere."""
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -15,7 +16,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Console(Console):
-    """A console whose reader may go away (`lasp train ... | head`): the run goes on, and nothing more is shown."""
+    """A console whose reader may go away (`lasp train ... | head`), or whose disk may be full: the run goes on, and
+    nothing more is shown."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            logging.getLogger(__name__).warning("cannot write to the standard output: %s", error.strerror)
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):

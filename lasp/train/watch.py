@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lasp.parallel.collectives import is_lost_peer
 from lasp.train.log import logged
 from lasp.train.metrics import MetricsFile, StepMetrics
 from lasp.train.plot import draw
@@ -50,7 +51,7 @@ class Watch:
             told = "" if error is None else f"{type(error).__name__}: {error}"
             if told:
                 self._log(f"ended by {told}")
-            if self._ranks.is_main and not self._is_replaced():
+            if self._ranks.is_main and not self._is_replaced() and not is_lost_peer(error):
                 word = "done" if self._done >= self._config.steps else "stopped"
                 with suppress(*([OSError] if told else [])):  # a disk that is full is told by the error itself
                     self._end("failed" if told else word, told)

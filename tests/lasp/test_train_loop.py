@@ -506,6 +506,17 @@ def test_a_log_that_cannot_be_written_ends_no_run_and_is_told_once(config, capsy
     assert capsys.readouterr().err.count("lasp: warning: cannot write ") == 1
 
 
+def test_who_has_lost_a_rank_does_not_say_that_it_failed_itself(config, monkeypatch):
+    def lost(_: Trainer) -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(Trainer, "step", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        trained(config)
+    assert read_status(Path(config.output)).word == "running"
+    assert "ended by RuntimeError" in (Path(config.output) / "log.txt").read_text()
+
+
 def test_an_interrupt_stays_one_where_the_folder_is_gone(config, monkeypatch):
     def interrupted(_: Trainer) -> None:
         shutil.rmtree(config.output)
@@ -551,7 +562,9 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("of the step")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("of the step"), SystemExit("of a hook")]
+)
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_run_that_fails_sees_first_to_what_is_written_in_the_background(config, monkeypatch, error, fails):
     """A full disk is met by the next line of metrics before anybody asks what came of the checkpoint."""

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import socket
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -118,15 +119,27 @@ def test_a_line_of_the_log_has_units_and_only_what_is_known():
 def test_warnings_of_any_rank_are_in_the_log(tmp_path, capsys):
     for rank in (0, 3):
         with logged(tmp_path / "log.txt", rank) as say:
-            say("step 1")
+            say(f"step {rank}")
             logging.getLogger("somebody").info("nothing")
             logging.getLogger("somebody").warning("beware\nof it")
             warnings.warn(f"mind {rank}", stacklevel=1)
     lines = [text[24:] for text in (tmp_path / "log.txt").read_text().splitlines()]
     host = socket.gethostname()
-    assert lines[:2] == ["step 1", "warning: beware of it"]
-    assert lines[3] == f"rank 3 on {host}: warning: beware of it"
-    assert ["mind" in text for text in lines] == [False, False, True, False, True]
+    assert lines[:2] == ["step 0", "warning: beware of it"]
+    assert lines[3:5] == [f"rank 3 on {host}: step 3", f"rank 3 on {host}: warning: beware of it"]
+    assert ["mind" in text for text in lines] == [False, False, True, False, False, True]
+
+
+def test_an_output_on_a_full_disk_ends_no_run(capsys):
+    script = (
+        "from lasp.train.progress import show\nimport sys\nfor line in ('one', 'two'):\n    show([line])\n"
+        "print('three', flush=True)"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (0, "cannot write to the standard output: No space left on device\n")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_ranks_of_one_job_agree_on_a_port_and_jobs_do_not():
     "told",
     [
         {},
-        {"RANK": "3"},
+        {"WORLD_SIZE": "3"},
         {**SRUN, "SLURM_NTASKS": "1"},
         {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},  # of a larger job
         without(SRUN, "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_LAUNCH_NODE_IPADDR"),  # a batch script
@@ -100,6 +100,7 @@ def test_a_process_on_its_own_has_no_place(told):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
+        ({"RANK": "3"}, "RANK='3' is set, but WORLD_SIZE not"),
         ({**TORCH, "RANK": "x"}, "RANK='x' in the environment is no number"),
         ({**TORCH, "RANK": "4"}, "rank 4 of 4 ranks"),
         ({**TORCH, "RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of 0 ranks"),
@@ -115,6 +116,31 @@ def test_a_process_on_its_own_has_no_place(told):
 def test_an_environment_that_says_too_little_is_refused(told, said):
     with pytest.raises(ValueError, match=said):
         Place.read(told)
+
+
+def test_an_interface_that_is_not_there_is_named(port, monkeypatch):
+    """gloo's own error for it looks like that of a lost rank."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME: this machine has no interface 'nope0', but .*lo"):
+        place._check_interface(os.environ["GLOO_SOCKET_IFNAME"])
+    place._check_interface("lo")
+    place._check_interface(None)
+
+
+def test_a_name_without_an_address_is_waited_for_and_told(monkeypatch, capsys):
+    answers = [socket.gaierror(-2, "Name or service not known")] * 2
+
+    def look_up(*_: object) -> None:
+        if answers:
+            raise answers.pop()
+
+    monkeypatch.setattr(place.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(place.time, "sleep", lambda _: None)
+    place._resolve("first")
+    assert capsys.readouterr().err == "lasp: waiting for MASTER_ADDR='first', which has no address here yet\n"
+    answers.append(socket.gaierror(-2, "Name or service not known"))
+    with pytest.raises(ValueError, match=r"MASTER_ADDR='first' has no address here: .*not known"):
+        place._resolve("first", seconds=-1)
 
 
 def test_lists_of_nodes():

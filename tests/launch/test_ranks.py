@@ -154,6 +154,28 @@ def test_ranks_that_come_to_their_end_after_a_signal_say_how(capfd, tmp_path, mo
     assert capfd.readouterr().err == (f"lasp: error: {told}\n" if told else "")
 
 
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_further_sigusr1_says_nothing_new(first):
+    """Schedulers send it more than once, and ranks that save are to come to their end."""
+    with launcher._signals() as received:
+        for number in (first, signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert received == [first, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "<&- >&- 2>&-", "2>&-"])
+def test_missing_descriptors_are_filled(tmp_path, closed):
+    code = (
+        "from lasp.launch.cli import fill_descriptors; import os, sys\n"
+        "fill_descriptors(); print(1); sys.stdout.flush()\n"
+        "print(2, file=sys.stderr, flush=True); assert sys.stdin is not None; [os.fstat(n) for n in range(3)]\n"
+        f"assert os.open({str(tmp_path / 'first')!r}, os.O_CREAT) > 2"
+    )
+    (tmp_path / "code.py").write_text(code)
+    command = f"exec {sys.executable} {tmp_path / 'code.py'} {closed}"
+    assert subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+
+
 def test_what_nohup_ignores_stays_ignored(capfd, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
