@@ -48,7 +48,7 @@ class Watch:
         with self._stack:
             if isinstance(error, Exception) and self._ranks.is_main and self._is_replaced():
                 raise ValueError(self._gone) from error
-            told = "" if error is None else f"{type(error).__name__}: {error}"
+            told = "" if error is None else f"{type(error).__name__}: {error}".removesuffix(": ")
             if told:
                 self._log(f"ended by {told}")
             if self._ranks.is_main and not self._is_replaced() and not is_lost_peer(error):
