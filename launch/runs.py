@@ -22,9 +22,9 @@ class State(NamedTuple):
     name: str
     word: str
     """"running"; "done", all of its steps; "stopped", told to, and saved; "failed", by an error of its own, which
-    `told` says; "crashed", killed from outside. Resuming goes on with the last three. "no checkpoint" where a run left
-    neither a word of its own nor a checkpoint; "unreadable" where its files, or a folder that may be one, cannot be
-    read: `told` says why."""
+    `told` says; "crashed", killed from outside, or by the failure of another rank than the first. Resuming goes on with
+    the last three. "no checkpoint" where a run left neither a word of its own nor a checkpoint; "unreadable" where its
+    files, or a folder that may be one, cannot be read: `told` says why."""
 
     step: int
     steps: int | None

@@ -21,11 +21,7 @@ from torch.distributed.tensor import DTensor
 from lasp.parallel.collectives import reached
 from lasp.train.checkpoints.comparison import RUN, check_checkpoint, check_read
 from lasp.train.checkpoints.export import read_weights, write_model
-from lasp.train.checkpoints.folders import (
-    checkpoint_path,
-    checkpoint_step,
-    partial_path,
-)
+from lasp.train.checkpoints.folders import checkpoint_path, checkpoint_step, partial_path
 from lasp.train.checkpoints.manifest import Entry, Manifest, flush_folder, write_manifest
 from lasp.train.checkpoints.reader import Saved, read_index, read_into
 from lasp.train.checkpoints.retention import Retention

@@ -21,32 +21,33 @@ class Retention:
     def delete_superseded(self, folder: Path) -> None:
         """Delete the checkpoints in a folder that are not to stay; without `keep_last`, none that its own run was asked
         for."""
-        with self._telling(folder):
+        with self._telling(f"what is superseded in {str(folder)!r}"):
             for old in superseded(list_checkpoints(folder), self._config):
                 if self._config.keep_last is not None or not was_asked(old):
-                    with self._telling(old):
+                    with self._telling(repr(str(old))):
                         self.delete(old)
 
     def delete_leftovers(self, folder: Path) -> None:
         """Remove what a process that was killed while saving or deleting has left."""
         for path in leftovers(folder):
-            with self._telling(path):
+            with self._telling(repr(str(path))):
                 remove(path)
 
     def delete(self, path: Path) -> None:
         """Delete a checkpoint, which from the first moment is none any more. OSError where it stays one."""
         gone = retire(path)
-        with self._telling(gone):
+        with self._telling(repr(str(gone))):
             remove(gone)
 
     @contextmanager
-    def _telling(self, path: Path) -> Iterator[None]:
+    def _telling(self, what: str) -> Iterator[None]:
+        """A warning in the place of an OSError."""
         try:
             yield
         except OSError as error:
-            told = f"cannot delete {str(path)!r}: {error}"
+            told = f"cannot delete {what}: {error}"
             if told not in self._told:
-                logging.getLogger(__name__).warning(told)
+                logging.getLogger(__name__).warning("%s", told)
             self._told.add(told)
 
 
